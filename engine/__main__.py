@@ -1,0 +1,47 @@
+"""`python -m treadle.engine`: one rank. Started by the scheduler, never by hand.
+
+The group's secret comes in the environment variable TREADLE_GROUP_TOKEN, which, unlike an argument, other users of the
+machine cannot read. Everything before the import of the worker is free of torch: the lifeline must stand first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import zmq
+
+from treadle.engine import lifeline
+from treadle.transport.codec import rank_codec
+from treadle.transport.messages import PROTOCOL_VERSION, Hello
+from treadle.transport.sockets import rank_socket
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m treadle.engine", description=__doc__.splitlines()[0])
+    parser.add_argument("--endpoint", required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--lifeline", type=int, required=True, metavar="FD")
+    parser.add_argument("--leftover", type=Path, action="append", default=[], metavar="PATH")
+    options = parser.parse_args()
+    lifeline.watch(options.lifeline, options.leftover)
+    codec = rank_codec()
+    socket = rank_socket(zmq.Context.instance(), options.rank)
+    socket.connect(options.endpoint)
+    token = os.environ.pop("TREADLE_GROUP_TOKEN", "")
+    socket.send(codec.encode(Hello(PROTOCOL_VERSION, options.rank, os.getpid(), token)))
+
+    from treadle.engine.worker import serve  # imports torch: seconds, during which the scheduler knows we are here
+
+    return serve(socket, codec, options.rank)
+
+
+if __name__ == "__main__":
+    # Skips the interpreter's teardown: collectives and device contexts of a group that is gone can hang there.
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    zmq.Context.instance().destroy(linger=2_000)
+    os._exit(code)

@@ -1,0 +1,181 @@
+"""Llama-family decoders: Llama 2 and 3, SmolLM2, Mistral, Qwen2, Qwen3.
+
+A decoder is a stack of two residual steps: tokens look at earlier tokens (attention), then each thinks for itself (a
+gated MLP). The models differ in sizes, biases, a norm on queries and keys, a window and the rotation's frequencies: all
+of that is in `ModelConfig`. Which part of it this rank computes is the layers' business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from treadle.errors import ConfigError
+
+from .attention import AttentionBackend, AttentionPlan, NativeAttention, TorchAttention
+from .batch import ForwardBatch
+from .comm import Communicator
+from .config import ModelConfig
+from .kv import KVCache
+from .layers import Linear, Placement, RotaryTable, VocabParallelEmbedding, column_parallel, row_parallel
+from .native import load_native
+from .ops import HeadLayout, KVSlots, NativeOps, Ops, TorchOps, native_serves
+from .sharding import Shard, shard_for
+from .weights import WeightSource
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What all layers share: the communicator, where weights live, and the kernels."""
+
+    comm: Communicator
+    placement: Placement
+    kv_dtype: torch.dtype
+    ops: Ops
+    attention: AttentionBackend
+
+    def vector(self, source: WeightSource, name: str) -> Tensor:
+        return source.read(name, self.placement.dtype).to(self.placement.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What all layers need of one forward pass."""
+
+    batch: ForwardBatch
+    kv: KVCache
+    rope: tuple[Tensor, Tensor]
+    plan: AttentionPlan
+
+
+class Attention:
+    def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, prefix: str, env: Environment) -> None:
+        dim = config.head_dim
+        q, kv = shard.q_heads.scaled(dim), shard.kv_heads.scaled(dim)
+        projections = ((f"{prefix}.q_proj", q), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv))
+        self.qkv = column_parallel(source, projections, config.attention_bias, env.placement)
+        self.out = row_parallel(source, f"{prefix}.o_proj", q, config.output_bias, env.comm, env.placement)
+        self.layout = HeadLayout(
+            q_heads=shard.q_heads.size,
+            kv_heads=shard.kv_heads.size,
+            head_dim=dim,
+            eps=config.rms_norm_eps,
+            q_norm=env.vector(source, f"{prefix}.q_norm.weight") if config.qk_norm else None,
+            k_norm=env.vector(source, f"{prefix}.k_norm.weight") if config.qk_norm else None,
+        )
+        self.ops = env.ops
+        self.backend = env.attention
+        self.weight_bytes = self.qkv.weight_bytes + self.out.weight_bytes
+
+    def remember(self, x: Tensor, step: Step, layer: int) -> Tensor:
+        """Writes the keys and values of x [T, hidden] to the cache; returns its queries [T, q_heads, head_dim]."""
+        target = KVSlots(step.kv.k[layer], step.kv.v[layer], step.batch.slots)
+        return self.ops.rope_store(self.qkv(x), self.layout, step.rope, step.batch.positions, target)
+
+    def look(self, q: Tensor, step: Step, layer: int) -> Tensor:
+        """What the queries find, [T, q_heads * head_dim], still to be projected by `out`."""
+        return self.backend.attend(q, step.kv.k[layer], step.kv.v[layer], step.plan)
+
+
+class MLP:
+    def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, prefix: str, env: Environment) -> None:
+        columns, bias = shard.intermediate, config.mlp_bias
+        projections = ((f"{prefix}.gate_proj", columns), (f"{prefix}.up_proj", columns))
+        self.gate_up = column_parallel(source, projections, bias, env.placement)
+        self.down = row_parallel(source, f"{prefix}.down_proj", columns, bias, env.comm, env.placement)
+        self.ops = env.ops
+        self.weight_bytes = self.gate_up.weight_bytes + self.down.weight_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.down(self.ops.silu_mul(self.gate_up(x)))
+
+
+class DecoderLayer:
+    def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, index: int, env: Environment) -> None:
+        prefix = f"model.layers.{index}"
+        self.input_norm = env.vector(source, f"{prefix}.input_layernorm.weight")
+        self.attention = Attention(config, shard, source, f"{prefix}.self_attn", env)
+        self.post_norm = env.vector(source, f"{prefix}.post_attention_layernorm.weight")
+        self.mlp = MLP(config, shard, source, f"{prefix}.mlp", env)
+
+
+class Decoder:
+    """One rank's share of the model. `vocab_start`, `vocab_local`: the token ids its logits are for."""
+
+    def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, env: Environment) -> None:
+        self.config = config
+        self.vocab_start = shard.vocab.start
+        self.vocab_local = shard.vocab.size
+        linears = "oneDNN-packed" if env.placement.packs else "torch"
+        self.backend_name = f"{env.ops.name} kernels, {env.attention.name} attention, {linears} linears"
+        self._env = env
+        self._rope = RotaryTable(config, env.placement.device)
+        table = self._vocab_rows(source, "model.embed_tokens.weight", shard, env.placement)
+        self._embed = VocabParallelEmbedding(table.to(env.placement.device), shard.vocab, env.comm)
+        self._layers = [DecoderLayer(config, shard, source, index, env) for index in range(config.num_layers)]
+        self._final_norm = env.vector(source, "model.norm.weight")
+        if not config.tie_embeddings:
+            table = self._vocab_rows(source, "lm_head.weight", shard, env.placement)
+        self._head = Linear(table, None, env.placement)
+        parts = (self._embed, self._head, *(layer.mlp for layer in self._layers), *(x.attention for x in self._layers))
+        self.weight_bytes = sum(part.weight_bytes for part in parts)
+
+    def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """Writes the K/V of the batch's tokens; returns the normalised hidden state [S, hidden] at `sample_index`."""
+        env, eps = self._env, self.config.rms_norm_eps
+        if kv.dtype is not env.kv_dtype:
+            raise ConfigError(f"a KV cache of {kv.dtype}: the model was loaded for {env.kv_dtype}")
+        plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
+        step = Step(batch, kv, self._rope.upto(batch.max_context), plan)
+        residual = self._embed(batch.token_ids)
+        x = env.ops.rms_norm(residual, self._layers[0].input_norm, eps)
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            q = layer.attention.remember(x, step, index)
+            if index == last and batch.sample_index.numel() == 0:
+                return x[:0]
+            x = layer.attention.look(q, step, index)
+            if index == last:  # no later layer looks at the other tokens, so only those that get logits go on
+                x, residual = x[batch.sample_index], residual[batch.sample_index]
+            x = env.ops.add_rms_norm(layer.attention.out(x), residual, layer.post_norm, eps)
+            following = self._layers[index + 1].input_norm if index < last else self._final_norm
+            x = env.ops.add_rms_norm(layer.mlp(x), residual, following, eps)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S, hidden], S > 0, to float32 [S, vocab_local], for token ids from `vocab_start` on."""
+        return self._head(hidden).float()
+
+    @staticmethod
+    def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:
+        return source.read(name, placement.dtype, 0, shard.vocab.start, shard.vocab.stop)
+
+
+@torch.inference_mode()
+def load_model(
+    config: ModelConfig,
+    source: WeightSource,
+    comm: Communicator,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype | None = None,
+    native: bool = True,
+    pack: bool = True,
+) -> Decoder:
+    """Reads this rank's share of the weights and puts the fastest kernels behind it.
+
+    kv_dtype: of the caches it will be given, `dtype` if None. native, pack: switches for the C kernels and for oneDNN's
+    weight layout; both are used only where they work. Raises ConfigError (too many ranks), CorruptWeights.
+    """
+    kv_dtype = kv_dtype or dtype
+    shard = shard_for(config, comm.rank, comm.world_size)
+    library = load_native() if native and native_serves(device, dtype, kv_dtype) else None
+    scale = config.head_dim**-0.5
+    ops: Ops = TorchOps() if library is None else NativeOps(library, dtype)
+    attention: AttentionBackend = TorchAttention(scale, config.sliding_window)
+    if library is not None:
+        attention = NativeAttention(library, scale, config.sliding_window)
+    return Decoder(config, shard, source, Environment(comm, Placement(device, dtype, pack), kv_dtype, ops, attention))

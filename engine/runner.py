@@ -1,0 +1,123 @@
+"""One step on one rank: from the mirror to a flat batch, through the model and the sampler, back to the mirror."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from treadle.transport.codec import unpack
+from treadle.transport.messages import RowFault, StepPlan, TokenLogprobs
+
+from .batch import ForwardBatch
+from .kv import KVCache
+from .model import Decoder
+from .rows import Int64, RowMirror, Work, spans
+from .sampling.sampler import Sampler
+from .sampling.state import SamplingState
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """tokens: int64, one per row that sampled, in plan order."""
+
+    tokens: Int64
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    faults: list[RowFault] = field(default_factory=list)
+
+
+class Runner:
+    """Owns what a rank holds between steps. `step` is the whole engine: everything else only serves it."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        kv: KVCache,
+        mirror: RowMirror,
+        sampling: SamplingState,
+        sampler: Sampler,
+        device: torch.device,
+    ) -> None:
+        self._model = model
+        self._kv = kv
+        self._mirror = mirror
+        self._sampling = sampling
+        self._sampler = sampler
+        self._device = device
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepOutcome:
+        work = self._mirror.apply(plan)
+        for row in unpack(plan.release).tolist():
+            self._sampling.stop(row)
+        for start in plan.start:
+            self._sampling.start(start.row, start)
+        scored = self._prompt_positions(work)
+        batch = self._batch(work, scored)
+        hidden = self._model.forward(batch, self._kv)
+        if batch.sample_index.numel() == 0:
+            self._mirror.commit(work, np.empty(0, np.int64))
+            return StepOutcome(np.empty(0, np.int64))
+        logits = self._model.logits(hidden)
+        return self._sample(work, logits, scored)
+
+    def _sample(self, work: Work, logits: torch.Tensor, scored: list[tuple[int, Int64, Int64]]) -> StepOutcome:
+        rows = work.rows[work.samples]
+        count = len(rows)
+        logprobs: list[TokenLogprobs] = []
+        offset = count
+        for row, positions, _ in scored:
+            targets = torch.from_numpy(self._mirror.tokens[row, positions + 1].astype(np.int64))
+            part = logits[offset : offset + len(positions)]
+            logprobs += self._sampler.prompt_logprobs(part, row, positions + 1, targets)
+            offset += len(positions)
+        if count == 0:
+            self._mirror.commit(work, np.empty(0, np.int64))
+            return StepOutcome(np.empty(0, np.int64), logprobs)
+        known = self._mirror.known[rows]
+        out = self._sampler.sample(logits[:count], rows, known, self._mirror.tokens_tensor, known)
+        sampled = out.tokens.cpu().numpy()
+        self._mirror.commit(work, sampled)
+        back = np.argsort(work.plan_order[work.samples], kind="stable")
+        return StepOutcome(sampled[back], logprobs + out.logprobs, out.faults)
+
+    def _prompt_positions(self, work: Work) -> list[tuple[int, Int64, Int64]]:
+        """(row, positions whose next prompt token is scored, their offsets in the flat batch) where asked for."""
+        if not self._sampling.any_prompt_logprobs:
+            return []
+        scored = []
+        for row, start, count, offset in spans(work):
+            last = min(start + count, int(self._mirror.prompt_len[row]) - 1)
+            if self._sampling.wants_prompt_logprobs(row) and last > start:
+                scored.append((row, np.arange(start, last), np.arange(offset, offset + last - start)))
+        return scored
+
+    def _batch(self, work: Work, scored: list[tuple[int, Int64, Int64]]) -> ForwardBatch:
+        mirror, counts = self._mirror, work.counts
+        ends = np.cumsum(counts)
+        if work.num_decode == len(counts):
+            rows, positions = work.rows, work.starts
+        else:
+            rows = np.repeat(work.rows, counts)
+            positions = np.arange(ends[-1]) - np.repeat(ends - counts, counts) + np.repeat(work.starts, counts)
+        blocks = mirror.table[rows, positions // mirror.block_size].astype(np.int64)
+        context = (work.starts + counts).astype(np.int32)
+        longest = int(context.max())
+        pages = -(-longest // mirror.block_size)
+        last = (ends - 1)[work.samples]
+        return ForwardBatch(
+            token_ids=self._tensor(mirror.tokens[rows, positions].astype(np.int64)),
+            positions=self._tensor(positions),
+            slots=self._tensor(blocks * mirror.block_size + positions % mirror.block_size),
+            query_starts=[0, *ends.tolist()],
+            context_lens=self._tensor(context),
+            max_context=longest,
+            block_tables=self._tensor(np.ascontiguousarray(mirror.table[work.rows, :pages])),
+            num_decode=work.num_decode,
+            sample_index=self._tensor(np.concatenate([last, *(offsets for _, _, offsets in scored)])),
+        )
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)

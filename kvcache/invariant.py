@@ -1,0 +1,13 @@
+"""The error of `check()` methods: a promise that the code makes to itself is broken."""
+
+from __future__ import annotations
+
+
+class CoreInvariantError(AssertionError):
+    """A bug in this package, never a caller's mistake; the message says which promise and where."""
+
+
+def require(condition: object, message: str) -> None:
+    """Raises CoreInvariantError with `message` when `condition` is false. For check() methods only."""
+    if not condition:
+        raise CoreInvariantError(message)

@@ -1,0 +1,1 @@
+"""Requests: admission, order, batching, preemption, plans and results, supervision. Never imports torch."""

@@ -1,0 +1,63 @@
+"""What the core needs to know before it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from treadle.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoreConfig:
+    """Sizes and limits of one scheduler core. Raises ConfigError when a value makes no sense.
+
+    num_blocks, block_size: of the KV cache, the null block included; tokens per block.
+    max_num_seqs: rows. max_num_batched_tokens: budget of one step. max_model_len: prompt and output together.
+    vocab_size: token ids are in [0, vocab_size). pipeline_depth: plans in flight; 1 is synchronous.
+    max_prefill_chunk: most tokens of one prompt in one step; None is what the budget leaves.
+    max_waiting_requests, max_waiting_tokens: over these `add` raises Overloaded; a continuation counts as one.
+    max_engine_failures: a request in flight at that many engine deaths, with no token in between, fails.
+    """
+
+    num_blocks: int
+    vocab_size: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 2048
+    pipeline_depth: int = 2
+    prefix_cache: bool = True
+    max_prefill_chunk: int | None = None
+    max_waiting_requests: int = 4096
+    max_waiting_tokens: int = 8 << 20
+    eos_token_ids: tuple[int, ...] = ()
+    max_engine_failures: int = 2
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("num_blocks", self.num_blocks, 2),
+            ("vocab_size", self.vocab_size, 1),
+            ("block_size", self.block_size, 1),
+            ("max_num_seqs", self.max_num_seqs, 1),
+            ("max_num_batched_tokens", self.max_num_batched_tokens, 1),
+            ("max_model_len", self.max_model_len, 2),
+            ("pipeline_depth", self.pipeline_depth, 1),
+            ("max_waiting_requests", self.max_waiting_requests, 1),
+            ("max_waiting_tokens", self.max_waiting_tokens, 1),
+            ("max_engine_failures", self.max_engine_failures, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{name}={value}: it must be at least {least}")
+        if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
+            raise ConfigError(f"max_prefill_chunk={self.max_prefill_chunk}: it must be at least 1, or None")
+        if self.capacity < 2:
+            raise ConfigError(f"num_blocks={self.num_blocks} with block_size=1: no sequence of two tokens fits")
+
+    @property
+    def capacity(self) -> int:
+        """Longest sequence, prompt and output, that can ever run."""
+        return min(self.max_model_len, (self.num_blocks - 1) * self.block_size)
+
+    @property
+    def max_blocks_per_row(self) -> int:
+        return -(-self.max_model_len // self.block_size)

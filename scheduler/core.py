@@ -1,0 +1,344 @@
+"""The scheduler core: events in, plans and outputs out. No clock, no socket, no thread, no randomness of its own.
+
+    core.add(submit, now)        a request begins to wait
+    core.plan(now)               the next step, or None
+    core.apply(result, now)      what that step brought; results come in the order of the plans
+    core.abort(id, now)          at any time
+    core.reset(now)              the engine died; everything unfinished will be computed again
+    core.expire(now)             deadlines, at `next_deadline()`
+
+`scheduler/planner.py` has the policy, `scheduler/rows.py` the state of what runs, docs/scheduler.md the walk of a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+
+from treadle.errors import EngineFailed, ProtocolError, RequestFailed
+from treadle.transport.codec import Int32, pack, unpack
+from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Submit, TokenLogprobs
+
+from .admission import Admission
+from .config import CoreConfig
+from .invariants import CoreInvariantError as CoreInvariantError
+from .invariants import check_core
+from .ordered_queue import OrderedQueue
+from .planner import Flight, Planner
+from .request import NO_ROW, Output, Outputs, Request, Sequence
+from .rows import Int64, Rows1D
+from .running import Running
+from .waiting import Waiting
+
+Details = dict[Sequence, Output]
+
+
+class Core:
+    """One scheduler. draw_seed: an unsigned 64-bit seed for a request that brings none."""
+
+    def __init__(self, config: CoreConfig, draw_seed: Callable[[], int]) -> None:
+        self.config = config
+        self._running = Running(config)
+        self._waiting = Waiting()
+        self._planner = Planner(config, self._running, self._waiting)
+        self._admission = Admission(config, draw_seed)
+        self._requests: dict[str, Request] = {}
+        self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
+        self._flights: deque[Flight] = deque()
+        self._unsaid: list[Output] = []
+        self._stop_refs = np.zeros(config.vocab_size, np.int32)
+        self._step = 0
+        self._finished = 0
+        self._recoveries = 0
+        self._generated = 0
+
+    # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, submit: Submit, now: float) -> Request:
+        """A request begins to wait. `submit.params` has been checked by `check_params`.
+
+        Raises InvalidRequest and its kinds (empty prompt, ids out of range, a prompt that can never fit, an id that
+        is in use), and Overloaded. Nothing has changed then.
+        """
+        request = self._admission.accept(submit, now, self._waiting, self._requests)
+        self._requests[request.id] = request
+        for sequence in request.sequences:
+            self._waiting.push(sequence)
+        if request.deadline is not None:
+            self._deadlines.push(_deadline_key(request), request)
+        self._stop_refs[list(request.stop_ids)] += 1
+        return request
+
+    def abort(self, request_id: str, now: float, index: int = -1) -> list[Output]:
+        """Ends a request wherever it is, or one continuation of it; what is unknown or has ended is left alone."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        if index < 0:
+            return self._end_request(request, "abort", now)
+        chosen = request.sequences[index : index + 1]
+        return [self._end(Output(sequence), "abort", now) for sequence in chosen if not sequence.finish]
+
+    def expire(self, now: float) -> list[Output]:
+        """Ends the requests whose deadline has passed, and hands out what `plan` found so."""
+        outputs, self._unsaid = self._unsaid, []
+        while (key := self._deadlines.first_key()) is not None and key[0] <= now:
+            request = self._deadlines.first()
+            if request is not None:
+                outputs += self._end_request(request, "deadline", now)
+        return outputs
+
+    def next_deadline(self) -> float | None:
+        """When to call `expire`; a time that has passed means now."""
+        if self._unsaid:
+            return 0.0
+        key = self._deadlines.first_key()
+        return None if key is None else key[0]
+
+    # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step; None when nothing can run now or `pipeline_depth` plans are in flight."""
+        if len(self._flights) >= self.config.pipeline_depth:
+            return None
+        self._unsaid = self.expire(now)
+        composed = self._planner.compose(self._step)
+        if composed is None:
+            return None
+        plan, flight = composed
+        self._flights.append(flight)
+        self._step += 1
+        return plan
+
+    def apply(self, result: StepResult, now: float) -> Outputs:
+        """Commits what the oldest step in flight brought.
+
+        A sequence that has ended meanwhile gets nothing: its token is discarded. One that was preempted meanwhile
+        gets its token. Raises ProtocolError, before anything has changed, for a result that does not fit the plan.
+        """
+        flight = self._expect(result)
+        rows, admissions = flight.sampled()
+        tokens = self._read_tokens(result, rows)
+        self._flights.popleft()
+        outputs = Outputs(others=self.expire(now))
+        for fault in result.faults:
+            self._fail_row(flight, fault, outputs, now)
+        details = self._details(flight, result.logprobs) if result.logprobs else {}
+        live = self._running.rows.admission[rows] == admissions
+        if not live.all():
+            self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
+            rows, tokens = rows[live], tokens[live]
+        if rows.size:
+            self._commit(rows, tokens, outputs, details, now)
+        outputs.others += details.values()
+        self._clear_trial(outputs)
+        return outputs
+
+    def reset(self, now: float) -> list[Output]:
+        """The engine group died: plans in flight, rows and K/V are gone.
+
+        Whoever ran waits again in its old place with its committed tokens. A request that was in flight at
+        `max_engine_failures` deaths in a row, and brought no token in between, ends with "error".
+        """
+        suspects = self._in_flight_requests()
+        self._flights.clear()
+        for sequence in self._running.forget():
+            self._waiting.push(sequence)
+        self._recoveries += 1
+        outputs: list[Output] = []
+        for request in suspects:
+            request.failures += 1
+            if request.failures >= self.config.max_engine_failures:
+                message = f"the engine died {request.failures} times in a row while this request was running"
+                outputs += self._end_request(request, "error", now, EngineFailed.code, message)
+        return outputs
+
+    # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def in_flight(self) -> int:
+        """Plans whose result has not come."""
+        return len(self._flights)
+
+    @property
+    def has_work(self) -> bool:
+        """Some request is unfinished."""
+        return bool(self._requests)
+
+    def stats(self) -> Stats:
+        pool = self._running.cache.pool
+        return Stats(
+            step=self._step,
+            running=self._running.rows.count,
+            waiting=len(self._waiting),
+            finished=self._finished,
+            preemptions=self._planner.preemptions,
+            recoveries=self._recoveries,
+            refused=self._admission.refused,
+            prompt_tokens=self._running.prompt_tokens,
+            cached_prompt_tokens=self._running.cached_prompt_tokens,
+            generated_tokens=self._generated,
+            blocks_total=pool.total,
+            blocks_used=pool.used,
+            blocks_cached=pool.cached,
+            evictions=pool.evictions,
+        )
+
+    def check(self) -> None:
+        """Raises CoreInvariantError with what is wrong. Slow; for tests and debugging, after any event."""
+        check_core(self.config, self._running, self._waiting, self._flights, self._requests, self._stop_refs)
+
+    # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _expect(self, result: StepResult) -> Flight:
+        if not self._flights:
+            raise ProtocolError(f"a result of step {result.step}, and no step is in flight")
+        flight = self._flights[0]
+        if result.step != flight.step:
+            raise ProtocolError(f"a result of step {result.step} where step {flight.step} is next")
+        return flight
+
+    def _read_tokens(self, result: StepResult, rows: Rows1D) -> Int32:
+        """One id per sampling row. A row that reports a fault has one too, of any value."""
+        tokens = unpack(result.tokens)
+        if tokens.size != rows.size:
+            raise ProtocolError(f"step {result.step}: {tokens.size} tokens for {rows.size} rows that sample")
+        outside = np.flatnonzero(tokens.view(np.uint32) >= self.config.vocab_size)
+        if outside.size and not {fault.row for fault in result.faults}.issuperset(rows[outside].tolist()):
+            raise ProtocolError(f"step {result.step}: sampled ids outside [0, {self.config.vocab_size})")
+        return tokens
+
+    def _commit(self, rows: Rows1D, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
+        """The hot path: vectors for everybody, Python only for rows that end or carry details."""
+        arrays = self._running.rows
+        length = arrays.commit(rows, tokens)
+        self._running.publish_decoded(rows)
+        self._generated += rows.size
+        sequences: list[Sequence] = arrays.owner[rows].tolist()
+        values: list[int] = tokens.tolist()
+        ending = (length >= arrays.limit[rows]) | (self._stop_refs[tokens] > 0)
+        special = range(rows.size) if details else np.flatnonzero(ending).tolist()
+        for i in reversed(special):
+            output = self._settle(sequences[i], values[i], int(length[i]), details, now)
+            if output is not None:
+                outputs.others.append(output)
+                del sequences[i], values[i]
+        outputs.sequences += sequences
+        outputs.tokens += values
+
+    def _commit_parked(self, admissions: Int64, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
+        """Tokens of rows that are no longer: those of preempted sequences count, the rest is discarded."""
+        for admission, token in zip(admissions.tolist(), tokens.tolist(), strict=True):
+            sequence = self._running.parked.get(admission)
+            if sequence is None:
+                continue
+            self._waiting.extend(sequence, pack([token]))
+            self._generated += 1
+            sequence.request.failures = 0
+            sequence.in_flight -= 1
+            if not sequence.in_flight:
+                del self._running.parked[admission]
+            output = self._settle(sequence, token, sequence.known, details, now)
+            outputs.others.append(output or Output(sequence, [token]))
+
+    def _settle(self, sequence: Sequence, token: int, length: int, details: Details, now: float) -> Output | None:
+        """Ends the sequence if this token does; None when there is nothing to say but the token."""
+        output = details.pop(sequence, None)
+        request = sequence.request
+        if token in request.stop_ids and length >= request.floor:
+            output = self._end(output or Output(sequence), "stop", now)
+            output.stop_token = token
+        elif length >= request.limit:
+            output = self._end(output or Output(sequence), "length", now)
+        if output is not None:
+            output.tokens.append(token)
+        return output
+
+    def _clear_trial(self, outputs: Outputs) -> None:
+        trial = self._planner.trial
+        if trial is not None and any(output.tokens and output.sequence.request is trial for output in outputs.each()):
+            trial.failures = 0
+            self._planner.trial = None
+
+    def _details(self, flight: Flight, logprobs: list[TokenLogprobs]) -> Details:
+        """Log-probabilities by the sequence they belong to; prompt positions that were delivered before are dropped."""
+        owners = self._owners(flight)
+        details: Details = {}
+        for item in logprobs:
+            sequence = owners.get(item.row)
+            if sequence is None:
+                continue
+            output = details.get(sequence) or Output(sequence)
+            if item.position >= sequence.request.prompt_len:
+                output.logprobs.append(item)
+            elif item.position > sequence.prompt_logprobs_to:
+                output.prompt_logprobs.append(item)
+                sequence.prompt_logprobs_to = item.position
+            else:
+                continue
+            details[sequence] = output
+        return details
+
+    def _owners(self, flight: Flight) -> dict[int, Sequence]:
+        """Whose the rows of the step are; rows whose sequence has ended are left out."""
+        arrays, parked = self._running.rows, self._running.parked
+        owners: dict[int, Sequence] = {}
+        for row, admission in zip(flight.rows.tolist(), flight.admissions.tolist(), strict=True):
+            sequence = arrays.owner[row] if arrays.admission[row] == admission else parked.get(admission)
+            if sequence is not None:
+                owners[row] = sequence
+        return owners
+
+    def _fail_row(self, flight: Flight, fault: RowFault, outputs: Outputs, now: float) -> None:
+        sequence = self._owners(flight).get(fault.row)
+        if sequence is None:
+            return
+        if sequence.row != NO_ROW:
+            self._running.withdraw(sequence.row)
+        failed = Output(sequence, error_code=RequestFailed.code, error=fault.message)
+        outputs.others.append(self._end(failed, "error", now))
+
+    def _in_flight_requests(self) -> list[Request]:
+        """Whose work the engine had when it died, in a fixed order."""
+        sequences = (sequence for flight in self._flights for sequence in self._owners(flight).values())
+        return list(dict.fromkeys(sequence.request for sequence in sequences))
+
+    # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _end_request(
+        self, request: Request, finish: str, now: float, error_code: str = "", error: str = ""
+    ) -> list[Output]:
+        return [
+            self._end(Output(sequence, error_code=error_code, error=error), finish, now)
+            for sequence in request.sequences
+            if not sequence.finish
+        ]
+
+    def _end(self, output: Output, finish: str, now: float) -> Output:
+        """The one way out: a sequence ends here, once, and gives back all it has."""
+        sequence, request = output.sequence, output.sequence.request
+        if sequence.row != NO_ROW:
+            self._running.stop(sequence)
+        else:
+            self._waiting.remove(sequence)
+            self._running.parked.pop(sequence.admission, None)
+        sequence.tokens = b""
+        sequence.finish = output.finish = finish
+        request.unfinished -= 1
+        self._admission.note_end(now)
+        if not request.unfinished:
+            self._forget(request)
+        return output
+
+    def _forget(self, request: Request) -> None:
+        del self._requests[request.id]
+        if request.deadline is not None:
+            self._deadlines.remove(_deadline_key(request))
+        self._stop_refs[list(request.stop_ids)] -= 1
+        self._finished += 1
+
+
+def _deadline_key(request: Request) -> tuple[float, int]:
+    return request.deadline or 0.0, request.sequences[0].order

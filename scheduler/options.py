@@ -1,0 +1,109 @@
+"""Every option of a service, in one place. Unknown names are errors, wrong values say what is allowed."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from treadle.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("cpu", "cuda")
+
+
+class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Options of one scheduler with its engine group.
+
+    tensor_parallel_size: engine ranks. device: "cpu" or "cuda". dtype: of weights and activations; "auto" takes
+    bfloat16 where the device has it and float32 elsewhere. kv_dtype: of the cache, "" for the same. block_size: tokens.
+    num_blocks: of the cache; 0 takes them from kv_cache_bytes per rank; 0 again from what is free.
+    max_num_seqs: rows. max_num_batched_tokens: budget of a step. max_prefill_chunk: of one request in a step, None is
+    the budget. max_model_len: tokens of prompt and output, 0 is the model's own.
+    pipeline_depth: steps in flight, 1 is synchronous. prefix_cache, native: switches. threads: of each rank.
+    max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
+    max_restarts: of the engine group without a finished step in between, before the service gives up.
+    random_weights: benchmarks only; the answers mean nothing. seed: of random weights and of the seeds of requests
+    that bring none; None draws one. debug: poisons freed memory and checks the core after every event.
+    """
+
+    tensor_parallel_size: int = 1
+    device: str = "cpu"
+    dtype: str = "auto"
+    kv_dtype: str = ""
+    block_size: int = 16
+    num_blocks: int = 0
+    kv_cache_bytes: int = 0
+    max_num_seqs: int = 128
+    max_num_batched_tokens: int = 2048
+    max_prefill_chunk: int | None = None
+    max_model_len: int = 0
+    pipeline_depth: int = 2
+    prefix_cache: bool = True
+    native: bool = True
+    threads: int = 1
+    max_waiting_requests: int = 4096
+    max_waiting_tokens: int = 4_000_000
+    start_timeout: float = 600.0
+    step_timeout: float = 120.0
+    stop_timeout: float = 5.0
+    max_restarts: int = 3
+    random_weights: bool = False
+    seed: int | None = None
+    debug: bool = False
+
+
+def service_options(**values: object) -> ServiceOptions:
+    """ServiceOptions of checked values. Raises ConfigError that names the option and what is allowed."""
+    try:
+        options = msgspec.convert(values, ServiceOptions, strict=True)
+    except msgspec.ValidationError as error:
+        known = ", ".join(field.name for field in msgspec.structs.fields(ServiceOptions))
+        raise ConfigError(f"options: {error}; known options: {known}") from error
+    for name, low, high in (
+        ("tensor_parallel_size", 1, 64),
+        ("block_size", 1, 1024),
+        ("num_blocks", 0, 1 << 30),
+        ("kv_cache_bytes", 0, 1 << 50),
+        ("max_num_seqs", 1, 65_536),
+        ("max_num_batched_tokens", 1, 1 << 20),
+        ("max_model_len", 0, 1 << 24),
+        ("pipeline_depth", 1, 8),
+        ("threads", 1, 1024),
+        ("max_waiting_requests", 1, 1 << 30),
+        ("max_waiting_tokens", 1, 1 << 40),
+        ("start_timeout", 0.1, 86_400),
+        ("step_timeout", 0.1, 86_400),
+        ("stop_timeout", 0.0, 3_600),
+        ("max_restarts", 0, 1_000),
+    ):
+        value = values.get(name, low)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ConfigError(f"{name}={value!r}: a number from {low} to {high} is allowed")
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={value!r}: allowed is {low} to {high}")
+    if options.max_prefill_chunk is not None and options.max_prefill_chunk < 1:
+        raise ConfigError(f"max_prefill_chunk={options.max_prefill_chunk}: allowed is None or at least 1")
+    if options.num_blocks == 1:
+        raise ConfigError("num_blocks=1: the first block is kept empty, so at least 2 are needed (0 is automatic)")
+    if options.device not in DEVICES:
+        raise ConfigError(f"device={options.device!r}: allowed are {', '.join(DEVICES)}")
+    if options.dtype not in ("auto", *DTYPES):
+        raise ConfigError(f"dtype={options.dtype!r}: allowed are auto, {', '.join(DTYPES)}")
+    if options.kv_dtype not in ("", *DTYPES):
+        raise ConfigError(f"kv_dtype={options.kv_dtype!r}: allowed are '' (as dtype), {', '.join(DTYPES)}")
+    return options
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the scheduler needs to know of the model.
+
+    path: of the weights. context: the most tokens that the model was made for. max_ranks: of tensor parallelism.
+    """
+
+    name: str
+    path: str
+    vocab_size: int
+    context: int
+    max_ranks: int
+    eos_token_ids: tuple[int, ...]

@@ -1,0 +1,122 @@
+"""Requests, their sequences, and what comes out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from treadle.transport.messages import Row, SamplingParams, TokenLogprobs
+
+NO_ROW = Row(-1)
+_MASK = (1 << 64) - 1
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """Seed of continuation `index`, unsigned 64 bit. Continuation 0 has the request's own, so n=1 equals its first.
+
+    The others are outputs of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014).
+    """
+    if index == 0:
+        return seed & _MASK
+    value = (seed + index * 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One prompt and its `n` continuations.
+
+    context: free for whoever owns the core, to route outputs without a look-up.
+    deadline: absolute time, None is none. stop_ids: token ids that end a continuation, EOS among them.
+    limit: tokens, prompt included, at which a continuation ends. floor: stop ids do not count below it.
+    failures: engine deaths in a row that found it in flight. running: how many of its sequences have a row.
+    """
+
+    id: str
+    params: SamplingParams
+    salt: str
+    prompt_len: int
+    limit: int
+    floor: int
+    stop_ids: frozenset[int]
+    ban: bytes
+    deadline: float | None
+    context: object = None
+    sequences: list[Sequence] = field(default_factory=list)
+    unfinished: int = 0
+    running: int = 0
+    failures: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation. It waits, or runs (has a row), or has ended (`finish` says why).
+
+    order: lower goes first; unique.
+    tokens: int32 bytes, prompt and committed output; while it runs, as they were when it started.
+    admission: number of its latest admission.
+    in_flight: tokens of that admission that are still to come back after it was preempted.
+    cached_tokens: prompt tokens served from the prefix cache at the first admission, -1 before.
+    prompt_logprobs_to: prompt positions up to here have been delivered.
+    wanted: free blocks that it asked for when last tried in vain, so that it is not looked up again at every step.
+    """
+
+    request: Request
+    index: int
+    seed: int
+    order: int
+    tokens: bytes
+    row: Row = NO_ROW
+    admission: int = 0
+    in_flight: int = 0
+    cached_tokens: int = -1
+    prompt_logprobs_to: int = 0
+    wanted: int = 0
+    finish: str = ""
+
+    @property
+    def known(self) -> int:
+        """Committed tokens; only while it has no row."""
+        return len(self.tokens) // 4
+
+
+@dataclass(slots=True, eq=False)
+class Output:
+    """What a step brought to one sequence beyond a plain token. The fields are those of the wire's `Delta`."""
+
+    sequence: Sequence
+    tokens: list[int] = field(default_factory=list)
+    finish: str = ""
+    stop_token: int = -1
+    error_code: str = ""
+    error: str = ""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def cached_tokens(self) -> int:
+        return max(0, self.sequence.cached_tokens)
+
+
+@dataclass(slots=True, eq=False)
+class Outputs:
+    """What a step brought to everybody: a sequence appears once, in one of the two forms.
+
+    sequences, tokens: parallel; each got this one token and goes on. This is the bulk, so it has no objects.
+    others: those that ended, or carry log-probabilities, or both.
+    """
+
+    sequences: list[Sequence] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    others: list[Output] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[Output]:
+        return [output for output in self.others if output.finish]
+
+    def each(self) -> Iterator[Output]:
+        """Everything in the long form, for callers that do not mind an object per token."""
+        yield from (Output(sequence, [token]) for sequence, token in zip(self.sequences, self.tokens, strict=True))
+        yield from self.others

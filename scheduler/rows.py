@@ -1,0 +1,101 @@
+"""What a step needs to know of the sequences that run, as a structure of arrays indexed by row.
+
+Three counters say everything about a row's progress:
+
+- `known`: committed tokens. Only `commit` moves it.
+- `frontier`: known tokens and those that planned steps will sample. Only planning moves it.
+- `computed`: tokens whose K/V exists once all planned steps have run. Only planning moves it.
+
+A row *needs* `frontier - computed` tokens; one is a decode, more is a prefill. A row with `frontier == limit` has
+everything planned that it will ever get. A row that is free has zero in all of them and so never needs anything.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from treadle.kvcache import BlockId, Parent
+from treadle.transport.codec import Int32
+
+from .request import Sequence
+
+Rows1D = npt.NDArray[np.intp]
+Int64 = npt.NDArray[np.int64]
+
+NOBODY = np.iinfo(np.int64).min
+NEVER = np.iinfo(np.int32).max
+
+
+class Rows:
+    """The arrays. tokens: int32 [rows, max_len], table: int32 [rows, max_blocks], the others one number per row.
+
+    limit: tokens at which the row ends. nblocks: entries of its block table. publish_at: committed tokens at which
+    its next block is full and can be published. admission: unique number of the row's present use, 0 when free.
+    order: of its sequence, NOBODY when free. owner: its sequence. chain: where its next published block hangs.
+    Big arrays come from `np.zeros`, so memory is touched only where a row has been.
+    """
+
+    def __init__(self, max_rows: int, max_len: int, max_blocks: int) -> None:
+        self.tokens: Int32 = np.zeros((max_rows, max_len), np.int32)
+        self.table: Int32 = np.zeros((max_rows, max_blocks), np.int32)
+        self.known: Int32 = np.zeros(max_rows, np.int32)
+        self.frontier: Int32 = np.zeros(max_rows, np.int32)
+        self.computed: Int32 = np.zeros(max_rows, np.int32)
+        self.limit: Int32 = np.zeros(max_rows, np.int32)
+        self.nblocks: Int32 = np.zeros(max_rows, np.int32)
+        self.publish_at: Int32 = np.full(max_rows, NEVER, np.int32)
+        self.admission: Int64 = np.zeros(max_rows, np.int64)
+        self.order: Int64 = np.full(max_rows, NOBODY, np.int64)
+        self.owner: npt.NDArray[np.object_] = np.full(max_rows, None, np.object_)
+        self.chain: list[Parent] = [""] * max_rows
+        self.free = list(range(max_rows - 1, -1, -1))
+
+    @property
+    def count(self) -> int:
+        """Rows in use."""
+        return len(self.admission) - len(self.free)
+
+    def occupy(self, sequence: Sequence, admission: int, blocks: list[BlockId], computed: int) -> int:
+        """Gives the sequence a free row that holds its tokens and block table; returns the row."""
+        row = self.free.pop()
+        tokens = np.frombuffer(sequence.tokens, np.int32)
+        self.tokens[row, : tokens.size] = tokens
+        self.table[row, : len(blocks)] = blocks
+        self.known[row] = self.frontier[row] = tokens.size
+        self.computed[row] = computed
+        self.limit[row] = sequence.request.limit
+        self.nblocks[row] = len(blocks)
+        self.admission[row] = admission
+        self.order[row] = sequence.order
+        self.owner[row] = sequence
+        return row
+
+    def vacate(self, row: int) -> None:
+        self.known[row] = self.frontier[row] = self.computed[row] = self.limit[row] = self.nblocks[row] = 0
+        self.publish_at[row] = NEVER
+        self.admission[row] = 0
+        self.order[row] = NOBODY
+        self.owner[row] = None
+        self.free.append(row)
+
+    def blocks_of(self, row: int) -> list[BlockId]:
+        blocks: list[BlockId] = self.table[row, : self.nblocks[row]].tolist()
+        return blocks
+
+    def append_blocks(self, rows: Rows1D, blocks: list[BlockId]) -> None:
+        self.table[rows, self.nblocks[rows]] = blocks
+        self.nblocks[rows] += 1
+
+    def advance(self, rows: Rows1D) -> None:
+        """Plans one token of each: its K/V, and a sample."""
+        self.computed[rows] += 1
+        self.frontier[rows] += 1
+
+    def commit(self, rows: Rows1D, tokens: Int32) -> Int32:
+        """Appends the token that came back to each row; returns their lengths now."""
+        position = self.known[rows]
+        self.tokens[rows, position] = tokens
+        length = position + np.int32(1)
+        self.known[rows] = length
+        return length

@@ -1,0 +1,388 @@
+"""The scheduler service: the sans-IO core, an engine group, and the asyncio between them.
+
+One step's way: `core.plan` → encode once → the same bytes to every rank → results of all ranks → digests agree →
+`core.apply` → the next plan is sent → deltas go to their sinks. Up to `pipeline_depth` steps are on their way at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from treadle.errors import EngineFailed, ModelError, ProtocolError, ServiceClosed, TreadleError
+from treadle.transport.codec import Digest, engine_codec
+from treadle.transport.endpoints import RuntimeDir
+from treadle.transport.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Configure,
+    Delta,
+    Health,
+    InfoRequest,
+    Refused,
+    ServerInfo,
+    ServiceMessage,
+    Stats,
+    StepResult,
+    Submit,
+    TokenizerInfo,
+)
+from treadle.transport.params import check_params
+
+from .core import Core
+from .delivery import Route, Sink
+from .engine_group import Death, EngineGroup
+from .options import ModelFacts, ServiceOptions
+from .request import Output, Outputs, Sequence as RequestSequence
+from .setup import configure_message, core_config
+
+logger = logging.getLogger("treadle")
+_BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step on its way: when it was sent, its bytes, and who has answered."""
+
+    step: int
+    sent_at: float
+    frame: bytes
+    results: dict[int, StepResult] = field(default_factory=dict)
+
+
+class Service:
+    """All methods run on the loop that called `start`. Requests come with the sink that their deltas go to."""
+
+    def __init__(
+        self,
+        facts: ModelFacts,
+        options: ServiceOptions,
+        tokenizer_info: Callable[[], TokenizerInfo | None],
+        leftovers: Sequence[Path] = (),
+    ) -> None:
+        self.facts = facts
+        self.options = options
+        self.incarnation = secrets.token_hex(8)
+        self.bad_frames = 0
+        self.failed = asyncio.Event()
+        self._tokenizer_info = tokenizer_info
+        self._leftovers = leftovers
+        self._configure: Configure | None = None
+        self._runtime: RuntimeDir | None = None
+        self._core: Core | None = None
+        self._group: EngineGroup | None = None
+        self._groups = 0
+        self._state = "starting"
+        self._detail = ""
+        self._flights: deque[_Flight] = deque()
+        self._digest = Digest()
+        self._codec = engine_codec()
+        self._recoveries = 0
+        self._failures_in_a_row = 0
+        self._recovery: asyncio.Task[None] | None = None
+        self._step_timer: asyncio.TimerHandle | None = None
+        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._steps = 0
+
+    # ── life ──
+
+    async def start(self) -> None:
+        """Starts the engine group and waits until it is ready. Raises ModelError, ConfigError, EngineStartFailed."""
+        self._loop = asyncio.get_running_loop()
+        self._runtime = RuntimeDir()
+        try:
+            self._configure = configure_message(self.facts, self.options, self._runtime.path)
+            ready = await self._start_group()
+        except BaseException:
+            await self.close()
+            raise
+        config = core_config(self.facts, self.options, ready.num_blocks, self._configure.max_model_len)
+        self._core = Core(config, draw_seed=lambda: secrets.randbits(64))
+        self._state = "ready"
+
+    async def close(self) -> None:
+        """Stops the engines and removes every file; requests still open get no more deltas. Safe to call twice."""
+        self._state = "closed"
+        for timer in (self._step_timer, self._deadline_timer):
+            if timer is not None:
+                timer.cancel()
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
+        if self._group is not None:
+            await self._group.stop(self.options.stop_timeout)
+            self._group = None
+        if self._runtime is not None:
+            self._runtime.remove()
+
+    @property
+    def engine_pids(self) -> list[int]:
+        return self._group.pids if self._group is not None else []
+
+    # ── requests ──
+
+    def submit(self, message: Submit, sink: Sink) -> None:
+        """Accepts a request or raises its typed error; nothing else is disturbed by a bad one."""
+        core = self._accepting()
+        check_params(message.params, self.facts.vocab_size)
+        if message.id in sink.open:
+            raise ProtocolError(f"request id {message.id!r} is in use")
+        request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
+        request.context = Route(sink, message.id)
+        sink.open[message.id] = message.params.n
+        self._pump()
+
+    def abort(self, message: Abort, sink: Sink) -> None:
+        if self._core is not None:
+            self._deliver(self._core.abort(f"{sink.name}/{message.id}", self._loop.time(), message.index))
+            self._pump()
+
+    def detach(self, sink: Sink) -> None:
+        """The receiver is gone: its requests end."""
+        for request_id in list(sink.open):
+            self.abort(Abort(request_id), sink)
+
+    def answer(self, request: InfoRequest) -> ServiceMessage:
+        """What an InfoRequest asks for."""
+        if request.kind == "stats":
+            return msgspec.structs.replace(self.stats(), id=request.id)
+        if request.kind == "health":
+            return msgspec.structs.replace(self.health(), id=request.id)
+        if request.kind == "server":
+            return self._server_info(request.id)
+        if request.kind == "tokenizer":
+            info = self._tokenizer_info()
+            if info is None:
+                return Refused(request.id, ModelError.code, "this model came without a tokenizer: send token ids")
+            return msgspec.structs.replace(info, id=request.id)
+        return Refused(
+            request.id, "invalid_request", f"kind {request.kind!r}: allowed are server, tokenizer, stats, health"
+        )
+
+    def stats(self) -> Stats:
+        if self._core is None:
+            return Stats()
+        return msgspec.structs.replace(
+            self._core.stats(), step=self._steps, recoveries=self._recoveries, bad_frames=self.bad_frames
+        )
+
+    def health(self) -> Health:
+        age = self._loop.time() - self._flights[0].sent_at if self._flights else 0.0
+        return Health(state=self._state, detail=self._detail, step=self._steps, step_age=age)
+
+    # ── the step ──
+
+    def _pump(self) -> None:
+        if self._core is None or self._group is None or self._state != "ready":
+            return
+        while (plan := self._core.plan(self._loop.time())) is not None:
+            frame = self._codec.encode(plan)
+            self._flights.append(_Flight(plan.step, self._loop.time(), frame))
+            self._group.broadcast(frame)
+            if self._state != "ready":
+                return
+        self._check_core()
+        self._arm_timers()
+
+    def _on_result(self, result: StepResult) -> None:
+        if self._state != "ready":
+            return
+        flight = next((f for f in self._flights if f.step == result.step), None)
+        if flight is None or result.rank in flight.results:
+            self._on_death(Death(result.rank, result.step, ProtocolError(f"an answer to step {result.step}, unasked")))
+            return
+        flight.results[result.rank] = result
+        while self._flights and len(self._flights[0].results) == self.options.tensor_parallel_size:
+            self._finish(self._flights.popleft())
+
+    def _finish(self, flight: _Flight) -> None:
+        if self._core is None:
+            return
+        result = flight.results[0]
+        self._digest.add(flight.frame)
+        digest = self._digest.add(result.tokens)
+        for rank, answer in flight.results.items():
+            if answer.digest != digest:
+                self._on_death(Death(rank, flight.step, EngineFailed(f"rank {rank} disagrees at step {flight.step}")))
+                return
+        try:
+            outputs = self._core.apply(result, self._loop.time())
+        except ProtocolError as error:
+            self._on_death(Death(0, flight.step, error))
+            return
+        self._steps += 1
+        self._failures_in_a_row = 0
+        self._pump()  # the engines first, the readers after
+        self._deliver_step(outputs)
+
+    def _check_core(self) -> None:
+        if self.options.debug and self._core is not None:
+            self._core.check()
+
+    # ── delivery ──
+
+    def _deliver_step(self, outputs: Outputs) -> None:
+        dirty: dict[Sink, None] = {}
+        for sequence, token in zip(outputs.sequences, outputs.tokens, strict=True):
+            route = _route(sequence)
+            route.sink.put(Delta(route.request_id, sequence.index, [token]))
+            dirty[route.sink] = None
+        self._deliver(outputs.others, dirty)
+
+    def _deliver(self, outputs: Iterable[Output], dirty: dict[Sink, None] | None = None) -> None:
+        dirty = {} if dirty is None else dirty
+        for output in outputs:
+            route = _route(output.sequence)
+            route.sink.put(_delta(output, route.request_id))
+            dirty[route.sink] = None
+            if output.finish:
+                route.sink.count_down(route.request_id)
+        for sink in dirty:
+            sink.flush()
+
+    # ── failure and recovery ──
+
+    def _on_death(self, death: Death) -> None:
+        if self._state != "ready":
+            return
+        logger.error("engine group lost: rank %d, step %d: %s", death.rank, death.step, death.error)
+        self._state, self._detail = "recovering", str(death.error)
+        self._recovery = self._loop.create_task(self._recover(death), name="treadle-recovery")
+
+    async def _recover(self, death: Death) -> None:
+        """Tears the group down and starts another; what was committed is prefilled again (D7)."""
+        core = self._core
+        if core is None:
+            return
+        error = death.error
+        self._flights.clear()
+        self._digest = Digest()
+        self._deliver(core.reset(self._loop.time()))
+        while self._failures_in_a_row < self.options.max_restarts:
+            backoff = _BACKOFF_SECONDS[min(self._failures_in_a_row, len(_BACKOFF_SECONDS) - 1)]
+            self._failures_in_a_row += 1
+            if self._group is not None:
+                await self._group.kill()
+                self._group = None
+            await asyncio.sleep(backoff)
+            try:
+                await self._start_group()
+            except TreadleError as failed:
+                logger.error("engine group did not start: %s", failed)
+                error = failed
+                continue
+            self._recoveries += 1
+            self._state, self._detail = "ready", ""
+            logger.warning("engine group %d is ready", self._groups)
+            self._pump()
+            return
+        self._state, self._detail = "failed", f"gave up after {self._failures_in_a_row} restarts: {error}"
+        logger.error("%s", self._detail)
+        self.failed.set()
+        self._deliver(core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
+
+    async def _start_group(self) -> ReadySize:
+        if self._configure is None or self._runtime is None:
+            raise ServiceClosed("the service is not started")
+        self._groups += 1
+        number = self._groups
+        shared = self._runtime.path / f"shared-{number}"
+        shared.mkdir(mode=0o700)
+        configure = msgspec.structs.replace(
+            self._configure, shared_dir=str(shared), init_method=f"file://{shared / 'rendezvous'}"
+        )
+        group = EngineGroup(number, configure, self._runtime, self._leftovers, self._on_result, self._on_death)
+        self._group = group
+        try:
+            ready = await group.start(self.options.start_timeout)
+        except BaseException:
+            await group.kill()
+            self._group = None
+            raise
+        return ReadySize(ready[0].num_blocks)
+
+    # ── timers ──
+
+    def _arm_timers(self) -> None:
+        if self._step_timer is None and self._flights:
+            due = self._flights[0].sent_at + self.options.step_timeout
+            self._step_timer = self._loop.call_at(due, self._step_due)
+        if self._core is None:
+            return
+        deadline = self._core.next_deadline()
+        if self._deadline_timer is not None:
+            if deadline is not None and self._deadline_timer.when() <= deadline:
+                return
+            self._deadline_timer.cancel()
+            self._deadline_timer = None
+        if deadline is not None:
+            self._deadline_timer = self._loop.call_at(max(deadline, self._loop.time()), self._deadline_due)
+
+    def _step_due(self) -> None:
+        self._step_timer = None
+        if not self._flights or self._state != "ready":
+            return
+        oldest = self._flights[0]
+        if self._loop.time() < oldest.sent_at + self.options.step_timeout:
+            self._arm_timers()
+            return
+        missing = [rank for rank in range(self.options.tensor_parallel_size) if rank not in oldest.results]
+        text = f"ranks {missing} did not finish step {oldest.step} within {self.options.step_timeout:g} s"
+        self._on_death(Death(missing[0] if missing else -1, oldest.step, EngineFailed(text)))
+
+    def _deadline_due(self) -> None:
+        self._deadline_timer = None
+        if self._core is not None:
+            self._deliver(self._core.expire(self._loop.time()))
+            self._pump()
+            self._arm_timers()
+
+    # ── inside ──
+
+    def _accepting(self) -> Core:
+        if self._core is None or self._state in ("failed", "closed", "starting"):
+            raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
+        return self._core
+
+    def _server_info(self, request_id: str) -> ServerInfo:
+        return ServerInfo(
+            id=request_id,
+            version=PROTOCOL_VERSION,
+            incarnation=self.incarnation,
+            model=self.facts.name,
+            max_model_len=self._configure.max_model_len if self._configure is not None else 0,
+            vocab_size=self.facts.vocab_size,
+            world_size=self.options.tensor_parallel_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ReadySize:
+    num_blocks: int
+
+
+def _route(sequence: RequestSequence) -> Route:
+    return cast(Route, sequence.request.context)  # `submit` put it there
+
+
+def _delta(output: Output, request_id: str) -> Delta:
+    return Delta(
+        request_id,
+        output.sequence.index,
+        output.tokens,
+        output.finish,
+        output.stop_token,
+        output.cached_tokens,
+        output.logprobs,
+        output.prompt_logprobs,
+        output.error_code,
+        output.error,
+    )

@@ -1,0 +1,81 @@
+"""From options and model facts to what the core and the ranks are told."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from treadle.errors import ConfigError
+from treadle.transport.messages import Configure
+
+from .config import CoreConfig
+from .options import ModelFacts, ServiceOptions
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Path) -> Configure:
+    """The message to every rank of this service. Raises ConfigError."""
+    if options.tensor_parallel_size > facts.max_ranks:
+        raise ConfigError(
+            f"tensor_parallel_size={options.tensor_parallel_size}: {facts.name} can be split over at most "
+            f"{facts.max_ranks} ranks, one attention head each"
+        )
+    if options.max_model_len > facts.context:
+        raise ConfigError(f"max_model_len={options.max_model_len}: the model was made for {facts.context} at most")
+    return Configure(
+        model=facts.path,
+        random_weights=options.random_weights,
+        seed=options.seed or 0,
+        world_size=options.tensor_parallel_size,
+        device=options.device,
+        dtype=resolve_dtype(options.dtype, options.device),
+        kv_dtype=options.kv_dtype,
+        block_size=options.block_size,
+        num_blocks=options.num_blocks,
+        kv_cache_bytes=options.kv_cache_bytes,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=options.max_model_len or facts.context,
+        init_method="",
+        threads=options.threads,
+        native=options.native,
+        shared_dir=str(directory),
+        debug=options.debug,
+    )
+
+
+def core_config(facts: ModelFacts, options: ServiceOptions, num_blocks: int, max_model_len: int) -> CoreConfig:
+    """The core's limits, once the ranks have said how many blocks they hold."""
+    return CoreConfig(
+        num_blocks=num_blocks,
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        vocab_size=facts.vocab_size,
+        pipeline_depth=options.pipeline_depth,
+        prefix_cache=options.prefix_cache,
+        max_prefill_chunk=options.max_prefill_chunk,
+        max_waiting_requests=options.max_waiting_requests,
+        max_waiting_tokens=options.max_waiting_tokens,
+        eos_token_ids=facts.eos_token_ids,
+    )
+
+
+def resolve_dtype(dtype: str, device: str) -> str:
+    """ "auto" is bfloat16 where the device multiplies it in hardware, else float32."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device == "cuda" or _cpu_has_bf16() else "float32"
+
+
+def _cpu_has_bf16() -> bool:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return not _BF16_FLAGS.isdisjoint(flags.split())

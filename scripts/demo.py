@@ -1,0 +1,129 @@
+"""Three concurrent chats with a real model, streamed side by side, through scheduler, ZeroMQ and two engine ranks."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import shutil
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+
+from treadle import LLM, RequestOutput, SamplingParams
+from treadle.errors import TreadleError
+
+SYSTEM = "You are a helpful assistant who answers briefly and to the point. Use plain words and short sentences."
+QUESTIONS = (
+    "Why is the sky blue?",
+    "Give me three tips for baking bread.",
+    "What does a loom's treadle do?",
+)
+
+
+@dataclass
+class Answer:
+    question: str
+    text: str = ""
+    output: RequestOutput | None = None
+
+
+class Screen:
+    """Columns that are drawn over themselves on a terminal; elsewhere each answer is printed once, when it is whole."""
+
+    def __init__(self, answers: list[Answer]) -> None:
+        self._answers = answers
+        self._live = sys.stdout.isatty()
+        self._lines = 0
+        size = shutil.get_terminal_size((100, 40))
+        self._width = max(20, (size.columns - 2 * (len(answers) - 1)) // len(answers))
+        self._height = max(6, size.lines - 12)
+
+    def draw(self) -> None:
+        if not self._live:
+            return
+        columns = [self._column(answer) for answer in self._answers]
+        rows = max(len(column) for column in columns)
+        lines = []
+        for i in range(rows):
+            lines.append("  ".join((c[i] if i < len(c) else "").ljust(self._width) for c in columns).rstrip())
+        if self._lines:
+            sys.stdout.write(f"\x1b[{self._lines}A")
+        sys.stdout.write("".join(f"\x1b[2K{line}\n" for line in lines))
+        sys.stdout.flush()
+        self._lines = len(lines)
+
+    def finish(self) -> None:
+        if self._live:
+            self.draw()
+            return
+        for answer in self._answers:
+            print(f"\n> {answer.question}\n{answer.text.strip()}")
+
+    def _column(self, answer: Answer) -> list[str]:
+        lines = [*textwrap.wrap(f"> {answer.question}", self._width), ""]
+        for paragraph in answer.text.strip().splitlines():
+            lines += textwrap.wrap(paragraph, self._width) or [""]
+        return lines[:2] + lines[2:][-self._height :]
+
+
+async def ask(llm: LLM, answer: Answer, max_tokens: int, screen: Screen) -> None:
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": answer.question}]
+    async for output in llm.chat(messages, SamplingParams(temperature=0.7, seed=7, max_tokens=max_tokens)):
+        answer.text = output.text
+        answer.output = output
+        screen.draw()
+
+
+async def demo(options: argparse.Namespace) -> int:
+    began = time.perf_counter()
+    print(f"Starting {options.model} with {options.ranks} engine ranks …", flush=True)
+    async with LLM(options.model, tensor_parallel_size=options.ranks) as llm:
+        print(f"Ready after {time.perf_counter() - began:.1f} s: one scheduler, engine ranks {llm.engine_pids}.\n")
+        answers = [Answer(question) for question in QUESTIONS]
+        screen = Screen(answers)
+        began = time.perf_counter()
+        await asyncio.gather(*(ask(llm, answer, options.max_tokens, screen) for answer in answers))
+        seconds = time.perf_counter() - began
+        screen.finish()
+        await report(llm, answers, seconds)
+    return 0
+
+
+async def report(llm: LLM, answers: list[Answer], seconds: float) -> None:
+    print()
+    total = 0
+    for answer in answers:
+        output = answer.output
+        if output is None or output.ttft is None:
+            continue
+        total += len(output.token_ids)
+        print(
+            f"{answer.question:40} TTFT {output.ttft * 1e3:6.0f} ms   {len(output.token_ids):4} tokens   "
+            f"{output.cached_tokens:3} of {len(output.prompt_token_ids)} prompt tokens from the cache   "
+            f"finished by {output.finish_reason}"
+        )
+    stats = await llm.stats()
+    print(
+        f"\n{total} tokens in {seconds:.1f} s: {total / seconds:.1f} tokens/s over {len(answers)} streams; "
+        f"prefix cache hit rate {stats.hit_rate:.0%} ({stats.cached_prompt_tokens} of {stats.prompt_tokens} tokens)"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--max-tokens", type=int, default=160)
+    options = parser.parse_args()
+    try:
+        return asyncio.run(demo(options))
+    except TreadleError as error:
+        print(f"treadle: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The wire: message structs, codecs, sockets, liveness. Imports no other room and no torch."""

@@ -1,0 +1,165 @@
+"""Where sockets live: private directories for ipc, keys for tcp, and a clear no to everything else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import zmq
+
+from treadle.errors import ConfigError, EndpointInUse
+
+_MAX_IPC_PATH = 100  # sun_path holds 108 bytes on Linux and 104 elsewhere, with the closing zero
+
+
+@dataclass(frozen=True, slots=True)
+class ServerKeys:
+    """CURVE keys of a tcp server: 40 characters of Z85 each."""
+
+    public: str
+    secret: str
+
+
+class RuntimeDir:
+    """A 0700 directory for one service's sockets, logs and shared memory; removed by `remove`.
+
+    Ranks remove it too when their parent vanishes, so it does not outlive a `kill -9` either.
+    """
+
+    def __init__(self) -> None:
+        base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+        if not os.access(base, os.W_OK):
+            base = tempfile.gettempdir()
+        self.path = Path(tempfile.mkdtemp(prefix="treadle-", dir=base))
+
+    def endpoint(self, name: str) -> str:
+        return f"ipc://{self.path / name}"
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def default_endpoint() -> str:
+    """The endpoint that `treadle serve` binds and the other commands connect to when none is given."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    base = Path(runtime) / "treadle" if runtime else Path(tempfile.gettempdir()) / f"treadle-{os.getuid()}"
+    return f"ipc://{base / 'default.ipc'}"
+
+
+def ipc_path(endpoint: str) -> Path | None:
+    """The file of an ipc endpoint, None for another transport."""
+    return Path(endpoint.removeprefix("ipc://")) if endpoint.startswith("ipc://") else None
+
+
+def check_scheme(endpoint: str) -> None:
+    """Raises ConfigError unless `endpoint` is ipc:///absolute/path or tcp://host:port."""
+    path = ipc_path(endpoint)
+    if path is not None:
+        if not path.is_absolute():
+            raise ConfigError(f"endpoint {endpoint!r}: an ipc endpoint needs an absolute path, ipc:///run/me/x.ipc")
+        if len(os.fsencode(path)) > _MAX_IPC_PATH:
+            raise ConfigError(f"endpoint {endpoint!r}: the path is longer than {_MAX_IPC_PATH} bytes")
+        return
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    if not endpoint.startswith("tcp://") or not host or not (port.isdigit() and 0 < int(port) < 65536):
+        raise ConfigError(f"endpoint {endpoint!r}: allowed are ipc:///absolute/path and tcp://host:port")
+
+
+def bind_server(sock: zmq.Socket[bytes], endpoint: str, keys: ServerKeys | None) -> None:
+    """Binds a server socket safely.
+
+    ipc: the directory is made with mode 0700, or must already be ours and closed to others. tcp: needs `keys`.
+    Raises ConfigError, and EndpointInUse when somebody answers there (libzmq would silently take an ipc path over).
+    """
+    check_scheme(endpoint)
+    path = ipc_path(endpoint)
+    if path is not None:
+        _private_directory(path.parent)
+        if _answers(path):
+            raise EndpointInUse(f"{endpoint}: another server listens there; stop it or choose another path")
+    else:
+        if keys is None:
+            raise ConfigError(f"{endpoint}: tcp needs CURVE keys; make some with `treadle keys` and pass --keys FILE")
+        sock.curve_server = True
+        sock.curve_secretkey = keys.secret.encode()
+        sock.curve_publickey = keys.public.encode()
+    try:
+        sock.bind(endpoint)
+    except zmq.ZMQError as error:
+        if error.errno == zmq.EADDRINUSE:
+            raise EndpointInUse(f"{endpoint}: the address is in use; stop who holds it or choose another") from error
+        raise ConfigError(f"{endpoint}: cannot bind: {error}") from error
+    if path is not None:
+        path.chmod(0o600)
+
+
+def connect_client(sock: zmq.Socket[bytes], endpoint: str, server_key: str | None) -> None:
+    """Connects a client socket; tcp needs the server's public CURVE key. Raises ConfigError."""
+    check_scheme(endpoint)
+    if endpoint.startswith("tcp://"):
+        if server_key is None:
+            raise ConfigError(f"{endpoint}: tcp needs the server's public CURVE key (server_key=…, --server-key …)")
+        public, secret = zmq.curve_keypair()
+        try:
+            sock.curve_serverkey = server_key.encode()
+        except (zmq.ZMQError, ValueError) as error:
+            raise ConfigError("server_key: a CURVE key has 40 characters of Z85") from error
+        sock.curve_publickey, sock.curve_secretkey = public, secret
+    sock.connect(endpoint)
+
+
+def read_keys(path: Path) -> ServerKeys:
+    """Reads a file that `write_keys` made; raises ConfigError when others may read it or it is not such a file."""
+    try:
+        mode = path.stat().st_mode
+        lines = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
+    except OSError as error:
+        raise ConfigError(f"keys {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(f"keys {path}: others may read the file; chmod 600 it")
+    keys = ServerKeys(lines.get("public", ""), lines.get("secret", ""))
+    if len(keys.public) != 40 or len(keys.secret) != 40:
+        raise ConfigError(f"keys {path}: expected lines public=… and secret=…, 40 characters each")
+    return keys
+
+
+def write_keys(path: Path) -> ServerKeys:
+    """Makes a key pair and writes it with mode 0600; never overwrites. Raises ConfigError."""
+    public, secret = (key.decode() for key in zmq.curve_keypair())
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError as error:
+        raise ConfigError(f"keys {path}: {error.strerror}") from error
+    with os.fdopen(descriptor, "w") as file:
+        file.write(f"public={public}\nsecret={secret}\n")
+    return ServerKeys(public, secret)
+
+
+def _private_directory(path: Path) -> None:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = path.lstat()
+    except OSError as error:
+        raise ConfigError(f"directory {path}: {error.strerror}") from error
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise ConfigError(
+            f"directory {path}: an ipc endpoint needs a directory of your own that is closed to others "
+            f"(mode 0700, not {stat.S_IMODE(info.st_mode):04o}); any program that can connect can use the model"
+        )
+
+
+def _answers(path: Path) -> bool:
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        probe.settimeout(1.0)
+        probe.connect(str(path))
+    except OSError:
+        return False
+    finally:
+        probe.close()
+    return True

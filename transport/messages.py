@@ -1,0 +1,352 @@
+"""The vocabulary: every struct that crosses a boundary.
+
+Two conversations use it. The scheduler and its engine ranks exchange `Hello`, `Configure`, `Ready`, `StepPlan`,
+`StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`, `Refused` and the
+information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`); nothing is pickled.
+
+Numbers that come in arrays travel as raw little-endian bytes: `int32` unless the field says otherwise. A plan is a
+*delta*: a rank mirrors the rows, so tokens, sampling parameters and the block table of a request travel once.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+
+RequestId = NewType("RequestId", str)
+Row = NewType("Row", int)
+BlockId = NewType("BlockId", int)
+StepNumber = NewType("StepNumber", int)
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """How to choose the next tokens. Field names and meanings are those of vLLM's `SamplingParams`.
+
+    Values are checked by `treadle.transport.params.check_params`, which says what is allowed.
+
+    n: continuations of the same prompt. temperature: 0 is greedy. top_k: 0 or -1 keeps all. top_p, min_p: in [0, 1].
+    repetition_penalty: over prompt and output, 1 is none. presence_penalty, frequency_penalty: over the output, 0 none.
+    seed: None draws one; the same seed gives the same tokens whatever else runs. max_tokens: None is up to the context
+    limit. stop: strings that end the text. logprobs, prompt_logprobs: how many of the top log-probabilities to return
+    beside the chosen token's; None is none. logit_bias: token id to an addend. allowed_token_ids, banned_token_ids:
+    restrict the vocabulary.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: list[str] | str = []
+    stop_token_ids: list[int] = []
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    banned_token_ids: list[int] | None = None
+    skip_special_tokens: bool = True
+
+    @property
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of everything that is sent as a frame."""
+
+
+# ── scheduler ↔ engine ranks ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Hello(Message, frozen=True):
+    """Rank → scheduler, first: who is there. `token` is the secret of this group, so no stray process joins it."""
+
+    version: int
+    rank: int
+    pid: int
+    token: str
+
+
+class Configure(Message, frozen=True, kw_only=True):
+    """Scheduler → rank, once: everything the rank needs to become ready.
+
+    model: directory or GGUF file. dtype: "float32", "bfloat16", "float16". num_blocks 0: take the size from
+    `kv_cache_bytes` (0: from what is free). init_method: torch.distributed's, shared by the group.
+    """
+
+    model: str
+    random_weights: bool
+    seed: int
+    world_size: int
+    device: str
+    dtype: str
+    kv_dtype: str
+    block_size: int
+    num_blocks: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    init_method: str
+    threads: int
+    native: bool
+    shared_dir: str
+    debug: bool = False
+
+
+class Ready(Message, frozen=True, kw_only=True):
+    """Rank → scheduler: loaded. `fingerprint` is equal on all ranks of a group or they hold different models."""
+
+    rank: int
+    fingerprint: str
+    num_blocks: int
+    load_seconds: float
+    weight_bytes: int
+    kv_bytes: int
+    backend: str
+
+
+class RowStart(Message, frozen=True):
+    """A request gets a row: all that the ranks will ever need of it.
+
+    tokens: prompt and, after a preemption or a recovery, the committed output. prompt_len: how many are the prompt.
+    computed: leading tokens whose K/V already lies in `blocks` (a prefix hit). seed: unsigned 64 bit, resolved.
+    stop_ids: banned until `min_tokens` output tokens exist.
+    """
+
+    row: int
+    prompt_len: int
+    computed: int
+    tokens: bytes
+    blocks: bytes
+    params: SamplingParams
+    seed: int
+    stop_ids: bytes
+
+
+class StepPlan(Message, frozen=True):
+    """One step, applied in the order of the fields: release rows, start rows, append blocks, run.
+
+    release: rows that end. grow_rows/grow_blocks: pairs; the block is appended to the row's table. rows/counts: pairs;
+    the row computes its next `count` tokens, and samples when that reaches the last token it knows (the rank's own
+    mirror tells), in the order given here.
+    """
+
+    step: int
+    release: bytes
+    start: list[RowStart]
+    grow_rows: bytes
+    grow_blocks: bytes
+    rows: bytes
+    counts: bytes
+
+
+class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
+    """Log-probabilities (natural, after no temperature, penalties or filters: of the raw logits) at one position.
+
+    position: of the token in the sequence. top_ids: int32, most likely first. top_logprobs: float32.
+    rank: how many tokens of the vocabulary are at least as likely (1 is the most likely).
+    """
+
+    row: int
+    position: int
+    token_id: int
+    logprob: float
+    rank: int
+    top_ids: bytes
+    top_logprobs: bytes
+
+
+class RowFault(msgspec.Struct, array_like=True, frozen=True):
+    """One row's work failed alone (a bad bias, say); the others of the step are good."""
+
+    row: int
+    message: str
+
+
+class StepResult(Message, frozen=True):
+    """Rank → scheduler. tokens: one per row that sampled, in plan order; only rank 0 fills it and `logprobs`.
+
+    digest: running CRC-32 over every plan's bytes and every sampled token so far (`codec.Digest`): a rank that
+    applied another plan or sampled another token is found in the same step.
+    elapsed_us: time in the step.
+    """
+
+    step: int
+    rank: int
+    digest: int
+    tokens: bytes
+    elapsed_us: int
+    logprobs: list[TokenLogprobs] = []
+    faults: list[RowFault] = []
+
+
+class Failure(Message, frozen=True):
+    """Rank → scheduler, last words. code: of `treadle.errors`. step: -1 before the first."""
+
+    rank: int
+    step: int
+    code: str
+    message: str
+    details: str
+
+
+class Shutdown(Message, frozen=True):
+    """Scheduler → rank: finish the step in hand, free everything, exit 0."""
+
+
+# ── clients ↔ service ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Submit(Message, frozen=True, kw_only=True):
+    """A request. tokens: int32 prompt. timeout: seconds from acceptance to the end, 0 is none.
+
+    cache_salt: requests share cached prefixes only within one salt. With `params.n` > 1 the outputs carry `index`.
+    """
+
+    id: str
+    tokens: bytes
+    params: SamplingParams
+    timeout: float = 0.0
+    priority: int = 0
+    cache_salt: str = ""
+
+
+class Abort(Message, frozen=True):
+    """Ends a request, or with `index` one of its continuations (-1: all). An unknown id is no error."""
+
+    id: str
+    index: int = -1
+
+
+class Delta(Message, frozen=True):
+    """New tokens of one continuation of a request. finish: "" while it runs, else why it ended.
+
+    finish is one of "stop" (EOS or a stop token id; `stop_token` says which, or -1), "length", "abort", "deadline",
+    "error" (then `error_code` and `error` say what).
+    """
+
+    id: str
+    index: int
+    tokens: list[int]
+    finish: str = ""
+    stop_token: int = -1
+    cached_tokens: int = 0
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
+    error_code: str = ""
+    error: str = ""
+
+
+class Deltas(Message, frozen=True):
+    """Service → client: what one step brought to all its requests."""
+
+    items: list[Delta]
+
+
+class Refused(Message, frozen=True):
+    """The message with this id was not accepted (id "" where it could not be read)."""
+
+    id: str
+    code: str
+    message: str
+    retry_after: float = 0.0
+
+
+class InfoRequest(Message, frozen=True):
+    """kind: "server", "tokenizer", "stats" or "health"; answered by the message of that name."""
+
+    id: str
+    kind: str
+
+
+class ServerInfo(Message, frozen=True, kw_only=True):
+    id: str
+    version: int
+    incarnation: str
+    model: str
+    max_model_len: int
+    vocab_size: int
+    world_size: int
+
+
+class TokenizerInfo(Message, frozen=True, kw_only=True):
+    """What a client needs to make tokens of text and text of tokens, with no model file."""
+
+    id: str
+    tokenizer_json: bytes
+    chat_template: str
+    bos_token: str
+    eos_token: str
+    add_bos: bool
+    eos_token_ids: list[int]
+
+
+class Stats(Message, frozen=True, kw_only=True):
+    """Counters since start, and the present. Times in seconds, sizes in tokens or blocks."""
+
+    id: str = ""
+    step: int = 0
+    running: int = 0
+    waiting: int = 0
+    finished: int = 0
+    preemptions: int = 0
+    recoveries: int = 0
+    refused: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    blocks_total: int = 0
+    blocks_used: int = 0
+    blocks_cached: int = 0
+    evictions: int = 0
+    bad_frames: int = 0
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of prompt tokens that were served from the prefix cache."""
+        return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+    @property
+    def occupancy(self) -> float:
+        """Share of blocks owned by running requests."""
+        return self.blocks_used / self.blocks_total if self.blocks_total else 0.0
+
+
+class Health(Message, frozen=True, kw_only=True):
+    """state: "starting", "ready", "recovering", "failed", "closed"; judged by progress, not by liveness.
+
+    step_age: seconds the oldest step in flight has been running, 0 when idle.
+    """
+
+    id: str = ""
+    state: str
+    detail: str = ""
+    step: int = 0
+    step_age: float = 0.0
+
+
+class Ping(Message, frozen=True):
+    nonce: int
+
+
+class Pong(Message, frozen=True):
+    nonce: int
+    incarnation: str
+
+
+EngineMessage = Hello | Ready | StepResult | Failure
+PlanMessage = Configure | StepPlan | Shutdown
+ClientMessage = Submit | Abort | InfoRequest | Ping
+ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong

@@ -1,0 +1,67 @@
+"""`Client`: a service elsewhere, over ZeroMQ. Never imports torch and needs no model files."""
+
+from __future__ import annotations
+
+from treadle.errors import ModelError, ProtocolError
+from treadle.transport.endpoints import check_scheme, default_endpoint
+from treadle.transport.messages import PROTOCOL_VERSION, ServerInfo, TokenizerInfo
+
+from .frontend import Frontend
+from .remote import RemoteBackend
+from .tokenizer import Tokenizer
+
+
+class Client(Frontend):
+    """The methods of `LLM` for a service that `treadle serve` started.
+
+    ```
+    async with Client("ipc:///run/user/1000/treadle/default.ipc") as client:
+        async for output in client.chat([{"role": "user", "content": "Hello"}]):
+            print(output.delta, end="", flush=True)
+    ```
+
+    endpoint: None is where `treadle serve` listens by default. server_key: the server's public CURVE key, for tcp.
+    connect_timeout: seconds to wait for the server. lost_after: seconds of silence after which open requests end with
+    ServerLost. Raises ConfigError here, ServerLost on entering when nobody answers.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        server_key: str | None = None,
+        connect_timeout: float = 10.0,
+        lost_after: float = 10.0,
+    ) -> None:
+        super().__init__()
+        self._endpoint = endpoint or default_endpoint()
+        check_scheme(self._endpoint)
+        self._server_key = server_key
+        self._connect_timeout = connect_timeout
+        self._lost_after = lost_after
+        self._server: ServerInfo | None = None
+
+    @property
+    def server(self) -> ServerInfo:
+        """What the server said of itself on connecting."""
+        self._must_be_open()
+        if self._server is None:
+            raise ProtocolError("the server did not introduce itself")
+        return self._server
+
+    async def start(self) -> None:
+        self._made = backend = RemoteBackend(self._endpoint, self._server_key, self._connect_timeout, self._lost_after)
+        await backend.start()
+        info = await backend.info("server")
+        if not isinstance(info, ServerInfo) or info.version != PROTOCOL_VERSION:
+            raise ProtocolError(f"{self._endpoint} does not speak protocol {PROTOCOL_VERSION}: {info}")
+        self._server = info
+        self._vocab_size = info.vocab_size
+        try:
+            tokenizer = await backend.info("tokenizer")
+        except ModelError:
+            tokenizer = None  # this model came without one: token ids only
+        if isinstance(tokenizer, TokenizerInfo):
+            self._tokenizer = Tokenizer.from_info(tokenizer)
+            self._eos_token_ids = tuple(tokenizer.eos_token_ids)
+        self._open = True

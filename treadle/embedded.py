@@ -1,0 +1,146 @@
+"""The service on a loop thread of this process: what `LLM` uses by default."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+from treadle.errors import Overloaded, ServiceClosed, ServiceError, TreadleError
+from treadle.scheduler.delivery import Sink
+from treadle.scheduler.options import ModelFacts, ServiceOptions
+from treadle.scheduler.service import Service
+from treadle.transport.messages import (
+    Abort,
+    Delta,
+    InfoRequest,
+    Refused,
+    ServiceMessage,
+    Submit,
+    TokenizerInfo,
+)
+
+from .loop_thread import LoopThread
+from .stream import Stream, StreamTable
+
+
+class EmbeddedBackend:
+    """Starts and owns the thread. `submit` works on any running loop of any thread; `abort` from anywhere.
+
+    The scheduler has a thread and a loop of its own, so a program that blocks its loop does not stall the engines.
+    """
+
+    def __init__(
+        self, facts: ModelFacts, options: ServiceOptions, tokenizer_info: Callable[[], TokenizerInfo | None]
+    ) -> None:
+        self._facts = facts
+        self._options = options
+        self._tokenizer_info = tokenizer_info
+        self._thread: LoopThread | None = None
+        self._service: Service | None = None
+        self._sessions: dict[asyncio.AbstractEventLoop, _LoopSink] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def engine_pids(self) -> list[int]:
+        return self._service.engine_pids if self._service is not None else []
+
+    async def start(self) -> None:
+        if self._thread is not None:
+            raise ServiceError("already started")
+        self._thread = LoopThread("treadle-scheduler")
+        self._service = Service(self._facts, self._options, self._tokenizer_info)
+        try:
+            await self._thread.submit(self._service.start())
+        except asyncio.CancelledError:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        thread, self._thread = self._thread, None
+        if thread is None or self._service is None:
+            return
+        try:
+            await thread.submit(self._service.close())
+        finally:
+            for sink in list(self._sessions.values()):
+                sink.end()
+            self._sessions.clear()
+            thread.close()
+
+    def submit(self, message: Submit, stream: Stream) -> None:
+        thread, service = self._running()
+        sink = self._sink(asyncio.get_running_loop())
+        sink.streams.add(stream)
+        thread.loop.call_soon_threadsafe(_submit, service, message, sink)
+
+    def abort(self, message: Abort) -> None:
+        thread, service = self._thread, self._service
+        if thread is not None and service is not None:
+            thread.loop.call_soon_threadsafe(self._abort_everywhere, service, message)
+
+    async def info(self, kind: str) -> ServiceMessage:
+        thread, service = self._running()
+        return await thread.submit(_answer(service, InfoRequest("", kind)))
+
+    def _abort_everywhere(self, service: Service, message: Abort) -> None:
+        for sink in list(self._sessions.values()):
+            if message.id in sink.open:
+                service.abort(message, sink)
+
+    def _running(self) -> tuple[LoopThread, Service]:
+        if self._thread is None or self._service is None:
+            raise ServiceClosed("the service is not running")
+        return self._thread, self._service
+
+    def _sink(self, loop: asyncio.AbstractEventLoop) -> _LoopSink:
+        with self._lock:
+            for known in [other for other in self._sessions if other.is_closed()]:
+                del self._sessions[known]
+            sink = self._sessions.get(loop)
+            if sink is None:
+                sink = self._sessions[loop] = _LoopSink(f"loop-{id(loop):x}", loop, self._lost)
+            return sink
+
+    def _lost(self, sink: _LoopSink) -> None:
+        """The program's loop was closed with requests open."""
+        if self._service is not None:
+            self._service.detach(sink)
+
+
+class _LoopSink(Sink):
+    """Brings deltas to the streams of one event loop: one wake-up of that loop per step, whatever the number of rows."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, lost: Callable[[_LoopSink], None]) -> None:
+        super().__init__(name)
+        self.streams = StreamTable()
+        self._loop = loop
+        self._lost = lost
+
+    def flush(self) -> None:
+        self._call(self.streams.deliver, self.take())
+
+    def refuse(self, refused: Refused) -> None:
+        self._call(self.streams.refuse, refused)
+
+    def end(self) -> None:
+        self._call(self.streams.fail_all, ServiceClosed("the service was closed"))
+
+    def _call(self, function: Callable[..., None], argument: list[Delta] | Refused | TreadleError) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:  # that loop is closed; nobody will read
+            if self.open:
+                asyncio.get_running_loop().call_soon(self._lost, self)
+
+
+def _submit(service: Service, message: Submit, sink: _LoopSink) -> None:
+    try:
+        service.submit(message, sink)
+    except TreadleError as error:
+        retry_after = error.retry_after if isinstance(error, Overloaded) else 0.0
+        sink.refuse(Refused(message.id, error.code, str(error), retry_after))
+
+
+async def _answer(service: Service, request: InfoRequest) -> ServiceMessage:
+    return service.answer(request)

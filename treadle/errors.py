@@ -1,0 +1,163 @@
+"""Everything that can go wrong, on one page.
+
+Every error carries a stable `code`; the wire sends code and message, and `from_wire` makes the same type again in the
+client. The module imports nothing, so that every room may raise from it.
+
+    TreadleError
+    ├── InvalidRequest            the request is wrong; it says what is allowed (also a ValueError)
+    │   ├── PromptTooLong
+    │   └── InvalidParameter
+    ├── RequestFailed             the request was accepted and could not be finished
+    │   ├── RequestAborted
+    │   ├── DeadlineExceeded
+    │   └── EngineFailed
+    ├── Overloaded                no room now; `retry_after` seconds is the estimate
+    ├── ModelError                the model cannot be used
+    │   ├── ModelNotFound
+    │   ├── UnsupportedModel
+    │   ├── CorruptWeights
+    │   └── DoesNotFit
+    ├── ConfigError               an option is wrong (also a ValueError)
+    │   └── EndpointInUse
+    └── ServiceError              the service is not there
+        ├── EngineStartFailed
+        ├── ServiceClosed
+        ├── ServerLost
+        └── ProtocolError
+"""
+
+from __future__ import annotations
+
+
+class TreadleError(Exception):
+    """Base of all errors of this package. `code` is stable and travels over the wire."""
+
+    code = "error"
+
+
+class InvalidRequest(TreadleError, ValueError):
+    code = "invalid_request"
+
+
+class PromptTooLong(InvalidRequest):
+    code = "prompt_too_long"
+
+
+class InvalidParameter(InvalidRequest):
+    code = "invalid_parameter"
+
+
+class RequestFailed(TreadleError):
+    code = "request_failed"
+
+
+class RequestAborted(RequestFailed):
+    code = "request_aborted"
+
+
+class DeadlineExceeded(RequestFailed):
+    code = "deadline_exceeded"
+
+
+class EngineFailed(RequestFailed):
+    """The engine died under this request more often than a request is retried."""
+
+    code = "engine_failed"
+
+
+class Overloaded(TreadleError):
+    """A bound on waiting requests or tokens was reached. `retry_after`: seconds, an estimate."""
+
+    code = "overloaded"
+
+    def __init__(self, message: str = "", retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ModelError(TreadleError):
+    code = "model_error"
+
+
+class ModelNotFound(ModelError):
+    code = "model_not_found"
+
+
+class UnsupportedModel(ModelError):
+    code = "unsupported_model"
+
+
+class CorruptWeights(ModelError):
+    code = "corrupt_weights"
+
+
+class DoesNotFit(ModelError):
+    """Model and cache need more memory than there is; the message says by how much."""
+
+    code = "does_not_fit"
+
+
+class ConfigError(TreadleError, ValueError):
+    code = "config_error"
+
+
+class EndpointInUse(ConfigError):
+    code = "endpoint_in_use"
+
+
+class ServiceError(TreadleError):
+    code = "service_error"
+
+
+class EngineStartFailed(ServiceError):
+    code = "engine_start_failed"
+
+
+class ServiceClosed(ServiceError):
+    code = "service_closed"
+
+
+class ServerLost(ServiceError):
+    code = "server_lost"
+
+
+class ProtocolError(ServiceError):
+    """The other side speaks another protocol, or a frame could not be decoded."""
+
+    code = "protocol_error"
+
+
+_ALL: tuple[type[TreadleError], ...] = (
+    TreadleError,
+    InvalidRequest,
+    PromptTooLong,
+    InvalidParameter,
+    RequestFailed,
+    RequestAborted,
+    DeadlineExceeded,
+    EngineFailed,
+    Overloaded,
+    ModelError,
+    ModelNotFound,
+    UnsupportedModel,
+    CorruptWeights,
+    DoesNotFit,
+    ConfigError,
+    EndpointInUse,
+    ServiceError,
+    EngineStartFailed,
+    ServiceClosed,
+    ServerLost,
+    ProtocolError,
+)
+_BY_CODE = {cls.code: cls for cls in _ALL}
+
+
+def from_wire(code: str, message: str, retry_after: float = 0.0) -> TreadleError:
+    """The error that `code` names; an unknown code (a newer server) gives a plain TreadleError that shows it."""
+    cls = _BY_CODE.get(code)
+    if cls is None:
+        return TreadleError(f"{code}: {message}")
+    if cls is Overloaded:
+        return Overloaded(message, retry_after)
+    return cls(message)

@@ -1,0 +1,216 @@
+"""The methods that `LLM` and `Client` share: prompts in, streams out."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Self, TypeVar
+
+from treadle.errors import InvalidRequest, ServiceClosed, ServiceError
+from treadle.tokenizer import Tokenizer
+from treadle.transport.codec import pack
+from treadle.transport.messages import Abort, Health, SamplingParams, Stats, Submit
+from treadle.transport.params import check_params
+
+from .backend import Backend
+from .loop_thread import LoopThread
+from .outputs import RequestOutput
+from .stream import Stream
+
+Prompt = str | Sequence[int]
+_INT32_MAX = 2**31 - 1
+
+
+class Frontend:
+    """Base of `LLM` and `Client`. Use `async with`, or `with` and `generate_sync` in programs without a loop."""
+
+    def __init__(self) -> None:
+        self._made: Backend | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._eos_token_ids: tuple[int, ...] = ()
+        self._vocab_size: int | None = None
+        self._open = False
+        self._home: LoopThread | None = None
+
+    # ── generation ──
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Stream:
+        """Starts a request and returns its stream at once.
+
+        prompt: text, or token ids. timeout: seconds until the request fails with DeadlineExceeded. cache_salt: cached
+        prefixes are shared only among requests of the same salt. Must be called on a running event loop.
+
+        Raises InvalidRequest here for what can be judged here; what only the service can judge (PromptTooLong,
+        Overloaded, …) is raised by the stream.
+        """
+        self._must_be_open()
+        params = params if params is not None else SamplingParams()
+        check_params(params, self._vocab_size)
+        if timeout is not None and not 0 < timeout < 1e9:
+            raise InvalidRequest(f"timeout={timeout!r}: allowed is None or a positive number of seconds")
+        tokens = self._prompt_tokens(prompt)
+        message = Submit(
+            id=request_id or uuid.uuid4().hex,
+            tokens=pack(tokens),
+            params=params,
+            timeout=timeout or 0.0,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        text = prompt if isinstance(prompt, str) else None
+        stream = Stream(message, text, self._tokenizer, self._eos_token_ids, self._backend.abort)
+        self._backend.submit(message, stream)
+        return stream
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Stream:
+        """Like `generate`, for a conversation: a list of {"role": …, "content": …} put through the chat template."""
+        self._must_be_open()
+        tokenizer = self._needs_tokenizer("chat")
+        tokens = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
+        return self.generate(
+            tokens, params, request_id=request_id, timeout=timeout, priority=priority, cache_salt=cache_salt
+        )
+
+    def generate_sync(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None
+    ) -> list[RequestOutput]:
+        """Blocks until all prompts are finished; for scripts and notebooks. One prompt gives a list of one."""
+        batch = _as_batch(prompts)
+        return self._sync_home().run(self._gather(batch, params))
+
+    async def abort(self, request_id: str) -> None:
+        """Ends a request, whoever reads it; an unknown id is no error."""
+        self._must_be_open()
+        self._backend.abort(Abort(request_id))
+
+    # ── information ──
+
+    async def stats(self) -> Stats:
+        return _expect(await self._backend.info("stats"), Stats)
+
+    async def health(self) -> Health:
+        """State of the service, judged by progress. Raises ServerLost when nobody answers."""
+        return _expect(await self._backend.info("health"), Health)
+
+    def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._needs_tokenizer("tokenize").encode(text, add_special_tokens=add_special_tokens)
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._needs_tokenizer("detokenize").decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    # ── life ──
+
+    async def start(self) -> None:
+        """Makes the service ready; `async with` does it."""
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        """Ends all requests and everything this object started. Safe to call twice."""
+        self._open = False
+        if self._made is not None:
+            await self._made.close()
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __enter__(self) -> Self:
+        self._home = LoopThread("treadle-sync")
+        try:
+            self._home.run(self.__aenter__())
+        except BaseException:
+            self._home.close()
+            self._home = None
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._home is not None:
+            self._home.run(self.close())
+            self._home.close()
+            self._home = None
+
+    # ── inside ──
+
+    @property
+    def _backend(self) -> Backend:
+        if self._made is None:
+            raise ServiceClosed(f"this {type(self).__name__} was not started")
+        return self._made
+
+    def _sync_home(self) -> LoopThread:
+        if self._home is None:
+            raise ServiceError("generate_sync needs `with` instead of `async with`, or use generate on your loop")
+        return self._home
+
+    async def _gather(self, prompts: Sequence[Prompt], params: SamplingParams | None) -> list[RequestOutput]:
+        streams = [self.generate(prompt, params) for prompt in prompts]
+        try:
+            return [await stream.final() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.abort()
+
+    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise InvalidRequest("the prompt is empty: give text or at least one token id")
+            return self._needs_tokenizer("a text prompt").encode(prompt)
+        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
+            raise InvalidRequest(f"prompt of type {type(prompt).__name__}: allowed are str and a sequence of token ids")
+        if not prompt:
+            raise InvalidRequest("the prompt is empty: give text or at least one token id")
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT32_MAX:
+                raise InvalidRequest(f"prompt token {token!r}: token ids are integers of at least 0")
+        return [int(token) for token in prompt]
+
+    def _needs_tokenizer(self, what: str) -> Tokenizer:
+        self._must_be_open()
+        if self._tokenizer is None:
+            raise InvalidRequest(f"{what} needs a tokenizer, and this model came without one: send token ids")
+        return self._tokenizer
+
+    def _must_be_open(self) -> None:
+        if not self._open:
+            raise ServiceClosed(f"this {type(self).__name__} is not open: use `async with` or call start() first")
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+T = TypeVar("T")
+
+
+def _expect(message: object, kind: type[T]) -> T:
+    if not isinstance(message, kind):
+        raise ServiceError(f"the service answered {type(message).__name__} where {kind.__name__} was expected")
+    return message

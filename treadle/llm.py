@@ -1,0 +1,72 @@
+"""`LLM`: the embedded engine."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from treadle.scheduler.options import service_options
+
+from .backend import Backend
+from .embedded import EmbeddedBackend
+from .facts import Located, load_tokenizer, locate
+from .frontend import Frontend
+from .server_process import ServerProcess
+
+
+class LLM(Frontend):
+    """A model, served inside this program.
+
+    ```
+    async with LLM("smollm2-135m", tensor_parallel_size=2) as llm:
+        async for output in llm.generate("The capital of France is", SamplingParams(temperature=0)):
+            print(output.delta, end="", flush=True)
+    ```
+
+    model: "smollm2-135m", a directory with config.json and safetensors, a GGUF file, or "org/name" from the hub.
+    in_process: False puts the scheduler into a process of its own, for programs that hold the interpreter lock.
+    options: fields of `treadle.scheduler.options.ServiceOptions`.
+
+    The scheduler runs on a thread of its own and the engine ranks are processes of their own; no signal handler, loop
+    policy or random seed of the program is touched, and nothing is left behind however the program ends.
+    Raises ConfigError here; `start` (or `async with`) raises ModelError and EngineStartFailed.
+    """
+
+    def __init__(
+        self,
+        model: str = "smollm2-135m",
+        *,
+        in_process: bool = True,
+        cache_dir: Path | None = None,
+        **options: object,
+    ) -> None:
+        self._model = model
+        self._in_process = in_process
+        self._cache_dir = cache_dir
+        self._options = service_options(**options)
+        self._raw_options = options
+        super().__init__()
+
+    @property
+    def engine_pids(self) -> list[int]:
+        """Process ids of the engine ranks that this process started."""
+        return self._made.engine_pids if isinstance(self._made, EmbeddedBackend) else []
+
+    async def start(self) -> None:
+        located = await asyncio.to_thread(locate, self._model, self._cache_dir)
+        tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, located.path))
+        self._vocab_size = located.facts.vocab_size
+        self._made = backend = self._make_backend(located)
+        try:
+            await backend.start()
+            self._tokenizer = await tokenizer  # was read while the engines started
+        except BaseException:
+            tokenizer.cancel()
+            raise
+        self._eos_token_ids = located.facts.eos_token_ids
+        self._open = True
+
+    def _make_backend(self, located: Located) -> Backend:
+        if self._in_process:
+            return EmbeddedBackend(located.facts, self._options, lambda: None)  # its readers have the tokenizer
+        return ServerProcess(str(located.path), self._raw_options, self._options.start_timeout)

@@ -1,0 +1,75 @@
+"""What a reader of a stream gets. Names follow vLLM's `RequestOutput` and `CompletionOutput`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """Natural log-probability of a token under the raw logits. rank: 1 is the most likely."""
+
+    logprob: float
+    rank: int
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One continuation so far. `text` and `token_ids` are whole, `delta` and `delta_token_ids` new since the last read.
+
+    finish_reason: None while it runs, then "stop", "length" or "abort". stop_reason: the stop string or the stop token
+    that matched, None for the model's own end of sequence. logprobs: by position, token id to Logprob.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    delta: str = ""
+    delta_token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request so far. cached_tokens: prompt tokens that the prefix cache served.
+
+    prompt_logprobs: by prompt position, None for the first. arrival_time, first_token_time: seconds of the reader's
+    `time.perf_counter`; their difference is the TTFT.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    arrival_time: float = 0.0
+    first_token_time: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Text of the first continuation."""
+        return self.outputs[0].text
+
+    @property
+    def delta(self) -> str:
+        """New text of the first continuation."""
+        return self.outputs[0].delta
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Token ids of the first continuation."""
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def ttft(self) -> float | None:
+        """Seconds from submission to the first token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time

@@ -1,0 +1,156 @@
+"""A service behind a ZeroMQ endpoint: what `Client` uses."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import uuid
+
+import zmq
+
+from treadle.errors import ProtocolError, ServerLost, ServiceClosed, from_wire
+from treadle.transport.channel import Channel
+from treadle.transport.codec import client_codec
+from treadle.transport.endpoints import connect_client
+from treadle.transport.messages import (
+    Abort,
+    Deltas,
+    InfoRequest,
+    Message,
+    Ping,
+    Pong,
+    Refused,
+    ServiceMessage,
+    Submit,
+)
+from treadle.transport.sockets import client_socket
+
+from .stream import Stream, StreamTable
+
+_PING_SECONDS = 1.0
+
+
+class RemoteBackend:
+    """Belongs to the loop that called `start`.
+
+    libzmq reconnects by itself. What must not be guessed is told apart here: no answer to pings for `lost_after`
+    seconds, or an answer from another incarnation of the server, ends the open streams with ServerLost. New requests
+    then go to whoever answers.
+    """
+
+    def __init__(self, endpoint: str, server_key: str | None, connect_timeout: float, lost_after: float) -> None:
+        self._endpoint = endpoint
+        self._server_key = server_key
+        self._connect_timeout = connect_timeout
+        self._lost_after = lost_after
+        self._codec = client_codec()
+        self._streams = StreamTable()
+        self._answers: dict[str, asyncio.Future[ServiceMessage]] = {}
+        self._channel: Channel | None = None
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
+        self._incarnation = ""
+        self._last_heard = 0.0
+        self._pinger: asyncio.TimerHandle | None = None
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        socket = client_socket(self._context, b"c" + os.urandom(15))
+        try:
+            connect_client(socket, self._endpoint, self._server_key)
+        except BaseException:
+            socket.close(0)
+            raise
+        self._channel = Channel(socket, self._receive)
+        self._last_heard = self._loop.time()
+        self._ping()
+        await self.info("server")
+
+    async def close(self) -> None:
+        if self._pinger is not None:
+            self._pinger.cancel()
+        self._streams.fail_all(ServiceClosed("the client was closed"))
+        self._fail_answers(ServiceClosed("the client was closed"))
+        if self._channel is not None:
+            self._channel.close(linger_ms=200)  # an abort that was just sent should arrive
+            self._channel = None
+        if self._context is not None:
+            self._context.term()
+            self._context = None
+
+    def submit(self, message: Submit, stream: Stream) -> None:
+        if asyncio.get_running_loop() is not self._loop:
+            raise ServiceClosed("this client belongs to another event loop: make one Client per loop")
+        self._streams.add(stream)
+        self._send(message)
+
+    def abort(self, message: Abort) -> None:
+        if self._channel is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._send_abort, message)
+
+    async def info(self, kind: str) -> ServiceMessage:
+        request_id = uuid.uuid4().hex
+        answer: asyncio.Future[ServiceMessage] = self._loop.create_future()
+        self._answers[request_id] = answer
+        try:
+            self._send(InfoRequest(request_id, kind))
+            return await asyncio.wait_for(answer, self._connect_timeout)
+        except TimeoutError:
+            raise ServerLost(f"{self._endpoint}: no answer within {self._connect_timeout:g} s") from None
+        finally:
+            self._answers.pop(request_id, None)
+
+    def _send_abort(self, message: Abort) -> None:
+        if message.index < 0:
+            self._streams.discard(message.id)
+        if self._channel is not None:
+            self._send(message)
+
+    def _send(self, message: Message) -> None:
+        if self._channel is None:
+            raise ServiceClosed("the client is closed")
+        if not self._channel.send([self._codec.encode(message)]):
+            raise ServerLost(f"{self._endpoint}: nobody takes what is sent")
+
+    def _receive(self, frames: list[bytes]) -> None:
+        message = self._codec.decode(frames[0])
+        self._last_heard = self._loop.time()
+        if isinstance(message, Deltas):
+            self._streams.deliver(message.items)
+        elif isinstance(message, Pong):
+            self._met(message.incarnation)
+        elif isinstance(message, Refused):
+            self._refused(message)
+        else:
+            answer = self._answers.pop(message.id, None)
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+
+    def _refused(self, message: Refused) -> None:
+        answer = self._answers.pop(message.id, None)
+        if answer is not None and not answer.done():
+            answer.set_exception(from_wire(message.code, message.message, message.retry_after))
+        elif message.id:
+            self._streams.refuse(message)
+        else:
+            self._streams.fail_all(ProtocolError(f"{self._endpoint} could not read a message: {message.message}"))
+
+    def _met(self, incarnation: str) -> None:
+        if self._incarnation and incarnation != self._incarnation:
+            self._streams.fail_all(ServerLost(f"{self._endpoint}: the server was restarted; its requests are gone"))
+        self._incarnation = incarnation
+
+    def _ping(self) -> None:
+        """Once a second while the client is open: tells the server that we live, and us whether it does."""
+        if self._channel is None:
+            return
+        if self._loop.time() - self._last_heard > self._lost_after:
+            self._streams.fail_all(ServerLost(f"{self._endpoint}: silent for {self._lost_after:g} s"))
+        self._channel.send([self._codec.encode(Ping(0))])
+        self._pinger = self._loop.call_later(_PING_SECONDS, self._ping)
+
+    def _fail_answers(self, error: ServiceClosed) -> None:
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(error)
+        self._answers.clear()

@@ -1,0 +1,100 @@
+"""`treadle serve`: one service on a ZeroMQ endpoint, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from treadle.engine import lifeline
+from treadle.errors import TreadleError
+from treadle.scheduler.client_server import ClientServer
+from treadle.scheduler.options import ServiceOptions
+from treadle.scheduler.service import Service
+from treadle.transport.endpoints import ServerKeys, ipc_path
+from treadle.transport.messages import TokenizerInfo
+
+from .facts import load_tokenizer, locate
+from .loop_thread import new_event_loop
+from .server_process import StartReport
+
+logger = logging.getLogger("treadle")
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """What `treadle serve` was asked to do. parent: file descriptors (lifeline, report) when an `LLM` started us."""
+
+    model: str
+    endpoint: str
+    options: ServiceOptions
+    keys: ServerKeys | None = None
+    parent: tuple[int, int] | None = None
+
+
+def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
+    """Serves until SIGINT or SIGTERM. Returns the exit code; raises TreadleError when it cannot start."""
+    path = ipc_path(settings.endpoint)
+    if settings.parent is not None:
+        lifeline.watch(settings.parent[0], [path.parent] if path is not None else [])
+    loop = new_event_loop()
+    try:
+        return loop.run_until_complete(_serve(settings, announce))
+    except TreadleError as error:
+        _report(settings, StartReport(error.code, str(error)))
+        raise
+    finally:
+        loop.close()
+
+
+async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    stopping = asyncio.create_task(stop.wait())
+    located = await asyncio.to_thread(locate, settings.model)
+    reading = asyncio.create_task(asyncio.to_thread(load_tokenizer, located.path))
+    path = ipc_path(settings.endpoint)
+    leftovers: list[Path] = [path] if path is not None else []
+    info: TokenizerInfo | None = None
+    service = Service(located.facts, settings.options, lambda: info, leftovers)
+    server = None
+    try:
+        # First the endpoint: that it is taken should be said before a model is loaded.
+        server = ClientServer(service, settings.endpoint, settings.keys)
+        starting = asyncio.create_task(service.start())
+        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return 0
+        starting.result()
+        tokenizer = await reading
+        info = tokenizer.to_info() if tokenizer is not None else None
+        announce(settings.endpoint)
+        _report(settings, StartReport())
+        failed = asyncio.create_task(service.failed.wait())
+        await asyncio.wait({stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+        return 1 if failed.done() else 0
+    finally:
+        if server is not None:
+            server.close()
+        await service.close()
+
+
+def _report(settings: ServeSettings, report: StartReport) -> None:
+    """Tells the parent, once; a second report goes nowhere, since the first closed the pipe."""
+    if settings.parent is None:
+        return
+    try:
+        os.write(settings.parent[1], msgspec.json.encode(report))
+        os.close(settings.parent[1])
+    except OSError:
+        logger.debug("the parent has its report already")

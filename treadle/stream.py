@@ -1,0 +1,199 @@
+"""The reader's end of one request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+
+from treadle.errors import DeadlineExceeded, InvalidRequest, ServiceClosed, TreadleError, from_wire
+from treadle.tokenizer import Tokenizer
+from treadle.transport.codec import unpack
+from treadle.transport.messages import Abort, Delta, Refused, Submit
+
+from .continuation import Continuation, logprob_table
+from .outputs import Logprob, RequestOutput
+
+
+class Stream:
+    """An async iterator of `RequestOutput`; what comes while nobody reads is merged, so a slow reader costs no memory.
+
+    Ends after the last output. Raises the request's typed error instead. Leaving it early, by `break` and
+    `aclose`, by cancelling the task that reads, or by dropping it, aborts the request.
+    """
+
+    _ended = True  # nothing more will come, or we no longer care; true until __init__ has got through
+
+    def __init__(
+        self,
+        submit: Submit,
+        prompt: str | None,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Sequence[int],
+        abort: Callable[[Abort], None],
+    ) -> None:
+        self.request_id = submit.id
+        self._prompt = prompt
+        self._prompt_ids: list[int] = unpack(submit.tokens).tolist()
+        self._eos = eos_token_ids
+        self._abort = abort
+        self._parts = [Continuation(i, self._prompt_ids, submit.params, tokenizer) for i in range(submit.params.n)]
+        self._prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+        if submit.params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]
+        self._cached = 0
+        self._arrival = time.perf_counter()
+        self._first: float | None = None
+        self._news = asyncio.Event()
+        self._error: TreadleError | None = None
+        self._exhausted = False
+        self._ended = False
+
+    # ── the service's side, on the reader's loop ──
+
+    def feed(self, delta: Delta) -> None:
+        """Takes a delta of this request."""
+        if self._ended:
+            return
+        if delta.tokens and self._first is None:
+            self._first = time.perf_counter()
+        self._cached = max(self._cached, delta.cached_tokens)
+        if self._prompt_logprobs is not None and delta.index == 0:
+            self._prompt_logprobs += [logprob_table(entry) for entry in delta.prompt_logprobs]
+        if delta.finish == "error":
+            self.fail(from_wire(delta.error_code, delta.error))
+            return
+        if self._parts[delta.index].feed(delta, self._eos):
+            self._abort(Abort(self.request_id, delta.index))
+        if delta.finish == "deadline":
+            self.fail(DeadlineExceeded(f"request {self.request_id} did not finish within its timeout"))
+            return
+        self._ended = all(part.finished for part in self._parts)
+        self._news.set()
+
+    def refuse(self, refused: Refused) -> None:
+        self.fail(from_wire(refused.code, refused.message, refused.retry_after))
+
+    def fail(self, error: TreadleError) -> None:
+        """Ends the stream with `error`; what came before is still read first."""
+        if not self._ended:
+            self._error = error
+            self._ended = True
+            self._news.set()
+
+    @property
+    def ended(self) -> bool:
+        """Nothing more will be fed to this stream."""
+        return self._ended
+
+    # ── the reader's side ──
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        if self._exhausted:
+            raise StopAsyncIteration
+        try:
+            await self._news.wait()
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+        self._news.clear()
+        if self._error is not None:
+            self._exhausted = True
+            raise self._error
+        self._exhausted = self._ended
+        return self._read()
+
+    async def final(self) -> RequestOutput:
+        """Waits for the end and returns the whole."""
+        last = None
+        async for output in self:
+            last = output
+        if last is None:
+            raise ServiceClosed(f"request {self.request_id} was read to its end before")
+        return last
+
+    def abort(self) -> None:
+        """Ends the request now; reading on gives what there is, with finish_reason "abort"."""
+        if not self._ended:
+            self._ended = True
+            for part in self._parts:
+                if not part.finished:
+                    part.finish_reason = "abort"
+            self._news.set()
+            self._abort(Abort(self.request_id))
+
+    async def aclose(self) -> None:
+        """Aborts the request if it still runs."""
+        self.abort()
+        self._exhausted = True
+
+    async def __aenter__(self) -> Stream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not self._ended:
+            self._abort(Abort(self.request_id))
+
+    def _read(self) -> RequestOutput:
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_ids,
+            outputs=[part.read() for part in self._parts],
+            finished=self._ended,
+            cached_tokens=self._cached,
+            prompt_logprobs=self._prompt_logprobs,
+            arrival_time=self._arrival,
+            first_token_time=self._first,
+        )
+
+
+class StreamTable:
+    """The open streams of one reader loop. Holds them weakly enough: a stream leaves when it ends or is dropped."""
+
+    def __init__(self) -> None:
+        self._streams: dict[str, Callable[[], Stream | None]] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def add(self, stream: Stream) -> None:
+        """Raises InvalidRequest when an open stream has the same id."""
+        if self._stream(stream.request_id) is not None:
+            raise InvalidRequest(f"request_id {stream.request_id!r} is in use: ids of open requests are unique")
+        self._streams[stream.request_id] = weakref.ref(stream)
+
+    def discard(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+
+    def deliver(self, items: Iterable[Delta]) -> None:
+        for delta in items:
+            stream = self._stream(delta.id)
+            if stream is not None:
+                stream.feed(delta)
+                if stream.ended:
+                    self.discard(delta.id)
+
+    def refuse(self, refused: Refused) -> None:
+        stream = self._stream(refused.id)
+        if stream is not None:
+            stream.refuse(refused)
+            self.discard(refused.id)
+
+    def fail_all(self, error: TreadleError) -> None:
+        for request_id in list(self._streams):
+            stream = self._stream(request_id)
+            if stream is not None:
+                stream.fail(error)
+        self._streams.clear()
+
+    def _stream(self, request_id: str) -> Stream | None:
+        reference = self._streams.get(request_id)
+        return None if reference is None else reference()
