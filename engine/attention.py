@@ -31,10 +31,15 @@ class QueryChunk:
 
 @dataclass(frozen=True, slots=True)
 class PrefillRow:
-    """A row with several queries. pages: [ceil(keys / block_size)] int64, its blocks in order. keys: context length."""
+    """Queries [start, stop) of the flat batch are the last tokens of a context of `keys`.
 
-    pages: Tensor
+    table: [P] int32, the row's blocks. chunks: how to take the queries, where the backend wants to be told.
+    """
+
+    start: int
+    stop: int
     keys: int
+    table: Tensor
     chunks: list[QueryChunk]
 
 
@@ -70,6 +75,7 @@ class TorchAttention:
     """Grouped matrix products by KV head; runs wherever torch does."""
 
     name = "torch"
+    _wants_chunks = True
 
     def __init__(self, scale: float, window: int | None) -> None:
         self._scale = scale
@@ -79,12 +85,11 @@ class TorchAttention:
         decode = batch.num_decode
         plan = AttentionPlan(decode, batch.block_tables[:decode], batch.context_lens[:decode])
         if decode < batch.num_rows:
-            lengths = batch.context_lens[decode:].tolist()
             masks = _MaskMaker(self._window, dtype, batch.token_ids.device)
-            for row, keys in enumerate(lengths, decode):
-                start, stop = batch.query_starts[row], batch.query_starts[row + 1]
-                pages = batch.block_tables[row, : -(-keys // block_size)].long()
-                plan.prefill.append(PrefillRow(pages, keys, list(masks.chunks(start, stop, keys))))
+            for row, keys in enumerate(batch.context_lens[decode:].tolist(), decode):
+                start, stop, table = batch.query_starts[row], batch.query_starts[row + 1], batch.block_tables[row]
+                chunks = list(masks.chunks(start, stop, keys)) if self._wants_chunks else []
+                plan.prefill.append(PrefillRow(start, stop, keys, table, chunks))
         return plan
 
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
@@ -93,7 +98,7 @@ class TorchAttention:
         if plan.num_decode:
             self._decode(q, k_cache, v_cache, plan, out)
         for row in plan.prefill:
-            _prefill(q, k_cache, v_cache, row, self._scale, out)
+            self._prefill(q, k_cache, v_cache, row, out)
         return out
 
     def _decode(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan, out: Tensor) -> None:
@@ -111,11 +116,32 @@ class TorchAttention:
         mixed = weights @ v.masked_fill(hidden[:, None, :, None], 0)
         out[:rows] = mixed.reshape(rows, heads * dim)
 
+    def _prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, row: PrefillRow, out: Tensor) -> None:
+        (_, heads, dim), (_, kv_heads, block_size, _) = q.shape, k_cache.shape
+        group = heads // kv_heads
+        pages = row.table[: -(-row.keys // block_size)].long()
+        k = _gather(k_cache, pages, q.dtype)[:, None, : row.keys].expand(-1, group, -1, -1)
+        v = _gather(v_cache, pages, q.dtype)[:, None, : row.keys].expand(-1, group, -1, -1)
+        for chunk in row.chunks:
+            part = slice(chunk.start, chunk.stop)
+            seen = slice(chunk.first_key, chunk.keys)
+            queries = q[part].view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
+            mixed = F.scaled_dot_product_attention(
+                queries,
+                k[:, :, seen],
+                v[:, :, seen],
+                attn_mask=chunk.mask,
+                is_causal=chunk.mask is None,
+                scale=self._scale,
+            )
+            out[part].view(-1, kv_heads, group, dim).copy_(mixed.permute(2, 0, 1, 3))
+
 
 class NativeAttention(TorchAttention):
-    """The C kernel for rows with one query; it reads pages in place. The caches have the dtype of the queries."""
+    """The C kernels, which read pages in place. Only on CPUs; the caches have the dtype of the queries."""
 
     name = "native"
+    _wants_chunks = False
 
     def __init__(self, native: Native, scale: float, window: int | None) -> None:
         super().__init__(scale, window)
@@ -144,27 +170,33 @@ class NativeAttention(TorchAttention):
         if code:
             raise MemoryError("no memory for attention scores")
 
+    def _prefill(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, row: PrefillRow, out: Tensor) -> None:
+        _, kv_heads, block_size, dim = k_cache.shape
+        code = self._native.prefill_attention(
+            q[row.start].data_ptr(),
+            q.stride(0),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            row.table.data_ptr(),
+            out[row.start].data_ptr(),
+            row.stop - row.start,
+            row.keys,
+            q.shape[1],
+            kv_heads,
+            dim,
+            block_size,
+            self._scale,
+            self._window or 0,
+            q.dtype is torch.bfloat16,
+        )
+        if code:
+            raise MemoryError(f"no memory to attend to {row.keys} tokens")
+
 
 def _gather(cache: Tensor, tables: Tensor, dtype: torch.dtype) -> Tensor:
     """Pages [..., P] of a cache to [..., kv_heads, P * block_size, head_dim]."""
     pages = cache[tables].transpose(-4, -3)
     return pages.flatten(-3, -2).to(dtype)
-
-
-def _prefill(q: Tensor, k_cache: Tensor, v_cache: Tensor, row: PrefillRow, scale: float, out: Tensor) -> None:
-    heads, dim = q.shape[1:]
-    kv_heads = k_cache.shape[1]
-    group = heads // kv_heads
-    k = _gather(k_cache, row.pages, q.dtype)[:, None, : row.keys].expand(-1, group, -1, -1)
-    v = _gather(v_cache, row.pages, q.dtype)[:, None, : row.keys].expand(-1, group, -1, -1)
-    for chunk in row.chunks:
-        part = slice(chunk.start, chunk.stop)
-        seen = slice(chunk.first_key, chunk.keys)
-        queries = q[part].view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
-        mixed = F.scaled_dot_product_attention(
-            queries, k[:, :, seen], v[:, :, seen], attn_mask=chunk.mask, is_causal=chunk.mask is None, scale=scale
-        )
-        out[part].view(-1, kv_heads, group, dim).copy_(mixed.permute(2, 0, 1, 3))
 
 
 class _MaskMaker:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,8 +40,16 @@ class KVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.dtype = dtype
-        storage = torch.zeros(shape, dtype=dtype, device=device)
+        storage = _zeros(shape, dtype, device)
         if poison:
             storage.fill_(math.nan)
         self.k: list[Tensor] = [storage[layer, 0] for layer in range(config.num_layers)]
         self.v: list[Tensor] = [storage[layer, 1] for layer in range(config.num_layers)]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """On CPUs numpy's, which the kernel fills page by page when they are touched; torch would write them all now."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

@@ -172,7 +172,7 @@ def load_model(
     """
     kv_dtype = kv_dtype or dtype
     shard = shard_for(config, comm.rank, comm.world_size)
-    library = load_native() if native and native_serves(device, dtype, kv_dtype) else None
+    library = load_native() if native and native_serves(device, dtype, kv_dtype, config.head_dim) else None
     scale = config.head_dim**-0.5
     ops: Ops = TorchOps() if library is None else NativeOps(library, dtype)
     attention: AttentionBackend = TorchAttention(scale, config.sliding_window)

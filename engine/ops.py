@@ -12,6 +12,7 @@ from torch import Tensor
 from .native import Native
 
 _NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_MAX_HEAD_DIM = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +156,6 @@ class NativeOps:
         return qkv[:, : q_heads * dim].view(tokens, q_heads, dim)
 
 
-def native_serves(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype) -> bool:
+def native_serves(device: torch.device, dtype: torch.dtype, kv_dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the C kernels can work with these; they do not convert between model and cache."""
-    return device.type == "cpu" and dtype in _NATIVE_DTYPES and kv_dtype is dtype
+    return device.type == "cpu" and dtype in _NATIVE_DTYPES and kv_dtype is dtype and head_dim <= _MAX_HEAD_DIM

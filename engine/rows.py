@@ -69,6 +69,10 @@ class RowMirror:
         self.tokens[rows, self.known[rows]] = sampled
         self.known[rows] += 1
 
+    def forget(self) -> None:
+        """Releases every row, for a scheduler that starts anew on loaded ranks."""
+        self._release(np.flatnonzero(self.active).astype(np.int32))
+
     def _release(self, rows: Int32) -> None:
         if rows.size and not self.active[rows].all():
             raise ProtocolError(f"release of a row that is not in use, among {rows.tolist()}")

@@ -62,6 +62,10 @@ class Runner:
         logits = self._model.logits(hidden)
         return self._sample(work, logits, scored)
 
+    def forget(self) -> None:
+        """Releases every row, for a scheduler that starts anew on loaded ranks."""
+        self._mirror.forget()
+
     def _sample(self, work: Work, logits: torch.Tensor, scored: list[tuple[int, Int64, Int64]]) -> StepOutcome:
         rows = work.rows[work.samples]
         count = len(rows)

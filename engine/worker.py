@@ -36,7 +36,7 @@ def serve(socket: zmq.Socket[bytes], codec: Codec[PlanMessage], rank: int) -> in
             if not isinstance(message, StepPlan):
                 raise ProtocolError(f"{type(message).__name__} where a plan was expected")
             step = message.step
-            socket.send(codec.encode(_step(loaded.runner, message, frame, digest, rank)))
+            socket.send(codec.encode(run_step(loaded.runner, message, frame, digest, rank)))
     except Exception as error:  # the last resort of a process: say what happened to whoever restarts it
         failure = Failure(rank, step, _code(error), f"{type(error).__name__}: {error}", traceback.format_exc())
         socket.send(codec.encode(failure))
@@ -44,7 +44,8 @@ def serve(socket: zmq.Socket[bytes], codec: Codec[PlanMessage], rank: int) -> in
         return 1
 
 
-def _step(runner: Runner, plan: StepPlan, frame: bytes, digest: Digest, rank: int) -> StepResult:
+def run_step(runner: Runner, plan: StepPlan, frame: bytes, digest: Digest, rank: int) -> StepResult:
+    """Executes `plan`, whose encoded bytes are `frame`, and answers for it. Advances `digest`."""
     began = time.perf_counter()
     digest.add(frame)
     outcome = runner.step(plan)

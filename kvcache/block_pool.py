@@ -24,7 +24,7 @@ class BlockPool:
     `num_blocks - 1`. `on_evict` is told the label of every block whose content is given up.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[Label], object] | None = None) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[Label], object]) -> None:
         self.total = num_blocks - 1
         self.evictions = 0
         self._on_evict = on_evict
@@ -74,9 +74,11 @@ class BlockPool:
         """One more reference on each, owned by the caller. The blocks are owned or cached, not blank."""
         refs, idle = self.refs, self._idle
         for block in blocks:
-            if not refs[block]:
+            if refs[block]:
+                refs[block] += 1
+            else:
                 del idle[block]
-            refs[block] += 1
+                refs[block] = 1
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Gives back one reference on each block of one block table, in the order of the table.
@@ -98,7 +100,8 @@ class BlockPool:
         label = self.labels[block]
         if label is None:
             return
-        self._forget(block, label)
+        self.labels[block] = None
+        self._on_evict(label)
         if not self.refs[block]:
             del self._idle[block]
             self._blank.append(block)
@@ -115,15 +118,12 @@ class BlockPool:
         require(all(self.labels[block] is not None for block in self._idle), "a cached block has no label")
 
     def _evict(self, count: int) -> None:
-        for _ in range(count):
-            block, _none = self._idle.popitem(last=False)
-            label = self.labels[block]
+        pop, labels, on_evict = self._idle.popitem, self.labels, self._on_evict
+        blocks = [pop(False)[0] for _ in range(count)]
+        for block in blocks:
+            label = labels[block]
+            labels[block] = None
             if label is not None:
-                self._forget(block, label)
-            self._blank.append(block)
+                on_evict(label)
+        self._blank += blocks
         self.evictions += count
-
-    def _forget(self, block: BlockId, label: Label) -> None:
-        self.labels[block] = None
-        if self._on_evict is not None:
-            self._on_evict(label)

@@ -59,9 +59,8 @@ class Admission:
                 f"the prompt has {tokens.size} tokens; at most {config.capacity - 1} are allowed, "
                 f"so that one token of output fits into {config.capacity}"
             )
-        outside = np.flatnonzero(tokens.view(np.uint32) >= config.vocab_size)
-        if outside.size:
-            where = int(outside[0])
+        if tokens.view(np.uint32).max() >= config.vocab_size:  # a negative id is a very great unsigned one
+            where = int(np.argmax(tokens.view(np.uint32) >= config.vocab_size))
             raise InvalidRequest(
                 f"prompt token {int(tokens[where])} at position {where}: ids must be in [0, {config.vocab_size})"
             )

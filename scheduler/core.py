@@ -30,6 +30,7 @@ from .planner import Flight, Planner
 from .request import NO_ROW, Output, Outputs, Request, Sequence
 from .rows import Int64, Rows1D
 from .running import Running
+from .stop_ids import StopIds
 from .waiting import Waiting
 
 Details = dict[Sequence, Output]
@@ -48,7 +49,7 @@ class Core:
         self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
         self._flights: deque[Flight] = deque()
         self._unsaid: list[Output] = []
-        self._stop_refs = np.zeros(config.vocab_size, np.int32)
+        self._stop_ids = StopIds(config.vocab_size)
         self._step = 0
         self._finished = 0
         self._recoveries = 0
@@ -68,7 +69,7 @@ class Core:
             self._waiting.push(sequence)
         if request.deadline is not None:
             self._deadlines.push(_deadline_key(request), request)
-        self._stop_refs[list(request.stop_ids)] += 1
+        self._stop_ids.add(request.stop_ids)
         return request
 
     def abort(self, request_id: str, now: float, index: int = -1) -> list[Output]:
@@ -80,6 +81,11 @@ class Core:
             return self._end_request(request, "abort", now)
         chosen = request.sequences[index : index + 1]
         return [self._end(Output(sequence), "abort", now) for sequence in chosen if not sequence.finish]
+
+    def fail_all(self, code: str, message: str, now: float) -> list[Output]:
+        """Ends every request with "error": nothing will run any more."""
+        requests = list(self._requests.values())
+        return [output for request in requests for output in self._end_request(request, "error", now, code, message)]
 
     def expire(self, now: float) -> list[Output]:
         """Ends the requests whose deadline has passed, and hands out what `plan` found so."""
@@ -188,7 +194,7 @@ class Core:
 
     def check(self) -> None:
         """Raises CoreInvariantError with what is wrong. Slow; for tests and debugging, after any event."""
-        check_core(self.config, self._running, self._waiting, self._flights, self._requests, self._stop_refs)
+        check_core(self.config, self._running, self._waiting, self._flights, self._requests, self._stop_ids)
 
     # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -218,13 +224,15 @@ class Core:
         self._generated += rows.size
         sequences: list[Sequence] = arrays.owner[rows].tolist()
         values: list[int] = tokens.tolist()
-        ending = (length >= arrays.limit[rows]) | (self._stop_refs[tokens] > 0)
-        special = range(rows.size) if details else np.flatnonzero(ending).tolist()
+        ending = (length >= arrays.limit[rows]) | self._stop_ids.mask[tokens]
+        special = range(rows.size) if details else ending.nonzero()[0].tolist()
+        apart: list[Output] = []
         for i in reversed(special):
             output = self._settle(sequences[i], values[i], int(length[i]), details, now)
             if output is not None:
-                outputs.others.append(output)
+                apart.append(output)
                 del sequences[i], values[i]
+        outputs.others += reversed(apart)
         outputs.sequences += sequences
         outputs.tokens += values
 
@@ -336,7 +344,7 @@ class Core:
         del self._requests[request.id]
         if request.deadline is not None:
             self._deadlines.remove(_deadline_key(request))
-        self._stop_refs[list(request.stop_ids)] -= 1
+        self._stop_ids.remove(request.stop_ids)
         self._finished += 1
 
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from treadle.kvcache import CoreInvariantError as CoreInvariantError
 from treadle.kvcache.invariant import require
-from treadle.transport.codec import Int32
 
 from .config import CoreConfig
 from .planner import Flight
 from .request import NO_ROW, Request, Sequence
 from .running import Running
+from .stop_ids import StopIds
 from .waiting import Waiting
 
 
@@ -25,7 +25,7 @@ def check_core(
     waiting: Waiting,
     flights: Ordered[Flight],
     requests: Mapping[str, Request],
-    stop_refs: Int32,
+    stop_ids: StopIds,
 ) -> None:
     """Raises CoreInvariantError with the first broken promise."""
     require(len(flights) <= config.pipeline_depth, "more plans in flight than pipeline_depth")
@@ -35,7 +35,7 @@ def check_core(
     for sequence in running.sequences():
         _check_row(config, running, sequence)
     _check_in_flight(running, waiting, flights)
-    _check_stop_refs(requests, stop_refs)
+    _check_stop_ids(requests, stop_ids)
 
 
 def _check_places(running: Running, waiting: Waiting, requests: Mapping[str, Request]) -> None:
@@ -112,8 +112,7 @@ def _check_in_flight(running: Running, waiting: Waiting, flights: Ordered[Flight
     require(len(running.parked) == sum(s.in_flight > 0 for s in waiting), "an ended sequence is parked")
 
 
-def _check_stop_refs(requests: Mapping[str, Request], stop_refs: Int32) -> None:
-    expected = np.zeros_like(stop_refs)
-    for request in requests.values():
-        expected[list(request.stop_ids)] += 1
-    require(np.array_equal(expected, stop_refs), "stop ids are miscounted")
+def _check_stop_ids(requests: Mapping[str, Request], stop_ids: StopIds) -> None:
+    expected = Counter(token for request in requests.values() for token in request.stop_ids)
+    require(expected == stop_ids.counts, "stop ids are miscounted")
+    require(set(np.flatnonzero(stop_ids.mask).tolist()) == set(expected), "the mask of stop ids is wrong")

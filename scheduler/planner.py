@@ -67,6 +67,9 @@ class _Batch:
     def rows(self) -> Rows1D:
         return np.concatenate((self.decode, np.array(self.chunk_rows, np.intp))) if self.chunk_rows else self.decode
 
+    def counts(self) -> bytes:
+        return pack(self.chunk_counts) if self.chunk_counts else b""
+
     def sampling(self) -> Rows1D | None:
         if len(self.samples) == len(self.chunk_rows):
             return None
@@ -82,7 +85,6 @@ class Planner:
         self._block_size = config.block_size
         self._running = running
         self._waiting = waiting
-        self._cursor = 0
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
         self.trial: Request | None = None
         self.preemptions = 0
@@ -94,7 +96,7 @@ class Planner:
         """
         preemptions = self.preemptions
         decode, growing = self._decode()
-        blocks = self._running.grow(growing) or []
+        blocks = self._running.grow(growing)
         self._running.rows.advance(decode)
         batch = _Batch(self._budget, decode)
         self._continue_prefills(batch)
@@ -105,35 +107,32 @@ class Planner:
             return None
         plan = StepPlan(
             step,
-            pack(self._running.released),
+            pack(self._running.released) if self._running.released else b"",
             batch.starts,
-            pack(growing),
-            pack(blocks),
+            pack(growing) if growing.size else b"",
+            pack(blocks) if growing.size else b"",
             pack(rows),
-            self._ones[: 4 * decode.size] + pack(batch.chunk_counts),
+            self._ones[: 4 * decode.size] + batch.counts(),
         )
         self._running.released.clear()
         return plan, Flight(step, rows, self._running.rows.admission[rows], batch.sampling())
 
     def _decode(self) -> tuple[Rows1D, Rows1D]:
-        """Rows that compute one token and sample the next, and those among them that need one more block for it."""
+        """Rows that compute one token and sample the next, and those among them that need one more block for it.
+
+        They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
+        """
         rows = self._running.rows
         ready = (rows.frontier - rows.computed == 1) & (rows.frontier < rows.limit)
-        decode = self._take_turns(np.flatnonzero(ready))
+        decode = ready.nonzero()[0]
+        if not decode.size:
+            return decode, decode
         growing = decode[rows.computed[decode] == rows.nblocks[decode] * self._block_size]
         while growing.size > self._running.cache.pool.available:
             victim = self._running.youngest()
             decode, growing = decode[decode != victim.row], growing[growing != victim.row]
             self._preempt(victim)
         return decode, growing
-
-    def _take_turns(self, decode: Rows1D) -> Rows1D:
-        """More decodes than budget: continue after the row that came last, round and round."""
-        if decode.size <= self._budget:
-            return decode
-        decode = np.roll(decode, -int(np.searchsorted(decode, self._cursor)))[: self._budget]
-        self._cursor = int(decode[-1]) + 1
-        return decode
 
     def _preempt(self, victim: Sequence) -> None:
         self._running.preempt(victim)
@@ -142,8 +141,8 @@ class Planner:
 
     def _continue_prefills(self, batch: _Batch) -> None:
         rows = self._running.rows
-        prefills = np.flatnonzero(rows.frontier - rows.computed > 1)
-        for row in prefills[np.argsort(rows.order[prefills])].tolist() if prefills.size else ():
+        prefills = (rows.frontier - rows.computed > 1).nonzero()[0]
+        for row in prefills[rows.order[prefills].argsort()].tolist() if prefills.size else ():
             if not batch.left:
                 return
             self._advance(row, batch)

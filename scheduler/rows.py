@@ -23,6 +23,7 @@ from .request import Sequence
 Rows1D = npt.NDArray[np.intp]
 Int64 = npt.NDArray[np.int64]
 
+WIRE_INT = np.dtype("<i4")
 NOBODY = np.iinfo(np.int64).min
 NEVER = np.iinfo(np.int32).max
 
@@ -56,16 +57,16 @@ class Rows:
         """Rows in use."""
         return len(self.admission) - len(self.free)
 
-    def occupy(self, sequence: Sequence, admission: int, blocks: list[BlockId], computed: int) -> int:
+    def occupy(self, sequence: Sequence, admission: int, blocks: Int32, computed: int) -> int:
         """Gives the sequence a free row that holds its tokens and block table; returns the row."""
         row = self.free.pop()
         tokens = np.frombuffer(sequence.tokens, np.int32)
         self.tokens[row, : tokens.size] = tokens
-        self.table[row, : len(blocks)] = blocks
+        self.table[row, : blocks.size] = blocks
         self.known[row] = self.frontier[row] = tokens.size
         self.computed[row] = computed
         self.limit[row] = sequence.request.limit
-        self.nblocks[row] = len(blocks)
+        self.nblocks[row] = blocks.size
         self.admission[row] = admission
         self.order[row] = sequence.order
         self.owner[row] = sequence
@@ -83,7 +84,7 @@ class Rows:
         blocks: list[BlockId] = self.table[row, : self.nblocks[row]].tolist()
         return blocks
 
-    def append_blocks(self, rows: Rows1D, blocks: list[BlockId]) -> None:
+    def append_blocks(self, rows: Rows1D, blocks: Int32) -> None:
         self.table[rows, self.nblocks[rows]] = blocks
         self.nblocks[rows] += 1
 

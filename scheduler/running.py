@@ -10,12 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from treadle.kvcache import BlockId, Parent, PrefixCache, blocks_for_tokens
-from treadle.transport.codec import pack
+from treadle.transport.codec import Int32
 from treadle.transport.messages import Row, RowStart
 
 from .config import CoreConfig
 from .request import NO_ROW, Sequence
-from .rows import Rows, Rows1D
+from .rows import WIRE_INT, Rows, Rows1D
 
 
 class Running:
@@ -98,10 +98,10 @@ class Running:
         sequence: Sequence = self.rows.owner[self.rows.order.argmax()]
         return sequence
 
-    def grow(self, rows: Rows1D) -> list[BlockId] | None:
-        """Appends one block to each row's table; None, and nothing done, when blocks are missing."""
-        blocks = self.cache.pool.allocate(rows.size)
-        if blocks:
+    def grow(self, rows: Rows1D) -> Int32:
+        """Appends one block to each row's table; so many are available."""
+        blocks = np.array(self.cache.pool.allocate(rows.size) or [], WIRE_INT)
+        if blocks.size:
             self.rows.append_blocks(rows, blocks)
         return blocks
 
@@ -155,7 +155,8 @@ class Running:
     def _start(self, sequence: Sequence, blocks: list[BlockId], computed: int, parent: Parent) -> RowStart:
         request = sequence.request
         self._admissions += 1
-        row = self.rows.occupy(sequence, self._admissions, blocks, computed)
+        table = np.array(blocks, WIRE_INT)
+        row = self.rows.occupy(sequence, self._admissions, table, computed)
         if self._config.prefix_cache:
             self.rows.chain[row] = parent
             self.rows.publish_at[row] = computed + self._block_size
@@ -170,7 +171,7 @@ class Running:
             request.prompt_len,
             computed,
             sequence.tokens,
-            pack(blocks),
+            table.tobytes(),
             request.params,
             sequence.seed,
             request.ban,

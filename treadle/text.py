@@ -21,7 +21,7 @@ class TextStream:
     Characters and possible beginnings of stop strings are held back until they are certain, so what `push` and `finish`
     return adds up to the text, however the tokens were grouped. Work is linear in the text.
 
-    min_tokens: stop strings that are complete before this many tokens came do not count.
+    min_tokens: stop strings are looked for in the text from this token on (counted from 1).
     Raises InvalidParameter when a stop string is empty.
     """
 

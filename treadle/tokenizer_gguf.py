@@ -12,11 +12,10 @@ from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from treadle.engine.gguf import GGUFFile
 from treadle.errors import CorruptWeights, UnsupportedModel
-
-from .tokenizer_hf import set_bos
 
 _CONTROL, _USER_DEFINED = 3, 4
 
@@ -74,7 +73,10 @@ def read_gguf_tokenizer(path: Path) -> dict[str, Any]:
     except (ValueError, TypeError, OverflowError) as error:
         raise CorruptWeights(f"{path}: its tokenizer cannot be rebuilt: {error}") from error
     bos = _token(file, tokens, "bos")
-    set_bos(backend, bos if _adds_bos(file, str(kind), pre) else "")
+    if bos and _adds_bos(file, str(kind), pre):
+        backend.post_processor = TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, backend.token_to_id(bos))]
+        )
     template = file.get("tokenizer.chat_template")
     ends = [file.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return {

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from treadle.engine.config_fields import Fields
 from treadle.engine.config_hf import read_json
@@ -16,7 +15,11 @@ MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_hf_tokenizer(path: Path) -> dict[str, Any]:
-    """The arguments of `Tokenizer`. `path`: the directory, or its config.json."""
+    """The arguments of `Tokenizer`. `path`: the directory, or its config.json.
+
+    What `encode` adds around a text is what tokenizer.json says; like transformers, we do not ask tokenizer_config.json
+    for `add_bos_token` then.
+    """
     directory = path if path.is_dir() else path.parent
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -32,9 +35,6 @@ def read_hf_tokenizer(path: Path) -> dict[str, Any]:
     eos_ids = _ids(directory, "eos_token_id")
     bos = _token(backend, settings, "bos_token", _ids(directory, "bos_token_id"))
     eos = _token(backend, settings, "eos_token", eos_ids)
-    add_bos = settings.get("add_bos_token")
-    if isinstance(add_bos, bool):
-        set_bos(backend, bos if add_bos else "")
     if not eos_ids:
         id: int | None = backend.token_to_id(eos) if eos else None
         eos_ids = () if id is None else (id,)
@@ -45,13 +45,6 @@ def read_hf_tokenizer(path: Path) -> dict[str, Any]:
         "eos_token": eos,
         "eos_token_ids": eos_ids,
     }
-
-
-def set_bos(backend: Any, token: str) -> None:
-    """Lets `encode` put `token` first, or, where it is "", add nothing."""
-    parts = [token, "$A"] if token else ["$A"]
-    special = [(token, backend.token_to_id(token))] if token else []
-    backend.post_processor = TemplateProcessing(single=parts, pair=[*parts, "$B"], special_tokens=special)
 
 
 def _optional_json(file: Path) -> dict[str, object]:

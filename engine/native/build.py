@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +24,7 @@ _FLAGS = (
 # Newer compilers know the machine by -march on x86 and by -mcpu elsewhere; without either, the code is portable.
 _TUNING = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_TIMEOUT = 120.0
+_ONCE = threading.Lock()
 
 
 def cache_dir() -> Path:
@@ -32,12 +35,18 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "treadle" / "native"
 
 
-@cache
 def load_native() -> Native | None:
     """The kernels, compiled if this machine has not done so before; None, with the reason in the log, if it cannot.
 
-    Safe to call in several processes at once: each may compile, the first to finish wins, all load the same code.
+    Safe to call in several threads and processes at once: one compiles, the others wait for it. It takes seconds and
+    does not need torch, so a program in a hurry calls it in a thread while torch is imported.
     """
+    with _ONCE:
+        return _load()
+
+
+@cache
+def _load() -> Native | None:
     try:
         return Native(_build())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -53,7 +62,10 @@ def _build() -> Path:
     target = cache_dir() / f"{_key(sources, compiler)}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        _compile(compiler, [str(source) for source in sources if source.suffix == ".c"], target)
+        with open(target.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when the process ends, however it ends
+            if not target.exists():
+                _compile(compiler, [str(source) for source in sources if source.suffix == ".c"], target)
     return target
 
 

@@ -10,6 +10,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -33,14 +36,24 @@ INLINE const void *at(const void *base, size_t index, int bf16) {
 
 INLINE void *at_mut(void *base, size_t index, int bf16) { return (char *)base + index * element_size(bf16); }
 
-INLINE vfloat widen(vhalf half) { return (vfloat)(__builtin_convertvector(half, vuint) << 16); }
+INLINE vfloat widen(vhalf half) {
+#ifdef __AVX512F__ /* the generic form becomes twice the work */
+    return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)half), 16);
+#else
+    return (vfloat)(__builtin_convertvector(half, vuint) << 16);
+#endif
+}
 
 /* round to nearest, ties to even; a NaN stays one */
 INLINE vhalf narrow(vfloat x) {
+#ifdef __AVX512BF16__
+    return (vhalf)_mm512_cvtneps_pbh((__m512)x);
+#else
     vuint bits = (vuint)x;
     vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vuint nan = (vuint)(x != x);
     return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vhalf);
+#endif
 }
 
 INLINE vfloat load(const void *base, size_t index, int bf16) {

@@ -21,6 +21,7 @@ class Native:
             self.silu_mul = library.treadle_silu_mul
             self.rope_store = library.treadle_rope_store
             self.decode_attention = library.treadle_decode_attention
+            self.prefill_attention = library.treadle_prefill_attention
             self.group_bytes = library.treadle_group_bytes
             self.group_join = library.treadle_group_join
             self.group_new = library.treadle_group_new
@@ -43,6 +44,11 @@ class Native:
             *(long, long, long, long, long, c_float, long, c_int),
         ]
         self.decode_attention.restype = c_int
+        self.prefill_attention.argtypes = [
+            *(pointer, long, pointer, pointer, pointer, pointer, long, long),
+            *(long, long, long, long, c_float, long, c_int),
+        ]
+        self.prefill_attention.restype = c_int
         self.group_bytes.argtypes = [c_int, c_size_t]
         self.group_bytes.restype = c_size_t
         self.group_join.argtypes = [pointer, c_int]

@@ -14,26 +14,26 @@ from dataclasses import dataclass
 import torch
 
 UNITS = 2.0**34
-_ID_TOP = 0x7FFFFFFF
+ID_TOP = 0x7FFFFFFF
 PAD = -(1 << 63)
 """A place with no candidate: below every candidate."""
-NAN_KEY = (0x7FC00000 << 32) | _ID_TOP
+NAN_KEY = (0x7FC00000 << 32) | ID_TOP
 """Says that the row holds a NaN: above every candidate."""
 
 
 def encode(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """float32 logits and int64 ids of one shape to int64 candidates. NaN is not allowed."""
     bits = (logits + 0.0).view(torch.int32)  # adding zero makes -0.0 and 0.0 one value
-    ordered = bits ^ ((bits >> 31) & _ID_TOP)
-    return (ordered.to(torch.int64) << 32) | (_ID_TOP - ids)
+    ordered = bits ^ ((bits >> 31) & ID_TOP)
+    return (ordered.to(torch.int64) << 32) | (ID_TOP - ids)
 
 
 def decode(candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 candidates to float32 logits and int64 ids. A PAD gives -inf."""
     ordered = (candidates >> 32).to(torch.int32)
-    bits = ordered ^ ((ordered >> 31) & _ID_TOP)
+    bits = ordered ^ ((ordered >> 31) & ID_TOP)
     logits = bits.view(torch.float32).masked_fill(candidates == PAD, float("-inf"))
-    return logits, _ID_TOP - (candidates & _ID_TOP)
+    return logits, ID_TOP - (candidates & ID_TOP)
 
 
 def mass(logits: torch.Tensor, peak: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:

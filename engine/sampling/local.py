@@ -14,6 +14,7 @@ import torch
 
 from .filters import NAN_KEY, PAD, UNITS, encode
 from .noise import fold, gumbel, hash_ids
+from .upload import upload, upload_column
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -28,6 +29,10 @@ class LocalOps(Protocol):
 
     def perturbed(self, logits: torch.Tensor, which: Int64, temperature: Float64, keys: Int64) -> torch.Tensor:
         """float64 [s, 2]: the largest logit / temperature + noise, and its id. keys: int64 [s, 2]."""
+        ...
+
+    def winner(self, every: torch.Tensor) -> torch.Tensor:
+        """float64 [world, s, 2] to [s, 2]: the highest score, the lowest id of equals. A NaN wins."""
         ...
 
     def candidates(self, logits: torch.Tensor, which: Int64, count: int) -> torch.Tensor:
@@ -60,9 +65,9 @@ class TorchOps:
         return self._best(_take(logits, which))
 
     def perturbed(self, logits: torch.Tensor, which: Int64, temperature: Float64, keys: Int64) -> torch.Tensor:
-        key = torch.from_numpy(keys).to(logits.device)
+        key = upload(keys, logits.device)
         noise = gumbel(hash_ids(self._folded, key[:, :1], key[:, 1:]))
-        return self._best(_take(logits, which).double() / _column(temperature, logits.device) + noise)
+        return self._best(_take(logits, which).double() / upload_column(temperature, logits.device) + noise)
 
     def _best(self, scores: torch.Tensor) -> torch.Tensor:
         if not self._ids.numel():
@@ -70,6 +75,11 @@ class TorchOps:
         best = scores.amax(-1, keepdim=True)
         ids = torch.where(scores == best, self._ids, 1 << 62).amin(-1, keepdim=True)
         return torch.cat([best.double(), ids.double()], dim=-1)
+
+    def winner(self, every: torch.Tensor) -> torch.Tensor:
+        score = every[..., 0].amax(0)
+        ids = torch.where(every[..., 0] == score, every[..., 1], float("inf")).amin(0)
+        return torch.stack([score, ids], dim=1)
 
     def candidates(self, logits: torch.Tensor, which: Int64, count: int) -> torch.Tensor:
         part = _take(logits, which)
@@ -80,10 +90,10 @@ class TorchOps:
     def units(
         self, logits: torch.Tensor, which: Int64, peak: torch.Tensor, temperature: Float64, least: Float64
     ) -> torch.Tensor:
-        rate = _column((1.0 / temperature).astype(np.float32), logits.device)
+        rate = upload_column((1.0 / temperature).astype(np.float32), logits.device)
         part = (_take(logits, which) - peak.float().unsqueeze(1)) * rate
         part = part.exp_().mul_(UNITS).round_()
-        return (part * (part >= _column(least.astype(np.float32), logits.device))).sum(-1, dtype=torch.float64)
+        return (part * (part >= upload_column(least.astype(np.float32), logits.device))).sum(-1, dtype=torch.float64)
 
     def at_least(self, logits: torch.Tensor, which: Int64, values: torch.Tensor) -> torch.Tensor:
         return (_take(logits, which) >= values.unsqueeze(1)).sum(-1)
@@ -95,11 +105,7 @@ class TorchOps:
 def _take(logits: torch.Tensor, which: Int64) -> torch.Tensor:
     if len(which) == len(logits):
         return logits
-    return logits.index_select(0, torch.from_numpy(which).to(logits.device))
-
-
-def _column(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device).unsqueeze(1)
+    return logits.index_select(0, upload(which, logits.device))
 
 
 def _nothing(rows: int) -> torch.Tensor:

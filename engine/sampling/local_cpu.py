@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .filters import NAN_KEY, PAD, UNITS, encode
+from .filters import ID_TOP, NAN_KEY, PAD, UNITS
 from .noise import MUL_1, MUL_2, fold, gumbel_np, hash_ids
 
 Int64 = npt.NDArray[np.int64]
@@ -68,7 +68,8 @@ class CpuOps:
         if not math.isfinite(peak):
             return peak, float(self._start)
         bounds = self._bound(row, temperature, key)
-        _, score = self._exact(row, np.array([bounds.argmax()]), temperature, key)
+        likely = int(bounds.argmax())
+        score = float(row[likely]) / temperature + self._noise_of(likely, key)
         # The slack covers float32 rounding of the bound, which grows with the size of the scaled logits.
         slack = 1e-3 + 1e-6 * abs(peak) / temperature
         places = np.flatnonzero(bounds >= np.float32((score - slack) / _UNIT - _BITS_OF_2_32))
@@ -95,11 +96,26 @@ class CpuOps:
         np.right_shift(words, np.uint32(16), out=shifted)
         return np.bitwise_xor(words, shifted, out=words)
 
+    def _noise_of(self, place: int, key: Int64) -> float:
+        """One token's noise, for a bound: it may differ from `gumbel_np` in the last bit."""
+        word = hash_ids(int(self._folded[place]), int(key[0]), int(key[1]))
+        return -math.log(-math.log1p(-(word + 0.5) * 2.0**-32))
+
     def _exact(self, row: Float32, places: Int64, temperature: float, key: Int64) -> tuple[int, float]:
         noise = gumbel_np(hash_ids(self._folded[places], key[:1], key[1:]))
         scores = row[places].astype(np.float64) / temperature + noise
         best = int(scores.argmax())
         return int(places[best]), float(scores[best])
+
+    def winner(self, every: torch.Tensor) -> torch.Tensor:
+        pairs = every.numpy()
+        if len(pairs) == 1:
+            return every[0]
+        scores, ids = pairs[..., 0], pairs[..., 1]
+        out = np.empty(pairs.shape[1:], np.float64)
+        np.max(scores, axis=0, out=out[:, 0])
+        np.min(np.where(scores == out[:, 0], ids, np.inf), axis=0, out=out[:, 1])
+        return torch.from_numpy(out)
 
     def candidates(self, logits: torch.Tensor, which: Int64, count: int) -> torch.Tensor:
         values = _view(logits)
@@ -115,7 +131,7 @@ class CpuOps:
             return
         count, size = len(out), len(row)
         places = np.flatnonzero(row >= _lower_bound(row, count)) if count < size else np.arange(size)
-        found = encode(torch.from_numpy(row[places]), torch.from_numpy(self._ids[places])).numpy()
+        found = _encode(row[places], self._ids[places])
         if len(found) > count:
             found = np.partition(found, len(found) - count)[-count:]
         out[: len(found)] = found
@@ -150,6 +166,14 @@ class CpuOps:
 def _view(logits: torch.Tensor) -> Float32:
     values: Float32 = logits.detach().numpy()
     return values
+
+
+def _encode(logits: Float32, ids: Int64) -> Int64:
+    """`filters.encode` in numpy."""
+    bits = (logits + np.float32(0.0)).view(np.int32)
+    ordered = (bits ^ ((bits >> 31) & np.int32(ID_TOP))).astype(np.int64)
+    keys: Int64 = (ordered << 32) | (ID_TOP - ids)
+    return keys
 
 
 def _lower_bound(row: Float32, count: int) -> np.float32:

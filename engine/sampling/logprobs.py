@@ -14,13 +14,14 @@ from treadle.transport.messages import TokenLogprobs
 
 from .filters import UNITS, decode
 from .local import LocalOps
+from .upload import upload
 
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class LogprobBlock:
-    """s positions on the device. logprob: float64, rank: int64, both [s]; top_ids, top_logprobs: int64, float32 [s, n]."""
+    """s positions, on the device. logprob: float64, rank: int64, [s]. top_ids, top_logprobs: int64, float32, [s, n]."""
 
     targets: torch.Tensor
     logprob: torch.Tensor
@@ -64,7 +65,7 @@ def logprob_block(
     size, device = logits.shape[1], logits.device
     column = targets - vocab_start
     mine = (column >= 0) & (column < size)
-    index = torch.from_numpy(which).to(device)
+    index = upload(which, device)
     if size:
         own = logits[index, column.clamp(0, size - 1)].masked_fill(~mine, float("-inf"))
     else:

@@ -22,7 +22,7 @@ import torch
 
 UInt64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
-Words = TypeVar("Words", Int64, torch.Tensor)
+Words = TypeVar("Words", int, Int64, torch.Tensor)
 
 MUL_1 = 0x7FEB352D
 MUL_2 = 0x846CA68B
@@ -51,7 +51,7 @@ def fold(ids: Words) -> Words:
 
 
 def hash_ids(folded: Words, key_0: Words, key_1: Words) -> Words:
-    """int64 words in [0, 2^32), in numpy or torch, broadcast; a bijection of the id for any one key."""
+    """int64 words in [0, 2^32), ints, numpy or torch, broadcast; a bijection of the id for any one key."""
     x = ((folded ^ key_0) * MUL_1) & _LOW
     x = x ^ (x >> 15) ^ key_1
     x = (x * MUL_2) & _LOW

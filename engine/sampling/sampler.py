@@ -24,13 +24,14 @@ from .local_cpu import CpuOps
 from .logprobs import LogprobBlock, logprob_block
 from .noise import fold, gumbel, hash_ids, noise_keys
 from .penalties import LogitEditor
-from .state import FILTERED, LOGPROBS, RANDOM, SamplingState
+from .state import EDITED, FILTERED, LOGPROBS, RANDOM, SamplingState
+from .upload import upload, upload_column
 
 Int64 = npt.NDArray[np.int64]
 HostArray: TypeAlias = torch.Tensor | Int64 | Sequence[int]
 
 _FIRST_TIER = 256
-_GROWTH = 16
+_GROWTH = 4
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,14 @@ class Sampler:
         """
         rows, positions, lengths = _host(rows), _host(positions), _host(lengths)
         flags = self._state.flags[rows]
-        logits = self._editor.edit(local_logits, rows, positions, tokens, lengths)
-        filtered = np.flatnonzero(flags & FILTERED)
-        if not len(filtered):
+        every_flag = int(np.bitwise_or.reduce(flags))
+        logits = local_logits
+        if every_flag & EDITED:
+            logits = self._editor.edit(local_logits, rows, positions, tokens, lengths)
+        if not every_flag & FILTERED:
             chosen = self._unfiltered(logits, np.arange(len(rows)), rows, positions)
         else:
+            filtered = np.flatnonzero(flags & FILTERED)
             chosen = torch.empty((len(rows), 2), dtype=torch.float64, device=self._device)
             plain = np.flatnonzero((flags & FILTERED) == 0)
             if len(plain):
@@ -144,27 +148,22 @@ class Sampler:
         """float64 [s, 2], score and id: one exchange."""
         random = (self._state.flags[rows] & RANDOM) != 0
         if not random.any():
-            return self._winner(self._ops.greedy(logits, which))
+            return self._agree(self._ops.greedy(logits, which))
         drawn = self._perturbed(logits, which[random], rows[random], positions[random])
         if random.all():
-            return self._winner(drawn)
+            return self._agree(drawn)
         best = torch.empty((len(which), 2), dtype=torch.float64, device=self._device)
         best[self._to(np.flatnonzero(random))] = drawn
         best[self._to(np.flatnonzero(~random))] = self._ops.greedy(logits, which[~random])
-        return self._winner(best)
+        return self._agree(best)
 
     def _perturbed(self, logits: torch.Tensor, which: Int64, rows: Int64, positions: Int64) -> torch.Tensor:
         keys = noise_keys(self._state.seed[rows], positions)
         return self._ops.perturbed(logits, which, self._state.temperature[rows], keys)
 
-    def _winner(self, best: torch.Tensor) -> torch.Tensor:
-        """Over the ranks: the highest score, the lowest id of equals; a NaN anywhere wins and is a fault."""
-        if self._comm.world_size == 1:
-            return best
-        every = self._comm.all_gather(best)
-        score = every[..., 0].amax(0)
-        ids = torch.where(every[..., 0] == score, every[..., 1], float("inf")).amin(0)
-        return torch.stack([score, ids], dim=1)
+    def _agree(self, best: torch.Tensor) -> torch.Tensor:
+        """Every rank's best, float64 [s, 2], to the best of all: the exchange."""
+        return self._ops.winner(self._comm.all_gather(best))
 
     def _filtered(self, logits: torch.Tensor, which: Int64, rows: Int64, positions: Int64) -> torch.Tensor:
         """float64 [s, 2], in rounds: each takes the rows with the smallest number of candidates still to be tried."""
@@ -177,7 +176,8 @@ class Sampler:
             now = left[tiers[left] == tier]
             drawn, decided = self._filter_round(logits, which[now], rows[now], positions[now], tier)
             chosen[self._to(now)] = drawn
-            if tier < full:
+            # A row with top-k had enough from the start, so nobody waits for the device to say so.
+            if tier < full and (self._state.top_k[rows[now]] >= self._vocab).any():
                 again = now[~decided.cpu().numpy()]
                 tiers[again] = min(tier * _GROWTH, full) if tier * _GROWTH * 2 < full else full
             left = left[tiers[left] > tier]
@@ -200,22 +200,36 @@ class Sampler:
         for rank, size in enumerate(self._all_slices()):
             if size > tier:
                 floor = torch.maximum(floor, every[rank].amin(-1, keepdim=True))
-        keep_columns = tier if any(size > tier for size in self._all_slices()) else every.shape[0] * tier
-        merged = self._ops.best_first(every.transpose(0, 1).reshape(len(rows), -1))[:, :keep_columns].contiguous()
+        columns = tier if any(size > tier for size in self._all_slices()) else every.shape[0] * tier
+        merged = self._ops.best_first(every.transpose(0, 1).reshape(len(rows), -1))[:, :columns].contiguous()
         values, ids = decode(merged)
         peak = values[:, 0].double()
         filters = self._filters(rows)
         total = self._total(logits, which, rows, peak)
         keep, decided = keep_mask(merged, floor, total, filters)
+        if self._host:  # what is kept is a prefix, often a short one; for rows not decided nothing is drawn yet
+            kept = keep.sum(-1) * (decided | (tier >= max(self._all_slices())))
+            width = max(1, int(kept.max()))
+            values, ids, keep = values[:, :width], ids[:, :width], keep[:, :width]
+        score, token = self._draw(values, ids, keep, filters.temperature, rows, positions)
+        bad = ~peak.isfinite()
+        return torch.stack([torch.where(bad, peak, score), token.double()], dim=1), decided | bad
 
+    def _draw(
+        self,
+        values: torch.Tensor,
+        ids: torch.Tensor,
+        keep: torch.Tensor,
+        temperature: torch.Tensor,
+        rows: Int64,
+        positions: Int64,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best score, float64 [s], and its id, int64 [s], among the candidates that are kept, all [s, c]."""
         keys = self._to(noise_keys(self._state.seed[rows], positions))
         noise = gumbel(hash_ids(fold(ids), keys[:, :1], keys[:, 1:]))
-        scores = (values.double() / filters.temperature + noise).masked_fill(~keep, float("-inf"))
+        scores = (values.double() / temperature + noise).masked_fill(~keep, float("-inf"))
         best = scores.amax(-1, keepdim=True)
-        token = torch.where(scores == best, ids, self._vocab).amin(-1)
-        bad = ~peak.isfinite()
-        score = torch.where(bad, peak, best.squeeze(1))
-        return torch.stack([score, token.double()], dim=1), decided | bad
+        return best.squeeze(1), torch.where(scores == best, ids, self._vocab).amin(-1)
 
     def _filters(self, rows: Int64) -> Filters:
         state = self._state
@@ -250,10 +264,10 @@ class Sampler:
         return self._slices
 
     def _to(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+        return upload(values, self._device)
 
     def _column(self, values: npt.NDArray[np.generic]) -> torch.Tensor:
-        return self._to(values).unsqueeze(1)
+        return upload_column(values, self._device)
 
 
 def _host(values: HostArray) -> Int64:

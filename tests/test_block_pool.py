@@ -1,0 +1,155 @@
+"""The block pool against a plain model of it, and the sizing of a cache."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from treadle.errors import DoesNotFit
+from treadle.kvcache import BlockPool, CoreInvariantError, block_bytes, blocks_for_tokens, blocks_in_budget
+from treadle.kvcache.block_pool import BlockId, Label
+
+
+def make(num_blocks: int = 6) -> tuple[BlockPool, list[Label]]:
+    evicted: list[Label] = []
+    return BlockPool(num_blocks, evicted.append), evicted
+
+
+def label(pool: BlockPool, *blocks: BlockId) -> None:
+    for block in blocks:
+        pool.labels[block] = (block, b"")
+
+
+def taken(pool: BlockPool, count: int) -> list[BlockId]:
+    blocks = pool.allocate(count)
+    assert blocks is not None
+    return blocks
+
+
+def test_null_block_is_never_handed_out_and_all_others_are() -> None:
+    pool, _ = make(6)
+    assert sorted(taken(pool, 5)) == [1, 2, 3, 4, 5]
+    assert pool.available == 0 and pool.used == pool.total == 5
+
+
+def test_too_many_takes_nothing() -> None:
+    pool, _ = make(6)
+    taken(pool, 3)
+    assert pool.allocate(3) is None
+    assert pool.available == 2
+    assert pool.allocate(0) == []
+    pool.check()
+
+
+def test_shared_block_is_free_after_the_last_owner() -> None:
+    pool, _ = make()
+    blocks = taken(pool, 2)
+    pool.share(blocks[:1])
+    pool.release(blocks)
+    assert pool.used == 1
+    pool.release(blocks[:1])
+    assert pool.used == 0
+    pool.check()
+
+
+def test_blank_before_cached_and_cached_least_recently_used_first() -> None:
+    pool, evicted = make(6)
+    first, second = taken(pool, 1), taken(pool, 1)
+    label(pool, *first, *second)
+    pool.release(first)
+    pool.release(second)
+    assert (pool.cached, pool.available) == (2, 5)
+    taken(pool, 3)
+    assert not evicted
+    pool.share(first)  # used again: now the other is the older
+    pool.release(first)
+    assert taken(pool, 1) == second
+    assert evicted == [(second[0], b"")] and pool.evictions == 1
+    pool.check()
+
+
+def test_tail_of_a_sequence_is_evicted_before_its_head() -> None:
+    pool, evicted = make(4)
+    blocks = taken(pool, 3)
+    label(pool, *blocks)
+    pool.release(blocks)
+    taken(pool, 2)
+    assert [item[0] for item in evicted] == [blocks[2], blocks[1]]
+
+
+def test_withdrawn_content_is_gone_at_once_and_owners_keep_the_block() -> None:
+    pool, evicted = make()
+    blocks = taken(pool, 2)
+    label(pool, *blocks)
+    pool.release(blocks[1:])
+    pool.withdraw(blocks[0])
+    pool.withdraw(blocks[1])
+    pool.withdraw(blocks[1])
+    assert len(evicted) == 2 and pool.cached == 0 and pool.used == 1 and pool.evictions == 0
+    pool.check()
+
+
+def test_check_sees_a_double_release() -> None:
+    pool, _ = make()
+    blocks = taken(pool, 1)
+    pool.release(blocks)
+    pool.release(blocks)
+    with pytest.raises(CoreInvariantError):
+        pool.check()
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Tables of blocks come, are shared and go; counts must agree at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.evicted = make(9)
+        self.tables: list[list[BlockId]] = []
+        self.labelled: set[BlockId] = set()
+
+    @rule(count=st.integers(0, 6), mark=st.booleans())
+    def allocate(self, count: int, mark: bool) -> None:
+        available = self.pool.available
+        blocks = self.pool.allocate(count)
+        assert (blocks is None) == (count > available)
+        if blocks is None:
+            return
+        owned = {block for table in self.tables for block in table}
+        assert len(set(blocks)) == count and not owned & set(blocks) and 0 not in blocks
+        self.tables.append(blocks)
+        if mark:
+            label(self.pool, *blocks)
+
+    @precondition(lambda self: self.tables)
+    @rule(pick=st.integers(0, 100), keep=st.integers(0, 6))
+    def share(self, pick: int, keep: int) -> None:
+        prefix = self.tables[pick % len(self.tables)][:keep]
+        self.pool.share(prefix)
+        self.tables.append(prefix)
+
+    @precondition(lambda self: self.tables)
+    @rule(pick=st.integers(0, 100))
+    def release(self, pick: int) -> None:
+        self.pool.release(self.tables.pop(pick % len(self.tables)))
+
+    @invariant()
+    def agrees(self) -> None:
+        self.pool.check()
+        assert self.pool.used == len({block for table in self.tables for block in table})
+
+
+PoolMachine.TestCase.settings = settings(max_examples=60, deadline=None, derandomize=True)
+TestPoolMachine = PoolMachine.TestCase
+
+
+def test_sizes() -> None:
+    assert block_bytes(layers=2, kv_heads=3, head_dim=8, block_size=16, itemsize=2) == 2 * 2 * 3 * 8 * 16 * 2
+    assert [blocks_for_tokens(tokens, 16) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
+    assert blocks_in_budget(10_000, 1_000, block_size=16, min_tokens=144) == 10
+
+
+def test_a_cache_that_is_too_small_says_by_how_much() -> None:
+    with pytest.raises(DoesNotFit, match="1000 too few"):
+        blocks_in_budget(10_000, 1_000, block_size=16, min_tokens=145)

@@ -1,0 +1,159 @@
+"""Everything that can happen to the core, in any order, with tiny pools; the fake engine verifies each context."""
+
+from __future__ import annotations
+
+import msgspec
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.corekit import Rig, counts
+from treadle.errors import Overloaded, PromptTooLong
+from treadle.scheduler.config import CoreConfig
+from treadle.scheduler.request import Output
+from treadle.transport.messages import RowFault
+
+VOCAB = 12
+PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
+
+configs = st.builds(
+    CoreConfig,
+    num_blocks=st.integers(4, 14),
+    block_size=st.sampled_from([1, 2, 3, 4]),
+    max_num_seqs=st.integers(1, 5),
+    max_num_batched_tokens=st.integers(1, 20),
+    max_model_len=st.integers(4, 24),
+    vocab_size=st.just(VOCAB),
+    pipeline_depth=st.integers(1, 3),
+    prefix_cache=st.booleans(),
+    max_prefill_chunk=st.sampled_from([None, 1, 2, 5]),
+    max_waiting_requests=st.sampled_from([3, 100]),
+    eos_token_ids=st.sampled_from([(), (0,)]),
+)
+prompts = st.one_of(
+    st.integers(1, 16).map(lambda length: PREFIX[:length]),
+    st.tuples(st.integers(0, 12), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)).map(
+        lambda parts: PREFIX[: parts[0]] + parts[1]
+    ),
+)
+params = st.fixed_dictionaries(
+    {
+        "n": st.sampled_from([1, 1, 1, 2, 3]),
+        "seed": st.sampled_from([None, 0, 2**64 - 1]),
+        "max_tokens": st.sampled_from([1, 2, 5, 12, None]),
+        "min_tokens": st.sampled_from([0, 0, 1, 4]),
+        "stop_token_ids": st.sampled_from([[], [], [1, 2], [1, 2, 5, 7, 1000]]),
+        "ignore_eos": st.booleans(),
+        "logprobs": st.sampled_from([None, None, 2]),
+        "prompt_logprobs": st.sampled_from([None, None, None, 1]),
+    }
+)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    @initialize(config=configs)
+    def begin(self, config: CoreConfig) -> None:
+        self.rig = Rig(config)
+        self.serial = 0
+        self.logprobs: dict[tuple[str, int], list[int]] = {}
+
+    @rule(
+        prompt=prompts,
+        chosen=params,
+        salt=st.sampled_from(["", "", "a"]),
+        timeout=st.sampled_from([0.0, 0.0, 1.0, 5.0]),
+        priority=st.sampled_from([0, 0, 0, 1]),
+    )
+    def add(self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int) -> None:
+        self.serial += 1
+        before = self.rig.core.stats()
+        try:
+            self.rig.add(str(self.serial), prompt, salt=salt, timeout=timeout, priority=priority, **chosen)
+        except PromptTooLong:
+            assert len(prompt) >= self.rig.config.capacity
+        except Overloaded as error:
+            assert before.waiting and error.retry_after > 0
+        else:
+            assert len(prompt) < self.rig.config.capacity
+
+    @rule()
+    def plan(self) -> None:
+        full = self.rig.core.in_flight >= self.rig.config.pipeline_depth
+        plan = self.rig.plan()
+        if full:
+            assert plan is None
+        elif not self.rig.core.in_flight:
+            assert not self.rig.core.has_work, "work, nothing in flight, and still no plan"
+
+    @precondition(lambda self: self.rig.core.in_flight)
+    @rule()
+    def apply(self) -> None:
+        for output in self.rig.apply().others:
+            self._check_logprobs(output)
+
+    @rule(steps=st.integers(1, 6))
+    def run(self, steps: int) -> None:
+        """Most of the time the thing simply runs."""
+        for _ in range(steps):
+            self.rig.plan()
+            if self.rig.core.in_flight:
+                self.apply()
+
+    @precondition(lambda self: self.rig.core.in_flight)
+    @rule(pick=st.integers(0, 7))
+    def fault(self, pick: int) -> None:
+        rows = list(counts(self.rig.plans[0]))
+        fault = RowFault(rows[pick % len(rows)], "it broke")
+        self.rig.apply(msgspec.structs.replace(self.rig.execute(), faults=[fault]))
+
+    @rule(pick=st.integers(0, 30), index=st.sampled_from([-1, -1, 0, 1, 5]))
+    def abort(self, pick: int, index: int) -> None:
+        name = str(pick % (self.serial + 1))
+        alive = {key for key in self.rig.expected if key[0] == name and key not in self.rig.finish}
+        ended = {(output.sequence.request.id, output.sequence.index) for output in self.rig.abort(name, index)}
+        if not self._unsaid():
+            assert ended == {key for key in alive if index in (-1, key[1])}
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.rig.now += seconds
+        self.rig.expire()
+        deadline = self.rig.core.next_deadline()
+        assert deadline is None or deadline > self.rig.now
+
+    @rule(seconds=st.sampled_from([0.5, 3.0]))
+    def wait_unnoticed(self, seconds: float) -> None:
+        self.rig.now += seconds
+
+    @rule()
+    def engine_dies(self) -> None:
+        self.rig.reset()
+
+    @invariant()
+    def check(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.core.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            self.rig.drain()
+
+    def _unsaid(self) -> bool:
+        return self.rig.core.next_deadline() == 0.0
+
+    def _check_logprobs(self, output: Output) -> None:
+        sequence = output.sequence
+        assert [item.token_id for item in output.logprobs] in ([], output.tokens)
+        delivered = self.logprobs.setdefault((sequence.request.id, sequence.index), [])
+        delivered += [item.position for item in output.prompt_logprobs]
+        assert delivered == list(range(1, len(delivered) + 1)), "prompt positions repeated, lost or out of order"
+
+
+CoreMachine.TestCase.settings = settings(
+    max_examples=250,
+    stateful_step_count=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestCoreMachine = CoreMachine.TestCase
