@@ -23,8 +23,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     pipeline_depth: steps in flight, 1 is synchronous. prefix_cache, native: switches. threads: of each rank.
     max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
-    random_weights: benchmarks only; the answers mean nothing. seed: of random weights and of the seeds of requests
-    that bring none; None draws one. debug: poisons freed memory and checks the core after every event.
+    random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
+    memory and checks the core after every step.
     """
 
     tensor_parallel_size: int = 1
@@ -49,7 +49,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_timeout: float = 5.0
     max_restarts: int = 3
     random_weights: bool = False
-    seed: int | None = None
+    weights_seed: int = 0
     debug: bool = False
 
 

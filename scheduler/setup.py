@@ -26,7 +26,7 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
     return Configure(
         model=facts.path,
         random_weights=options.random_weights,
-        seed=options.seed or 0,
+        seed=options.weights_seed,
         world_size=options.tensor_parallel_size,
         device=options.device,
         dtype=resolve_dtype(options.dtype, options.device),

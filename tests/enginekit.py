@@ -1,121 +1,127 @@
-"""A scheduler core and real engine ranks in one process: ranks are threads, plans and results cross as bytes.
+"""A decoder on one rank, driven by hand: rows with blocks of their own, prompts cut in every way.
 
-Everything but ZeroMQ and the processes is the product's own code, so hundreds of combinations run in seconds.
+Run as a program it is one rank of a group: `python -m tests.enginekit DIRECTORY RANK WORLD_SIZE [native]`.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
+import numpy as np
+import torch
+from torch import Tensor
 
+from treadle.engine.batch import ForwardBatch
+from treadle.engine.comm import Communicator, make_comm
 from treadle.engine.config import load_config
-from treadle.engine.loading import Loaded, load
-from treadle.engine.worker import run_step
-from treadle.scheduler.config import CoreConfig
-from treadle.scheduler.core import Core
-from treadle.transport.codec import Digest, engine_codec, pack, rank_codec
-from treadle.transport.messages import Configure, Delta, SamplingParams, StepResult, Submit
+from treadle.engine.kv import KVCache
+from treadle.engine.model import Decoder, load_model
+from treadle.engine.sharding import shard_for
+from treadle.engine.weights import open_weights
+
+BLOCK = 16
+PAGES = 8
+CPU = torch.device("cpu")
 
 
-class LocalGroup:
-    """Ranks as threads. Close it, or use it in a `with`."""
+@dataclass
+class Rig:
+    """A decoder with a cache of its own, fed row by row; row r owns blocks 1 + r * PAGES onwards, in reverse order."""
 
-    def __init__(self, model: Path, shared_dir: Path, world_size: int = 1, **changes: object) -> None:
-        configure = Configure(
-            model=str(model),
-            random_weights=False,
-            seed=0,
-            world_size=world_size,
-            device="cpu",
-            dtype="float32",
-            kv_dtype="",
-            block_size=8,
-            num_blocks=512,
-            kv_cache_bytes=0,
-            max_num_seqs=16,
-            max_num_batched_tokens=256,
-            max_model_len=256,
-            init_method=f"file://{shared_dir / 'rendezvous'}",
-            threads=1,
-            native=True,
-            shared_dir=str(shared_dir),
-            debug=True,
+    model: Decoder
+    kv: KVCache
+
+    def step(self, rows: list[tuple[int, int, list[int]]], sample: list[int] | None = None) -> Tensor:
+        """rows: (row, position of the first token, tokens), rows with one token first. Logits [S, vocab_local]."""
+        tables = [[1 + row * PAGES + page for page in reversed(range(PAGES))] for row, _, _ in rows]
+        tokens, positions, slots, starts = [], [], [], [0]
+        for table, (_, first, some) in zip(tables, rows, strict=True):
+            for position in range(first, first + len(some)):
+                positions.append(position)
+                slots.append(table[position // BLOCK] * BLOCK + position % BLOCK)
+            tokens += some
+            starts.append(len(tokens))
+        contexts = [first + len(some) for _, first, some in rows]
+        picked = [stop - 1 for stop in starts[1:]] if sample is None else sample
+        batch = ForwardBatch(
+            token_ids=torch.tensor(tokens),
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            query_starts=starts,
+            context_lens=torch.tensor(contexts, dtype=torch.int32),
+            max_context=max(contexts),
+            block_tables=torch.tensor(tables, dtype=torch.int32),
+            num_decode=sum(len(some) == 1 for _, _, some in rows),
+            sample_index=torch.tensor(picked, dtype=torch.int64),
         )
-        self.configure = msgspec.structs.replace(configure, **changes)
-        self._pool = ThreadPoolExecutor(world_size)
-        ranks = range(world_size)
-        self._ranks: list[Loaded] = list(self._pool.map(lambda rank: load(self.configure, rank), ranks))
-        self._digests = [Digest() for _ in ranks]
-        self._codec = rank_codec()
-
-    def step(self, frame: bytes) -> StepResult:
-        """What rank 0 answers, after all ranks were seen to agree."""
-
-        def one(rank: int) -> StepResult:
-            plan = self._codec.decode(frame)
-            return run_step(self._ranks[rank].runner, plan, frame, self._digests[rank], rank)
-
-        results = list(self._pool.map(one, range(len(self._ranks))))
-        assert len({result.digest for result in results}) == 1, "the ranks disagree"
-        return results[0]
-
-    def forget(self) -> None:
-        """Makes the ranks ready for another core."""
-        for rank in self._ranks:
-            rank.runner.forget()
-
-    def __enter__(self) -> LocalGroup:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        with torch.inference_mode():
+            hidden = self.model.forward(batch, self.kv)
+            return self.model.logits(hidden) if picked else hidden
 
 
-class Driver:
-    """Runs requests through a core and a group to their end, and keeps what each continuation got."""
+def make_rig(path: Path, comm: Communicator, dtype: torch.dtype = torch.float32, **switches: bool) -> Rig:
+    config = load_config(path)
+    model = load_model(config, open_weights(path, config), comm, device=CPU, dtype=dtype, **switches)
+    shard = shard_for(config, comm.rank, comm.world_size)
+    kv = KVCache(config, shard, num_blocks=1 + 4 * PAGES, block_size=BLOCK, dtype=dtype, device=CPU, poison=True)
+    return Rig(model, kv)
 
-    def __init__(self, group: LocalGroup, **changes: object) -> None:
-        configure = group.configure
-        values: dict[str, object] = {
-            "num_blocks": configure.num_blocks,
-            "block_size": configure.block_size,
-            "max_num_seqs": configure.max_num_seqs,
-            "max_num_batched_tokens": configure.max_num_batched_tokens,
-            "max_model_len": configure.max_model_len,
-            "vocab_size": load_config(Path(configure.model)).vocab_size,
-            **changes,
-        }
-        self.core = Core(CoreConfig(**values), draw_seed=lambda: 1)  # type: ignore[arg-type]
-        self.tokens: dict[tuple[str, int], list[int]] = {}
-        self.finish: dict[tuple[str, int], str] = {}
-        self.deltas: list[Delta] = []
-        self._group = group
-        group.forget()
-        self._codec = engine_codec()
-        self._in_flight: deque[bytes] = deque()
-        self.steps = 0
 
-    def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
-        self.core.add(Submit(id=request_id, tokens=pack(prompt), params=params), 0.0)
+def tokens_of(row: int, count: int) -> list[int]:
+    return np.random.default_rng(row).integers(0, 256, count).tolist()
 
-    def run(self, each_step: Callable[[int], None] = lambda step: None) -> None:
-        while self.core.has_work:
-            while (plan := self.core.plan(0.0)) is not None:
-                self._in_flight.append(self._codec.encode(plan))
-            self.core.check()
-            assert self._in_flight, "work, and nothing to do: a deadlock"
-            outputs = self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
-            for output in outputs.each():
-                key = (output.sequence.request.id, output.sequence.index)
-                self.tokens.setdefault(key, []).extend(output.tokens)
-                if output.finish:
-                    self.finish[key] = output.finish
-            self.steps += 1
-            each_step(self.steps)
-        while self._in_flight:
-            self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
-        self.core.check()
+
+def whole(rig: Rig, tokens: list[int]) -> Tensor:
+    return rig.step([(0, 0, tokens)], sample=list(range(len(tokens))))
+
+
+def chunked(rig: Rig, tokens: list[int]) -> Tensor:
+    """Chunks of uneven size, that start and end inside pages, a single token among them."""
+    borders = [0, 7, 8, 39, len(tokens)]
+    parts = [(first, tokens[first:stop]) for first, stop in itertools.pairwise(borders)]
+    return torch.cat([rig.step([(0, first, part)], sample=list(range(len(part)))) for first, part in parts])
+
+
+def one_by_one(rig: Rig, tokens: list[int]) -> Tensor:
+    return torch.cat([rig.step([(0, position, [token])]) for position, token in enumerate(tokens)])
+
+
+def among_neighbours(rig: Rig, tokens: list[int]) -> Tensor:
+    """Half as a prompt, the rest token by token, while other rows decode and prefill in the same steps."""
+    half = len(tokens) // 2
+    rig.step([(1, 0, tokens_of(1, 20)), (2, 0, tokens_of(2, 33))])
+    parts = [rig.step([(1, 20, [3]), (0, 0, tokens[:half])], sample=list(range(1, half + 1)))]
+    for position in range(half, len(tokens)):
+        logits = rig.step([(2, position, [5]), (0, position, [tokens[position]]), (3, 0, tokens_of(3, 9))])
+        parts.append(logits[1:2])
+    return torch.cat(parts)
+
+
+WAYS: dict[str, Callable[[Rig, list[int]], Tensor]] = {
+    "whole": whole,
+    "chunked": chunked,
+    "one by one": one_by_one,
+    "among neighbours": among_neighbours,
+}
+RANK_WAYS = ("chunked", "among neighbours")
+
+
+def run_rank(directory: Path, rank: int, world_size: int, native: bool) -> None:
+    """What each process of `test_ranks_add_up_to_the_model` does."""
+    torch.set_num_threads(1)
+    init_method = f"file://{directory}/rendezvous"
+    comm = make_comm(rank, world_size, CPU, init_method=init_method, shared_dir=directory, native=native)
+    for name, (path, tokens) in json.loads((directory / "work.json").read_text()).items():
+        for way in RANK_WAYS:
+            logits = WAYS[way](make_rig(Path(path), comm, native=native, pack=native), tokens)
+            np.save(directory / f"{name}.{way}.{rank}.npy", logits.numpy())
+    comm.barrier()
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["native"])

@@ -33,6 +33,7 @@ class Continuation:
                 stop=params.stop_strings,
                 include_stop=params.include_stop_str_in_output,
                 skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
             )
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None

@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Self, TypeVar
 
-from treadle.errors import InvalidRequest, ServiceClosed, ServiceError
+from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleError
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
 from treadle.transport.messages import Abort, Health, SamplingParams, Stats, Submit
@@ -68,7 +68,11 @@ class Frontend:
         )
         text = prompt if isinstance(prompt, str) else None
         stream = Stream(message, text, self._tokenizer, self._eos_token_ids, self._backend.abort)
-        self._backend.submit(message, stream)
+        try:
+            self._backend.submit(message, stream)
+        except TreadleError:
+            stream.disown()
+            raise
         return stream
 
     def chat(

@@ -82,6 +82,10 @@ class Stream:
             self._ended = True
             self._news.set()
 
+    def disown(self) -> None:
+        """The request was never sent: dropping the stream must not abort another's."""
+        self._ended = True
+
     @property
     def ended(self) -> bool:
         """Nothing more will be fed to this stream."""

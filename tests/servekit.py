@@ -1,0 +1,61 @@
+"""Real server processes for tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+
+class Server:
+    """A `treadle serve` that has said it is ready. Its standard error is in `log`."""
+
+    def __init__(self, directory: Path, model: str | Path, *arguments: str, endpoint: str = "") -> None:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+        self.endpoint = endpoint or f"ipc://{directory / 'service.ipc'}"
+        self.log = directory / "server.log"
+        self.runtime = directory / "runtime"
+        self.runtime.mkdir(mode=0o700, exist_ok=True)
+        command = [sys.executable, "-m", "treadle", "serve", str(model), "--endpoint", self.endpoint, *arguments]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env={**os.environ, "XDG_RUNTIME_DIR": str(self.runtime)},
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline().decode()
+        assert line == f"treadle: ready on {self.endpoint}\n", f"{line}{self.log.read_text()}"
+
+    @property
+    def ranks(self) -> list[int]:
+        """Process ids of the engine ranks."""
+        return [child.pid for child in psutil.Process(self.process.pid).children()]
+
+    @property
+    def files(self) -> list[str]:
+        """What the server has in its runtime directory and at its endpoint."""
+        made = [str(path) for path in self.runtime.rglob("*")]
+        path = Path(self.endpoint.removeprefix("ipc://"))
+        return made + [str(path)] * path.exists()
+
+    def end(self) -> int:
+        self.process.terminate()
+        return self.process.wait(30)
+
+
+@contextmanager
+def serving(directory: Path, model: str | Path, *arguments: str, endpoint: str = "") -> Iterator[Server]:
+    server = Server(directory, model, *arguments, endpoint=endpoint)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
