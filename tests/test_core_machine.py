@@ -11,7 +11,7 @@ from tests.corekit import Rig, counts
 from treadle.errors import Overloaded, PromptTooLong
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.request import Output
-from treadle.transport.messages import RowFault
+from treadle.transport.messages import RowFault, StepResult
 
 VOCAB = 12
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
@@ -88,8 +88,7 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.rig.core.in_flight)
     @rule()
     def apply(self) -> None:
-        for output in self.rig.apply().others:
-            self._check_logprobs(output)
+        self._apply(self.rig.execute())
 
     @rule(steps=st.integers(1, 6))
     def run(self, steps: int) -> None:
@@ -104,7 +103,7 @@ class CoreMachine(RuleBasedStateMachine):
     def fault(self, pick: int) -> None:
         rows = list(counts(self.rig.plans[0]))
         fault = RowFault(rows[pick % len(rows)], "it broke")
-        self.rig.apply(msgspec.structs.replace(self.rig.execute(), faults=[fault]))
+        self._apply(msgspec.structs.replace(self.rig.execute(), faults=[fault]))
 
     @rule(pick=st.integers(0, 30), index=st.sampled_from([-1, -1, 0, 1, 5]))
     def abort(self, pick: int, index: int) -> None:
@@ -140,6 +139,10 @@ class CoreMachine(RuleBasedStateMachine):
 
     def _unsaid(self) -> bool:
         return self.rig.core.next_deadline() == 0.0
+
+    def _apply(self, result: StepResult) -> None:
+        for output in self.rig.apply(result).others:
+            self._check_logprobs(output)
 
     def _check_logprobs(self, output: Output) -> None:
         sequence = output.sequence

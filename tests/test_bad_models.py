@@ -1,0 +1,119 @@
+"""Models and options that cannot work: a typed error, clear, quick, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from treadle import LLM
+from treadle.errors import (
+    ConfigError,
+    CorruptWeights,
+    DoesNotFit,
+    ModelNotFound,
+    TreadleError,
+    UnsupportedModel,
+)
+
+from .conftest import leftovers
+
+
+def copy(tiny: Path, to: Path) -> Path:
+    shutil.copytree(tiny, to)
+    return to
+
+
+def without_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def truncated(path: Path) -> None:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+
+
+def garbage(path: Path) -> None:
+    (path / "model.safetensors").write_bytes(b"not weights at all")
+
+
+def other_architecture(path: Path) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+
+
+def no_json(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("damage", "error", "says"),
+    [
+        (without_weights, TreadleError, "safetensors"),
+        (truncated, CorruptWeights, "model.safetensors"),
+        (garbage, CorruptWeights, "model.safetensors"),
+        (other_architecture, UnsupportedModel, "MambaForCausalLM"),
+        (no_json, CorruptWeights, "config.json"),
+        (shutil.rmtree, ModelNotFound, "model"),
+    ],
+)
+async def test_damaged_models(tiny: Path, tmp_path: Path, damage, error: type[Exception], says: str) -> None:
+    model = copy(tiny, tmp_path / "model")
+    damage(model)
+    before = leftovers()
+    with pytest.raises(error, match=says):
+        async with LLM(str(model)):
+            pass
+    assert leftovers() <= before
+
+
+@pytest.mark.asyncio
+async def test_an_unknown_name_says_what_is_allowed() -> None:
+    with pytest.raises(ModelNotFound, match="smollm2-135m"):
+        async with LLM("no-such-model"):
+            pass
+
+
+@pytest.mark.asyncio
+async def test_too_many_ranks_names_the_limit(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="at most 6"):
+        async with LLM(str(tiny), tensor_parallel_size=7):
+            pass
+
+
+@pytest.mark.asyncio
+async def test_a_context_beyond_the_model_is_refused(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="max_model_len=999999"):
+        async with LLM(str(tiny), max_model_len=999_999):
+            pass
+
+
+@pytest.mark.asyncio
+async def test_a_cache_that_does_not_fit_says_by_how_much(tiny: Path) -> None:
+    with pytest.raises(DoesNotFit, match="needs"):
+        async with LLM(str(tiny), kv_cache_bytes=100):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0"),
+        ({"tensor_parallel_size": True}, "tensor_parallel_size"),
+        ({"dtype": "float8"}, "bfloat16"),
+        ({"device": "tpu"}, "cpu, cuda"),
+        ({"pipeline_depth": 99}, "pipeline_depth=99"),
+        ({"block_size": -1}, "block_size=-1"),
+        ({"num_blocks": 1}, "at least 2"),
+        ({"max_prefill_chunk": 0}, "max_prefill_chunk=0"),
+        ({"step_timeout": float("nan")}, "step_timeout"),
+        ({"tensor_paralel_size": 2}, "known options"),
+        ({"max_num_seqs": "many"}, "max_num_seqs"),
+    ],
+)
+def test_options_are_checked_at_once(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        LLM("smollm2-135m", **options)
