@@ -41,7 +41,7 @@ def garbage(path: Path) -> None:
 
 def other_architecture(path: Path) -> None:
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "architectures": ["MambaForCausalLM"]}))
+    (path / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
 
 
 def no_json(path: Path) -> None:
@@ -55,7 +55,7 @@ def no_json(path: Path) -> None:
         (without_weights, TreadleError, "safetensors"),
         (truncated, CorruptWeights, "model.safetensors"),
         (garbage, CorruptWeights, "model.safetensors"),
-        (other_architecture, UnsupportedModel, "MambaForCausalLM"),
+        (other_architecture, UnsupportedModel, "mamba"),
         (no_json, CorruptWeights, "config.json"),
         (shutil.rmtree, ModelNotFound, "model"),
     ],

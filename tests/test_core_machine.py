@@ -18,20 +18,20 @@ PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
 
 configs = st.builds(
     CoreConfig,
-    num_blocks=st.integers(4, 14),
+    num_blocks=st.integers(4, 12),
     block_size=st.sampled_from([1, 2, 3, 4]),
-    max_num_seqs=st.integers(1, 5),
-    max_num_batched_tokens=st.integers(1, 20),
-    max_model_len=st.integers(4, 24),
+    max_num_seqs=st.integers(1, 6),
+    max_num_batched_tokens=st.integers(2, 20),
+    max_model_len=st.integers(6, 32),
     vocab_size=st.just(VOCAB),
     pipeline_depth=st.integers(1, 3),
     prefix_cache=st.booleans(),
     max_prefill_chunk=st.sampled_from([None, 1, 2, 5]),
-    max_waiting_requests=st.sampled_from([3, 100]),
+    max_waiting_requests=st.sampled_from([3, 100, 100]),
     eos_token_ids=st.sampled_from([(), (0,)]),
 )
 prompts = st.one_of(
-    st.integers(1, 16).map(lambda length: PREFIX[:length]),
+    st.integers(1, 14).map(lambda length: PREFIX[:length]),
     st.tuples(st.integers(0, 12), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)).map(
         lambda parts: PREFIX[: parts[0]] + parts[1]
     ),
@@ -40,9 +40,9 @@ params = st.fixed_dictionaries(
     {
         "n": st.sampled_from([1, 1, 1, 2, 3]),
         "seed": st.sampled_from([None, 0, 2**64 - 1]),
-        "max_tokens": st.sampled_from([1, 2, 5, 12, None]),
+        "max_tokens": st.sampled_from([1, 5, 12, None, None]),
         "min_tokens": st.sampled_from([0, 0, 1, 4]),
-        "stop_token_ids": st.sampled_from([[], [], [1, 2], [1, 2, 5, 7, 1000]]),
+        "stop_token_ids": st.sampled_from([[], [], [], [1], [1, 2, 5, 7, 1000]]),
         "ignore_eos": st.booleans(),
         "logprobs": st.sampled_from([None, None, 2]),
         "prompt_logprobs": st.sampled_from([None, None, None, 1]),
@@ -61,10 +61,18 @@ class CoreMachine(RuleBasedStateMachine):
         prompt=prompts,
         chosen=params,
         salt=st.sampled_from(["", "", "a"]),
-        timeout=st.sampled_from([0.0, 0.0, 1.0, 5.0]),
+        timeout=st.sampled_from([0.0, 0.0, 0.0, 1.0, 5.0]),
         priority=st.sampled_from([0, 0, 0, 1]),
     )
     def add(self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int) -> None:
+        self._add(prompt, chosen, salt, timeout, priority)
+
+    @rule(several=st.lists(st.tuples(prompts, params), min_size=2, max_size=5))
+    def burst(self, several: list[tuple[list[int], dict[str, object]]]) -> None:
+        for prompt, chosen in several:
+            self._add(prompt, chosen, "", 0.0, 0)
+
+    def _add(self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int) -> None:
         self.serial += 1
         before = self.rig.core.stats()
         try:
@@ -90,13 +98,14 @@ class CoreMachine(RuleBasedStateMachine):
     def apply(self) -> None:
         self._apply(self.rig.execute())
 
-    @rule(steps=st.integers(1, 6))
+    @rule(steps=st.integers(1, 30))
     def run(self, steps: int) -> None:
-        """Most of the time the thing simply runs."""
+        """Most of the time the thing simply runs, with a full pipeline."""
         for _ in range(steps):
-            self.rig.plan()
+            while self.rig.plan() is not None:
+                pass
             if self.rig.core.in_flight:
-                self.apply()
+                self._apply(self.rig.execute())
 
     @precondition(lambda self: self.rig.core.in_flight)
     @rule(pick=st.integers(0, 7))
@@ -124,9 +133,11 @@ class CoreMachine(RuleBasedStateMachine):
     def wait_unnoticed(self, seconds: float) -> None:
         self.rig.now += seconds
 
-    @rule()
-    def engine_dies(self) -> None:
-        self.rig.reset()
+    @precondition(lambda self: self.rig.core.in_flight)
+    @rule(really=st.booleans())
+    def engine_dies(self, really: bool) -> None:
+        if really:
+            self.rig.reset()
 
     @invariant()
     def check(self) -> None:
@@ -153,7 +164,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 CoreMachine.TestCase.settings = settings(
-    max_examples=250,
+    max_examples=160,
     stateful_step_count=60,
     deadline=None,
     derandomize=True,

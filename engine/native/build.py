@@ -42,11 +42,16 @@ def load_native() -> Native | None:
     does not need torch, so a program in a hurry calls it in a thread while torch is imported.
     """
     with _ONCE:
-        return _load()
+        return _loaded()
 
 
 @cache
-def _load() -> Native | None:
+def _loaded() -> Native | None:
+    return try_load()
+
+
+def try_load() -> Native | None:
+    """`load_native`, without its memory of what came of it before."""
     try:
         return Native(_build())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:

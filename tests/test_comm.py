@@ -1,0 +1,154 @@
+"""Collectives: the same bits on every rank, any size, any number of ranks, and an end when a peer is gone.
+
+Run as a program it is one rank: `python -m tests.test_comm TASK DIRECTORY RANK WORLD_SIZE NATIVE`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from treadle.engine.comm import SharedMemoryComm, SingleComm, TorchComm, make_comm
+from treadle.engine.native import load_native
+from treadle.errors import EngineFailed, EngineStartFailed
+
+CPU = torch.device("cpu")
+# Elements: one, less and more than a vector, a hidden state, and more than two buffers hold.
+SIZES = (1, 5, 16, 576, 33 * 576, 150_001)
+KINDS = pytest.mark.parametrize("native", [True, False], ids=["shared memory", "gloo"])
+
+
+def values(rank: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(1000 * rank + size)).to(dtype)
+
+
+def start(task: str, directory: Path, world_size: int, native: bool) -> list[subprocess.Popen[str]]:
+    if native and load_native() is None:
+        pytest.skip("no C compiler here")
+    return [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.test_comm",
+                task,
+                str(directory),
+                str(rank),
+                str(world_size),
+                str(int(native)),
+            ],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(ranks: list[subprocess.Popen[str]]) -> list[str]:
+    """What each rank said on stderr; all of them ended well."""
+    words = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), words
+    return words
+
+
+@pytest.mark.parametrize(("world_size", "native"), [(3, True), (2, False)], ids=["shared memory", "gloo"])
+def test_sums_and_gathers(tmp_path: Path, world_size: int, native: bool) -> None:
+    finish(start("collect", tmp_path, world_size, native))
+    outcomes = [dict(np.load(tmp_path / f"{rank}.npz")) for rank in range(world_size)]
+    for size in SIZES:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            name = f"{dtype}.{size}"
+            parts = [values(rank, size, dtype).float() for rank in range(world_size)]
+            expected = parts[0]
+            for part in parts[1:]:
+                expected = expected + part
+            sums = [torch.from_numpy(outcome[f"sum.{name}"]) for outcome in outcomes]
+            assert all(torch.equal(one, sums[0]) for one in sums)
+            if native:  # in rank order, and rounded once
+                assert torch.equal(sums[0], expected.to(dtype).float())
+            torch.testing.assert_close(sums[0], expected, rtol=0, atol=1e-5 if dtype is torch.float32 else 0.1)
+            for outcome in outcomes:
+                assert torch.equal(torch.from_numpy(outcome[f"gather.{name}"]), torch.stack(parts))
+    if native:
+        assert {path.suffix for path in tmp_path.iterdir()} == {".npz"}  # the shared file is gone
+
+
+def test_many_rounds_at_unlike_speeds(tmp_path: Path) -> None:
+    """Ranks that outrun each other by turns would show a buffer that was overwritten too early."""
+    finish(start("race", tmp_path, 4, True))
+
+
+@KINDS
+def test_a_lost_peer_is_an_error(tmp_path: Path, native: bool) -> None:
+    words = finish(start("lose", tmp_path, 2, native))
+    assert "EngineFailed" in words[0]
+    if native:
+        assert "rank 1" in words[0]
+
+
+def test_a_peer_that_never_starts_is_an_error(tmp_path: Path) -> None:
+    native = load_native()
+    if native is None:
+        pytest.skip("no C compiler here")
+    with pytest.raises(EngineStartFailed, match="1 of 2"):
+        SharedMemoryComm(0, 2, tmp_path, native, timeout=0.05)
+
+
+def test_a_group_of_one_talks_to_nobody(tmp_path: Path) -> None:
+    comm = make_comm(0, 1, CPU, init_method="", shared_dir=tmp_path)
+    assert isinstance(comm, SingleComm)
+    x = values(0, 7, torch.float32)
+    assert torch.equal(comm.all_reduce(x.clone()), x)
+    assert torch.equal(comm.all_gather(x), x[None])
+
+
+def test_a_directory_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    if load_native() is None:
+        pytest.skip("no C compiler here")
+    with pytest.raises(EngineStartFailed, match="missing"):
+        make_comm(0, 2, CPU, init_method="x", shared_dir=tmp_path / "missing", timeout=0.05)
+
+
+def run_rank(task: str, directory: Path, rank: int, world_size: int, native: bool) -> None:
+    torch.set_num_threads(1)
+    method = f"file://{directory}/rendezvous"
+    timeout = 2.0 if task == "lose" else 60.0
+    comm = make_comm(rank, world_size, CPU, init_method=method, shared_dir=directory, native=native, timeout=timeout)
+    assert isinstance(comm, SharedMemoryComm if native else TorchComm)
+    if task == "collect":
+        outcome = {}
+        for size in SIZES:
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                x = values(rank, size, dtype)
+                outcome[f"gather.{dtype}.{size}"] = comm.all_gather(x).float().numpy()
+                outcome[f"sum.{dtype}.{size}"] = comm.all_reduce(x).float().numpy()
+        comm.barrier()
+        np.savez(directory / f"{rank}.npz", **outcome)
+    elif task == "race":
+        idle = torch.randn(40, 40)
+        for round_ in range(600):
+            if round_ % world_size == rank:
+                idle @ idle
+            x = torch.full((round_ % 97 + 1,), float(round_ + rank))
+            expected = world_size * round_ + sum(range(world_size))
+            if not torch.equal(comm.all_reduce(x), torch.full_like(x, float(expected))):
+                raise AssertionError(f"round {round_}: {x}")
+    elif task == "lose":
+        comm.barrier()
+        if rank == 0:
+            try:
+                comm.all_reduce(torch.ones(3))
+            except EngineFailed as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(0)
+
+
+if __name__ == "__main__":
+    run_rank(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "1")
