@@ -60,9 +60,7 @@ def load(configure: Configure, rank: int) -> Loaded:
         shared_dir=Path(configure.shared_dir),
         native=configure.native,
     )
-    model = load_model(
-        config, source, comm, device=device, dtype=dtype, kv_dtype=kv_dtype, native=configure.native
-    )
+    model = load_model(config, source, comm, device=device, dtype=dtype, kv_dtype=kv_dtype, native=configure.native)
     blocks, block_bytes = _blocks(configure, config, comm, kv_dtype, device)
     try:
         kv = KVCache(

@@ -119,8 +119,8 @@ class Decoder:
         if not config.tie_embeddings:
             table = self._vocab_rows(source, "lm_head.weight", shard, env.placement)
         self._head = Linear(table, None, env.placement)
-        parts = (self._embed, self._head, *(layer.mlp for layer in self._layers), *(x.attention for x in self._layers))
-        self.weight_bytes = sum(part.weight_bytes for part in parts)
+        layers = sum(layer.attention.weight_bytes + layer.mlp.weight_bytes for layer in self._layers)
+        self.weight_bytes: int = self._embed.weight_bytes + self._head.weight_bytes + layers
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Writes the K/V of the batch's tokens; returns the normalised hidden state [S, hidden] at `sample_index`."""

@@ -235,7 +235,7 @@ class EngineGroup:
 
 
 def _environment(threads: int, token: str) -> dict[str, str]:
-    """The child's environment. Spinning OpenMP threads beside the scheduler cost more than they bring: wait passively."""
+    """The child's environment. OpenMP threads that spin beside the scheduler cost more than they bring."""
     return {
         **os.environ,
         "TREADLE_GROUP_TOKEN": token,

@@ -41,7 +41,8 @@ from .core import Core
 from .delivery import Route, Sink
 from .engine_group import Death, EngineGroup
 from .options import ModelFacts, ServiceOptions
-from .request import Output, Outputs, Sequence as RequestSequence
+from .request import Output, Outputs
+from .request import Sequence as RequestSequence
 from .setup import configure_message, core_config
 
 logger = logging.getLogger("treadle")

@@ -109,7 +109,7 @@ class EmbeddedBackend:
 
 
 class _LoopSink(Sink):
-    """Brings deltas to the streams of one event loop: one wake-up of that loop per step, whatever the number of rows."""
+    """Brings deltas to the streams of one event loop: one wake-up of it per step, whatever the number of rows."""
 
     def __init__(self, name: str, loop: asyncio.AbstractEventLoop, lost: Callable[[_LoopSink], None]) -> None:
         super().__init__(name)
