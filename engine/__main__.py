@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from pathlib import Path
 
 import zmq
 
 from treadle.engine import lifeline
+from treadle.engine.native import load_native
 from treadle.transport.codec import rank_codec
 from treadle.transport.messages import PROTOCOL_VERSION, Hello
 from treadle.transport.sockets import rank_socket
@@ -33,8 +35,12 @@ def main() -> int:
     token = os.environ.pop("TREADLE_GROUP_TOKEN", "")
     socket.send(codec.encode(Hello(PROTOCOL_VERSION, options.rank, os.getpid(), token)))
 
-    from treadle.engine.worker import serve  # imports torch: seconds, during which the scheduler knows we are here
+    # The first start on a machine compiles the CPU kernels; that and the import of torch take seconds each.
+    compiling = threading.Thread(target=load_native, name="native")
+    compiling.start()
+    from treadle.engine.worker import serve
 
+    compiling.join()
     return serve(socket, codec, options.rank)
 
 

@@ -14,7 +14,8 @@ from .sharding import Shard
 
 def bytes_per_block(config: ModelConfig, shard: Shard, block_size: int, dtype: torch.dtype) -> int:
     """Bytes that one block takes on this rank: keys and values of every layer."""
-    return 2 * config.num_layers * shard.kv_heads.size * block_size * config.head_dim * dtype.itemsize
+    elements = 2 * config.num_layers * shard.kv_heads.size * block_size * config.head_dim
+    return elements * int(dtype.itemsize)
 
 
 class KVCache:

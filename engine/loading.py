@@ -15,6 +15,7 @@ from .comm import Communicator, make_comm
 from .config import ModelConfig, load_config
 from .kv import KVCache, bytes_per_block
 from .model import load_model
+from .native import load_native
 from .rows import RowMirror
 from .runner import Runner
 from .sampling.sampler import Sampler
@@ -47,6 +48,9 @@ def load(configure: Configure, rank: int) -> Loaded:
     """Builds everything a rank needs. Raises ModelError, ConfigError."""
     began = time.perf_counter()
     torch.set_num_threads(configure.threads)
+    native = load_native() if configure.native else None
+    if native is not None:
+        native.keep_memory()
     device = _device(configure.device, rank)
     dtype, kv_dtype = parse_dtype(configure.dtype), parse_dtype(configure.kv_dtype or configure.dtype)
     path = Path(configure.model)

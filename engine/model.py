@@ -153,7 +153,6 @@ class Decoder:
         return source.read(name, placement.dtype, 0, shard.vocab.start, shard.vocab.stop)
 
 
-@torch.inference_mode()
 def load_model(
     config: ModelConfig,
     source: WeightSource,
@@ -178,4 +177,6 @@ def load_model(
     attention: AttentionBackend = TorchAttention(scale, config.sliding_window)
     if library is not None:
         attention = NativeAttention(library, scale, config.sliding_window)
-    return Decoder(config, shard, source, Environment(comm, Placement(device, dtype, pack), kv_dtype, ops, attention))
+    env = Environment(comm, Placement(device, dtype, pack), kv_dtype, ops, attention)
+    with torch.inference_mode():
+        return Decoder(config, shard, source, env)

@@ -17,7 +17,7 @@ import torch
 
 from treadle.transport.messages import SamplingParams
 
-from .enginekit import Driver, LocalGroup
+from .groupkit import Driver, LocalGroup
 from .modelkit import FAMILIES, load_reference, make_checkpoint
 
 PROMPTS = 20

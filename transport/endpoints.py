@@ -70,21 +70,26 @@ def check_scheme(endpoint: str) -> None:
         raise ConfigError(f"endpoint {endpoint!r}: allowed are ipc:///absolute/path and tcp://host:port")
 
 
+def check_server(endpoint: str, keys: ServerKeys | None) -> None:
+    """Raises ConfigError for an endpoint that could never be bound: a wrong form, or tcp without keys."""
+    check_scheme(endpoint)
+    if endpoint.startswith("tcp://") and keys is None:
+        raise ConfigError(f"{endpoint}: tcp needs CURVE keys; make some with `treadle keys` and pass --keys FILE")
+
+
 def bind_server(sock: zmq.Socket[bytes], endpoint: str, keys: ServerKeys | None) -> None:
     """Binds a server socket safely.
 
     ipc: the directory is made with mode 0700, or must already be ours and closed to others. tcp: needs `keys`.
     Raises ConfigError, and EndpointInUse when somebody answers there (libzmq would silently take an ipc path over).
     """
-    check_scheme(endpoint)
+    check_server(endpoint, keys)
     path = ipc_path(endpoint)
     if path is not None:
         _private_directory(path.parent)
         if _answers(path):
             raise EndpointInUse(f"{endpoint}: another server listens there; stop it or choose another path")
-    else:
-        if keys is None:
-            raise ConfigError(f"{endpoint}: tcp needs CURVE keys; make some with `treadle keys` and pass --keys FILE")
+    elif keys is not None:
         sock.curve_server = True
         sock.curve_secretkey = keys.secret.encode()
         sock.curve_publickey = keys.public.encode()

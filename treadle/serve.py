@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,7 +17,7 @@ from treadle.errors import TreadleError
 from treadle.scheduler.client_server import ClientServer
 from treadle.scheduler.options import ServiceOptions
 from treadle.scheduler.service import Service
-from treadle.transport.endpoints import ServerKeys, ipc_path
+from treadle.transport.endpoints import ServerKeys, check_server, ipc_path
 from treadle.transport.messages import TokenizerInfo
 
 from .facts import load_tokenizer, locate
@@ -25,6 +25,7 @@ from .loop_thread import new_event_loop
 from .server_process import StartReport
 
 logger = logging.getLogger("treadle")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +59,51 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
-    stopping = asyncio.create_task(stop.wait())
+    check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
     located = await asyncio.to_thread(locate, settings.model)
-    reading = asyncio.create_task(asyncio.to_thread(load_tokenizer, located.path))
     path = ipc_path(settings.endpoint)
-    leftovers: list[Path] = [path] if path is not None else []
     info: TokenizerInfo | None = None
-    service = Service(located.facts, settings.options, lambda: info, leftovers)
-    server = None
+    service = Service(located.facts, settings.options, lambda: info, [path] if path is not None else [])
+    server = ClientServer(service, settings.endpoint, settings.keys)
+    tasks = _Tasks()
     try:
-        # First the endpoint: that it is taken should be said before a model is loaded.
-        server = ClientServer(service, settings.endpoint, settings.keys)
-        starting = asyncio.create_task(service.start())
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not starting.done():
-            starting.cancel()
-            await asyncio.gather(starting, return_exceptions=True)
+        stopping, starting = tasks.start(stop.wait()), tasks.start(service.start())
+        reading = tasks.start(asyncio.to_thread(load_tokenizer, located.path))
+        await tasks.first(starting, stopping)
+        if stopping.done():
             return 0
         starting.result()
         tokenizer = await reading
         info = tokenizer.to_info() if tokenizer is not None else None
         announce(settings.endpoint)
         _report(settings, StartReport())
-        failed = asyncio.create_task(service.failed.wait())
-        await asyncio.wait({stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+        failed = tasks.start(service.failed.wait())
+        await tasks.first(stopping, failed)
         return 1 if failed.done() else 0
     finally:
-        if server is not None:
-            server.close()
+        await tasks.end()
+        server.close()
         await service.close()
+
+
+class _Tasks:
+    """What runs beside each other while serving; `end` leaves none behind."""
+
+    def __init__(self) -> None:
+        self._all: list[asyncio.Task[Any]] = []
+
+    def start(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(coroutine)
+        self._all.append(task)
+        return task
+
+    async def first(self, *tasks: asyncio.Task[Any]) -> None:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+    async def end(self) -> None:
+        for task in self._all:
+            task.cancel()
+        await asyncio.gather(*self._all, return_exceptions=True)
 
 
 def _report(settings: ServeSettings, report: StartReport) -> None:

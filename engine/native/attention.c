@@ -115,10 +115,9 @@ static __attribute__((noinline)) float softmax(float *scores, int64_t count) {
     vfloat most = load(scores, 0, 0), total = splat(0);
     for (int64_t i = LANES; i < count; i += LANES) {
         vfloat s = load(scores, i, 0);
-        most = choose(s > most, s, most);
+        most = larger_lanes(s, most);
     }
-    float largest = most[0];
-    for (int i = 1; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+    const float largest = largest_lane(most);
     for (int64_t i = 0; i < count; i += LANES) {
         vfloat e = exp_lanes(load(scores, i, 0) - largest);
         store(scores, i, e, 0);

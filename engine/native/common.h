@@ -108,14 +108,31 @@ INLINE void store_some(void *base, size_t index, size_t end, vfloat value, int b
         store_part(base, index, value, end - index, bf16);
 }
 
+/* Lane i meets lane i + 8, then i + 4, ...: lane 0 ends up with all. */
+#define FOLD(x, combine)                                                                    \
+    do {                                                                                    \
+        const vint by8 = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};            \
+        const vint by4 = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};            \
+        const vint by2 = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};            \
+        const vint by1 = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};            \
+        x = combine(x, __builtin_shuffle(x, by8));                                          \
+        x = combine(x, __builtin_shuffle(x, by4));                                          \
+        x = combine(x, __builtin_shuffle(x, by2));                                          \
+        x = combine(x, __builtin_shuffle(x, by1));                                          \
+    } while (0)
+
+INLINE vfloat add_lanes(vfloat a, vfloat b) { return a + b; }
+
+INLINE vfloat larger_lanes(vfloat a, vfloat b) { return choose(a > b, a, b); }
+
 INLINE float sum_lanes(vfloat x) {
-    float total = 0;
-    float lane[LANES];
-    memcpy(lane, &x, sizeof lane);
-    for (int step = LANES / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) lane[i] += lane[i + step];
-    total = lane[0];
-    return total;
+    FOLD(x, add_lanes);
+    return x[0];
+}
+
+INLINE float largest_lane(vfloat x) {
+    FOLD(x, larger_lanes);
+    return x[0];
 }
 
 /* exp to within 2 units in the last place on [-87.3, 88]; arguments outside are clamped, NaN stays NaN.

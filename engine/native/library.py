@@ -22,6 +22,7 @@ class Native:
             self.rope_store = library.treadle_rope_store
             self.decode_attention = library.treadle_decode_attention
             self.prefill_attention = library.treadle_prefill_attention
+            self.keep_memory = library.treadle_keep_memory
             self.group_bytes = library.treadle_group_bytes
             self.group_join = library.treadle_group_join
             self.group_new = library.treadle_group_new
@@ -49,6 +50,8 @@ class Native:
             *(long, long, long, long, c_float, long, c_int),
         ]
         self.prefill_attention.restype = c_int
+        self.keep_memory.argtypes = []
+        self.keep_memory.restype = None
         self.group_bytes.argtypes = [c_int, c_size_t]
         self.group_bytes.restype = c_size_t
         self.group_join.argtypes = [pointer, c_int]

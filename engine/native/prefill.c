@@ -36,7 +36,8 @@ typedef struct {
     uint32_t *queries; /* [GROUP_ROWS][units of a head] */
     uint32_t *weights; /* [ROWS][units of KEYS] */
     vfloat *sums;      /* [GROUP_ROWS][slices][COLUMNS] */
-    float largest[GROUP_ROWS], total[GROUP_ROWS];
+    vfloat total[GROUP_ROWS]; /* of the weights, lane by lane */
+    float largest[GROUP_ROWS];
     int64_t head_units, key_units, slices; /* a slice: KEYS elements of a value */
 } workspace;
 
@@ -109,14 +110,6 @@ INLINE void multiply_tile(const uint32_t *left, int64_t units, const uint32_t *r
     }
 }
 
-INLINE float largest_lane(vfloat x) {
-    float lane[LANES];
-    memcpy(lane, &x, sizeof lane);
-    for (int step = LANES / 2; step; step /= 2)
-        for (int i = 0; i < step; i++) lane[i] = lane[i] > lane[i + step] ? lane[i] : lane[i + step];
-    return lane[0];
-}
-
 /* One row of scores to weights: updates its maximum and total; returns by how much what came before has to shrink. */
 INLINE float weigh_row(workspace *s, int64_t row, vfloat score[COLUMNS], float scale, int64_t first_key, int64_t begin,
                        int64_t end, uint32_t *weights, int pairs) {
@@ -130,7 +123,7 @@ INLINE float weigh_row(workspace *s, int64_t row, vfloat score[COLUMNS], float s
         if (masked) score[c] = choose(seen[c], score[c], splat(-1e30f));
     }
     vfloat most = score[0];
-    for (int c = 1; c < COLUMNS; c++) most = choose(score[c] > most, score[c], most);
+    for (int c = 1; c < COLUMNS; c++) most = larger_lanes(score[c], most);
     const float before = s->largest[row], here = largest_lane(most), now = here > before ? here : before;
     const float shrink = here > before ? exp_lanes(splat(before - now))[0] : 1.0f;
     vfloat total = splat(0);
@@ -141,7 +134,7 @@ INLINE float weigh_row(workspace *s, int64_t row, vfloat score[COLUMNS], float s
         store(weights, c * LANES, weight, pairs);
     }
     s->largest[row] = now;
-    s->total[row] = s->total[row] * shrink + sum_lanes(total);
+    s->total[row] = s->total[row] * shrink + total;
     return shrink;
 }
 
@@ -178,7 +171,7 @@ INLINE void load_queries(const problem *p, workspace *s, int64_t head, int64_t r
     memset(s->sums, 0, GROUP_ROWS * s->slices * COLUMNS * sizeof(vfloat));
     for (int64_t r = 0; r < GROUP_ROWS; r++) {
         s->largest[r] = -1e30f;
-        s->total[r] = 0;
+        s->total[r] = splat(0);
         if (r >= rows) continue;
         const void *q = at(p->q, (row + r) / group * p->q_stride + (head * group + (row + r) % group) * p->head_dim, bf16);
         for (int64_t u = 0; u < s->head_units; u++)
@@ -190,7 +183,7 @@ INLINE void store_results(const problem *p, const workspace *s, int64_t head, in
     const int64_t group = p->q_heads / p->kv_heads, dim = p->head_dim;
     for (int64_t r = 0; r < rows; r++) {
         void *target = at_mut(p->out, ((row + r) / group * p->q_heads + head * group + (row + r) % group) * dim, bf16);
-        const float inverse = 1.0f / s->total[r];
+        const float inverse = 1.0f / sum_lanes(s->total[r]);
         for (int64_t d = 0; d < dim; d += LANES)
             store_some(target, d, dim, s->sums[r * s->slices * COLUMNS + d / LANES] * inverse, bf16);
     }

@@ -1,0 +1,121 @@
+"""A scheduler core and real engine ranks in one process: ranks are threads, plans and results cross as bytes.
+
+Everything but ZeroMQ and the processes is the product's own code, so hundreds of combinations run in seconds.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+from treadle.engine.config import load_config
+from treadle.engine.loading import Loaded, load
+from treadle.engine.worker import run_step
+from treadle.scheduler.config import CoreConfig
+from treadle.scheduler.core import Core
+from treadle.transport.codec import Digest, engine_codec, pack, rank_codec
+from treadle.transport.messages import Configure, Delta, SamplingParams, StepResult, Submit
+
+
+class LocalGroup:
+    """Ranks as threads. Close it, or use it in a `with`."""
+
+    def __init__(self, model: Path, shared_dir: Path, world_size: int = 1, **changes: object) -> None:
+        configure = Configure(
+            model=str(model),
+            random_weights=False,
+            seed=0,
+            world_size=world_size,
+            device="cpu",
+            dtype="float32",
+            kv_dtype="",
+            block_size=8,
+            num_blocks=512,
+            kv_cache_bytes=0,
+            max_num_seqs=16,
+            max_num_batched_tokens=256,
+            max_model_len=256,
+            init_method=f"file://{shared_dir / 'rendezvous'}",
+            threads=1,
+            native=True,
+            shared_dir=str(shared_dir),
+            debug=True,
+        )
+        self.configure = msgspec.structs.replace(configure, **changes)
+        self._pool = ThreadPoolExecutor(world_size)
+        ranks = range(world_size)
+        self._ranks: list[Loaded] = list(self._pool.map(lambda rank: load(self.configure, rank), ranks))
+        self._digests = [Digest() for _ in ranks]
+        self._codec = rank_codec()
+
+    def step(self, frame: bytes) -> StepResult:
+        """What rank 0 answers, after all ranks were seen to agree."""
+
+        def one(rank: int) -> StepResult:
+            plan = self._codec.decode(frame)
+            return run_step(self._ranks[rank].runner, plan, frame, self._digests[rank], rank)
+
+        results = list(self._pool.map(one, range(len(self._ranks))))
+        assert len({result.digest for result in results}) == 1, "the ranks disagree"
+        return results[0]
+
+    def forget(self) -> None:
+        """Makes the ranks ready for another core."""
+        for rank in self._ranks:
+            rank.runner.forget()
+
+    def __enter__(self) -> LocalGroup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+class Driver:
+    """Runs requests through a core and a group to their end, and keeps what each continuation got."""
+
+    def __init__(self, group: LocalGroup, **changes: object) -> None:
+        configure = group.configure
+        values: dict[str, object] = {
+            "num_blocks": configure.num_blocks,
+            "block_size": configure.block_size,
+            "max_num_seqs": configure.max_num_seqs,
+            "max_num_batched_tokens": configure.max_num_batched_tokens,
+            "max_model_len": configure.max_model_len,
+            "vocab_size": load_config(Path(configure.model)).vocab_size,
+            **changes,
+        }
+        self.core = Core(CoreConfig(**values), draw_seed=lambda: 1)  # type: ignore[arg-type]
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.finish: dict[tuple[str, int], str] = {}
+        self.deltas: list[Delta] = []
+        self._group = group
+        group.forget()
+        self._codec = engine_codec()
+        self._in_flight: deque[bytes] = deque()
+        self.steps = 0
+
+    def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
+        self.core.add(Submit(id=request_id, tokens=pack(prompt), params=params), 0.0)
+
+    def run(self, each_step: Callable[[int], None] = lambda step: None) -> None:
+        while self.core.has_work:
+            while (plan := self.core.plan(0.0)) is not None:
+                self._in_flight.append(self._codec.encode(plan))
+            self.core.check()
+            assert self._in_flight, "work, and nothing to do: a deadlock"
+            outputs = self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
+            for output in outputs.each():
+                key = (output.sequence.request.id, output.sequence.index)
+                self.tokens.setdefault(key, []).extend(output.tokens)
+                if output.finish:
+                    self.finish[key] = output.finish
+            self.steps += 1
+            each_step(self.steps)
+        while self._in_flight:
+            self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
+        self.core.check()
