@@ -43,6 +43,6 @@ def test_two_gpus_give_the_tokens_of_one(tmp_path: Path) -> None:
 
 
 def test_more_ranks_than_gpus_is_a_typed_error(tmp_path: Path) -> None:
-    model = make_checkpoint(tmp_path / "model", "llama3", num_attention_heads=18, num_key_value_heads=9)
+    model = make_checkpoint(tmp_path / "model", "llama3")
     with pytest.raises(ConfigError, match="needs GPU"):
         asyncio.run(run(model, tensor_parallel_size=torch.cuda.device_count() + 1))
