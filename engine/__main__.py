@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True, metavar="FD")
     parser.add_argument("--leftover", type=Path, action="append", default=[], metavar="PATH")
+    parser.add_argument("--no-native", action="store_true")
     options = parser.parse_args()
     lifeline.watch(options.lifeline, options.leftover)
     codec = rank_codec()
@@ -37,10 +38,12 @@ def main() -> int:
 
     # The first start on a machine compiles the CPU kernels; that and the import of torch take seconds each.
     compiling = threading.Thread(target=load_native, name="native")
-    compiling.start()
+    if not options.no_native:
+        compiling.start()
     from treadle.engine.worker import serve
 
-    compiling.join()
+    if not options.no_native:
+        compiling.join()
     return serve(socket, codec, options.rank)
 
 

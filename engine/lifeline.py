@@ -20,18 +20,25 @@ _LOOK_SECONDS = 2.0
 
 def watch(descriptor: int, leftovers: Sequence[Path]) -> None:
     """Ends this process with exit code 3 once `descriptor` closes, after removing the `leftovers`."""
-    arguments = (descriptor, os.getppid(), tuple(leftovers))
+    arguments = (descriptor, os.getppid(), {path: _inode(path) for path in leftovers})
     threading.Thread(target=_wait, args=arguments, name="lifeline", daemon=True).start()
 
 
-def _wait(descriptor: int, parent: int, leftovers: tuple[Path, ...]) -> None:
+def _wait(descriptor: int, parent: int, leftovers: dict[Path, int]) -> None:
     while os.getppid() == parent:
         readable, _, _ = select.select([descriptor], [], [], _LOOK_SECONDS)
         if readable and not os.read(descriptor, 1):
             break
-    for path in leftovers:
+    for path, inode in leftovers.items():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-        else:
+        elif _inode(path) == inode:  # else it is the file of a server that came after ours
             path.unlink(missing_ok=True)
     os._exit(ORPHANED)
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return -1

@@ -63,6 +63,7 @@ def load(configure: Configure, rank: int) -> Loaded:
         init_method=configure.init_method,
         shared_dir=Path(configure.shared_dir),
         native=configure.native,
+        timeout=configure.collective_timeout,
     )
     model = load_model(config, source, comm, device=device, dtype=dtype, kv_dtype=kv_dtype, native=configure.native)
     blocks, block_bytes = _blocks(configure, config, comm, kv_dtype, device)

@@ -17,6 +17,10 @@ from .rows import Int64, RowMirror, Work, spans
 from .sampling.sampler import Sampler
 from .sampling.state import SamplingState
 
+_SCORE_SLICE = 256
+_NOTHING = np.empty(0, np.int64)
+_Scored = tuple[int, Int64, Int64]
+
 
 @dataclass(slots=True)
 class StepOutcome:
@@ -56,37 +60,43 @@ class Runner:
         scored = self._prompt_positions(work)
         batch = self._batch(work, scored)
         hidden = self._model.forward(batch, self._kv)
-        if batch.sample_index.numel() == 0:
-            self._mirror.commit(work, np.empty(0, np.int64))
-            return StepOutcome(np.empty(0, np.int64))
-        logits = self._model.logits(hidden)
-        return self._sample(work, logits, scored)
+        count = int(work.samples.sum())
+        outcome = self._sample(work, hidden[:count])
+        outcome.logprobs = self._score(hidden[count:], scored) + outcome.logprobs
+        return outcome
 
     def forget(self) -> None:
         """Releases every row, for a scheduler that starts anew on loaded ranks."""
         self._mirror.forget()
 
-    def _sample(self, work: Work, logits: torch.Tensor, scored: list[tuple[int, Int64, Int64]]) -> StepOutcome:
+    def _sample(self, work: Work, hidden: torch.Tensor) -> StepOutcome:
+        """Samples for the rows that reached their last known token; hidden: [S, hidden], one per such row."""
         rows = work.rows[work.samples]
-        count = len(rows)
-        logprobs: list[TokenLogprobs] = []
-        offset = count
-        for row, positions, _ in scored:
-            targets = torch.from_numpy(self._mirror.tokens[row, positions + 1].astype(np.int64))
-            part = logits[offset : offset + len(positions)]
-            logprobs += self._sampler.prompt_logprobs(part, row, positions + 1, targets)
-            offset += len(positions)
-        if count == 0:
-            self._mirror.commit(work, np.empty(0, np.int64))
-            return StepOutcome(np.empty(0, np.int64), logprobs)
+        if not len(rows):
+            self._mirror.commit(work, _NOTHING)
+            return StepOutcome(_NOTHING)
         known = self._mirror.known[rows]
-        out = self._sampler.sample(logits[:count], rows, known, self._mirror.tokens_tensor, known)
+        logits = self._model.logits(hidden)
+        out = self._sampler.sample(logits, rows, known, self._mirror.tokens_tensor, known)
         sampled = out.tokens.cpu().numpy()
         self._mirror.commit(work, sampled)
         back = np.argsort(work.plan_order[work.samples], kind="stable")
-        return StepOutcome(sampled[back], logprobs + out.logprobs, out.faults)
+        return StepOutcome(sampled[back], out.logprobs, out.faults)
 
-    def _prompt_positions(self, work: Work) -> list[tuple[int, Int64, Int64]]:
+    def _score(self, hidden: torch.Tensor, scored: list[_Scored]) -> list[TokenLogprobs]:
+        """Log-probabilities of prompt tokens, a slice at a time: the logits of a whole prompt would be gigabytes."""
+        logprobs: list[TokenLogprobs] = []
+        offset = 0
+        for row, positions, _ in scored:
+            for first in range(0, len(positions), _SCORE_SLICE):
+                part = positions[first : first + _SCORE_SLICE]
+                logits = self._model.logits(hidden[offset : offset + len(part)])
+                targets = self._tensor(self._mirror.tokens[row, part + 1].astype(np.int64))
+                logprobs += self._sampler.prompt_logprobs(logits, row, part + 1, targets)
+                offset += len(part)
+        return logprobs
+
+    def _prompt_positions(self, work: Work) -> list[_Scored]:
         """(row, positions whose next prompt token is scored, their offsets in the flat batch) where asked for."""
         if not self._sampling.any_prompt_logprobs:
             return []
@@ -97,7 +107,7 @@ class Runner:
                 scored.append((row, np.arange(start, last), np.arange(offset, offset + last - start)))
         return scored
 
-    def _batch(self, work: Work, scored: list[tuple[int, Int64, Int64]]) -> ForwardBatch:
+    def _batch(self, work: Work, scored: list[_Scored]) -> ForwardBatch:
         mirror, counts = self._mirror, work.counts
         ends = np.cumsum(counts)
         if work.num_decode == len(counts):

@@ -3,7 +3,7 @@
 from .block_pool import BlockId, BlockPool
 from .invariant import CoreInvariantError
 from .prefix_cache import Parent, PrefixCache
-from .sizing import block_bytes, blocks_for_tokens, blocks_in_budget
+from .sizing import blocks_for_tokens
 
 __all__ = [
     "BlockId",
@@ -11,7 +11,5 @@ __all__ = [
     "CoreInvariantError",
     "Parent",
     "PrefixCache",
-    "block_bytes",
     "blocks_for_tokens",
-    "blocks_in_budget",
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 
 import zmq
@@ -18,29 +20,37 @@ from treadle.transport.messages import (
     Message,
     Ping,
     Pong,
-    Refused,
     Submit,
 )
 from treadle.transport.sockets import service_socket
 
-from .delivery import Sink
+from .delivery import Sink, refusal
 from .service import Service
 
+logger = logging.getLogger("treadle")
 _SEND_HIGH_WATER = 1_000
 _MAX_BACKLOG = 10_000
+_MAX_SESSIONS = 10_000
 _SILENCE_SECONDS = 15.0
 _SWEEP_SECONDS = 1.0
 
 
 class ClientServer:
-    """Serves `service` on `endpoint`. Raises ConfigError or EndpointInUse when it cannot be bound."""
+    """Serves `service` on `endpoint`. Raises ConfigError or EndpointInUse when it cannot be bound.
 
-    def __init__(self, service: Service, endpoint: str, keys: ServerKeys | None = None) -> None:
+    private: the one client is our parent, whose life the lifeline watches, so its silence means nothing.
+    """
+
+    def __init__(
+        self, service: Service, endpoint: str, keys: ServerKeys | None = None, *, private: bool = False
+    ) -> None:
         self._service = service
         self._endpoint = endpoint
         self._codec = service_codec()
         self._loop = asyncio.get_running_loop()
+        self._private = private
         self._sessions: dict[bytes, _Session] = {}
+        self._opened = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         socket = service_socket(self._context, _SEND_HIGH_WATER)
@@ -67,47 +77,64 @@ class ClientServer:
         return self._channel.send([identity, self._codec.encode(message)])
 
     def drop(self, session: _Session) -> None:
-        """The client is gone, or reads too slowly to be kept: its requests end."""
-        self._sessions.pop(session.identity, None)
+        """The client is gone, or reads too slowly to be kept: its requests end.
+
+        Should it come back, it finds a session of another number in its Pong, and knows.
+        """
+        if self._sessions.get(session.identity) is session:
+            del self._sessions[session.identity]
         self._service.detach(session)
 
     def _receive(self, frames: list[bytes]) -> None:
         identity, *parts = frames
-        session = self._sessions.get(identity)
-        if session is None:
-            session = self._sessions[identity] = _Session(self, identity)
-            self._arm()
-        session.last_heard = self._loop.time()
         try:
             if len(parts) != 1:
                 raise ProtocolError(f"a message of {len(parts)} frames: exactly one is allowed")
             message = self._codec.decode(parts[0])
-        except ProtocolError as error:
+            session = self._session(identity)
+        except TreadleError as error:
             self._service.bad_frames += 1
-            session.post(Refused("", error.code, str(error)))
+            self._tell(identity, refusal("", error))
             return
         if isinstance(message, Submit):
             self._submit(message, session)
         elif isinstance(message, Abort):
             self._service.abort(message, session)
         elif isinstance(message, Ping):
-            session.post(Pong(message.nonce, self._service.incarnation))
+            session.post(Pong(message.nonce, f"{self._service.incarnation}-{session.number}"))
         else:
             session.post(self._service.answer(message))
+
+    def _session(self, identity: bytes) -> _Session:
+        session = self._sessions.get(identity)
+        if session is None:
+            if len(self._sessions) >= _MAX_SESSIONS:
+                raise Overloaded(f"{_MAX_SESSIONS} clients are connected, which is the limit", _SILENCE_SECONDS)
+            self._opened += 1
+            session = self._sessions[identity] = _Session(self, identity, self._opened)
+            self._arm()
+        session.last_heard = self._loop.time()
+        return session
+
+    def _tell(self, identity: bytes, message: Message) -> None:
+        """An answer to somebody without a session; lost when it cannot be sent."""
+        with suppress(zmq.ZMQError):
+            self.send(identity, message)
 
     def _submit(self, message: Submit, session: _Session) -> None:
         try:
             self._service.submit(message, session)
-        except TreadleError as error:
-            retry_after = error.retry_after if isinstance(error, Overloaded) else 0.0
-            session.post(Refused(message.id, error.code, str(error), retry_after))
+        except Exception as error:  # one client's request must not reach the others, whatever it did
+            if not isinstance(error, TreadleError):
+                logger.exception("a request raised")
+            session.post(refusal(message.id, error))
 
     def _retry(self) -> None:
         for session in list(self._sessions.values()):
             session.drain()
 
     def _arm(self) -> None:
-        if self._sweeper is None and self._sessions:
+        if self._sweeper is None and self._sessions and not self._private:
             self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
 
     def _sweep(self) -> None:
@@ -122,9 +149,11 @@ class ClientServer:
 class _Session(Sink):
     """One client. What its socket does not take waits here, up to a bound."""
 
-    def __init__(self, server: ClientServer, identity: bytes) -> None:
-        super().__init__(identity.hex())
+    def __init__(self, server: ClientServer, identity: bytes, number: int) -> None:
+        super().__init__(f"client-{number}")
         self.identity = identity
+        self.number = number
+        self._gone = False
         self.last_heard = 0.0
         self._server = server
         self._backlog: deque[Message] = deque()
@@ -134,6 +163,8 @@ class _Session(Sink):
 
     def post(self, message: Message) -> None:
         """Sends in order; cuts the client off when it is gone or too far behind."""
+        if self._gone:
+            return
         self._backlog.append(message)
         if len(self._backlog) > _MAX_BACKLOG:
             self._cut()
@@ -150,4 +181,5 @@ class _Session(Sink):
     def _cut(self) -> None:
         # Later, not now: this may be in the middle of a step's delivery, which must not change what it iterates over.
         self._backlog.clear()
+        self._gone = True
         asyncio.get_running_loop().call_soon(self._server.drop, self)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from treadle.transport.messages import Delta
+from treadle.errors import Overloaded, ServiceError, TreadleError
+from treadle.transport.messages import Delta, Refused
 
 
 class Sink:
@@ -45,3 +46,11 @@ class Route:
 
     sink: Sink
     request_id: str
+
+
+def refusal(request_id: str, error: Exception) -> Refused:
+    """What a caller is told when its message raised `error`. An error that is not ours is our fault, and no secret."""
+    if not isinstance(error, TreadleError):
+        return Refused(request_id, ServiceError.code, f"internal error: {type(error).__name__}: {error}")
+    retry_after = error.retry_after if isinstance(error, Overloaded) else 0.0
+    return Refused(request_id, error.code, str(error), retry_after)

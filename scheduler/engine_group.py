@@ -79,13 +79,19 @@ class EngineGroup:
         self._processes: list[_Process] = []
         self._ready: dict[int, Ready] = {}
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
-        self._lost = False
+        self.death: Death | None = None
+        self._known: set[int] = set()
         self._stopping = False
+        self._lifeline: tuple[int, ...] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = group_socket(self._context)
-        socket.bind(self._endpoint)
+        try:
+            socket = group_socket(self._context)
+            socket.bind(self._endpoint)
+            self._lifeline = os.pipe()
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
         self._channel = Channel(socket, self._receive)
-        self._lifeline_read, self._lifeline_write = os.pipe()
 
     @property
     def pids(self) -> list[int]:
@@ -120,7 +126,7 @@ class EngineGroup:
     async def stop(self, timeout: float) -> None:
         """Asks the ranks to finish, waits at most `timeout` seconds, then kills; returns when none is left."""
         self._stopping = True
-        if not self._lost:
+        if self.death is None:
             shutdown = self._codec.encode(Shutdown())
             for rank in self._ready:
                 try:
@@ -139,7 +145,11 @@ class EngineGroup:
         await self._wait(None)
         self._channel.close()
         self._context.term()
-        for descriptor in (self._lifeline_read, self._lifeline_write):
+        lifeline, self._lifeline = (
+            self._lifeline,
+            (),
+        )  # two may close at once, and a number closed twice is a stranger's
+        for descriptor in lifeline:
             os.close(descriptor)
         if not self._all_ready.done():
             self._all_ready.cancel()
@@ -153,7 +163,9 @@ class EngineGroup:
 
     def _spawn(self, rank: int) -> None:
         command = [sys.executable, "-m", "treadle.engine", "--endpoint", self._endpoint, "--rank", str(rank)]
-        command += ["--lifeline", str(self._lifeline_read)]
+        command += ["--lifeline", str(self._lifeline[0])]
+        if not self._configure.native:
+            command.append("--no-native")
         for path in self._leftovers:
             command += ["--leftover", str(path)]
         with self._log(rank).open("wb") as log:
@@ -162,7 +174,7 @@ class EngineGroup:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._lifeline_read],
+                pass_fds=[self._lifeline[0]],
                 env=_environment(self._configure.threads, self._token),
                 start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
             )
@@ -181,7 +193,7 @@ class EngineGroup:
 
     def _report_exit(self, rank: int, how: str) -> None:
         if not self._stopping:
-            tail = self._log(rank).read_bytes()[-_LOG_TAIL:].decode(errors="replace") if not self._lost else ""
+            tail = self._log(rank).read_bytes()[-_LOG_TAIL:].decode(errors="replace") if self.death is None else ""
             self._die(rank, -1, EngineStartFailed(f"engine rank {rank} ended with {how}\n{tail}".rstrip()))
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -192,13 +204,15 @@ class EngineGroup:
         except (ProtocolError, ValueError) as error:
             self._die(-1, -1, ProtocolError(f"a malformed message from an engine rank: {error}"))
             return
-        if isinstance(message, StepResult):
+        if isinstance(message, Hello):
+            self._welcome(identity, rank, message)
+        elif rank not in self._known:
+            return  # it never showed the group's token: no answer, no harm
+        elif isinstance(message, StepResult):
             if message.rank != rank:
                 self._die(rank, message.step, ProtocolError(f"rank {rank} answered as rank {message.rank}"))
             else:
                 self._on_result(message)
-        elif isinstance(message, Hello):
-            self._welcome(identity, rank, message)
         elif isinstance(message, Ready):
             self._ready[rank] = message
             if len(self._ready) == self._configure.world_size and not self._all_ready.done():
@@ -208,12 +222,16 @@ class EngineGroup:
 
     def _welcome(self, identity: bytes, rank: int, hello: Hello) -> None:
         if not secrets.compare_digest(hello.token, self._token):
-            return  # not one of ours: no answer, no harm
+            return
         if hello.version != PROTOCOL_VERSION or hello.rank != rank:
             text = f"rank {rank} speaks protocol {hello.version}, this scheduler {PROTOCOL_VERSION}"
             self._die(rank, -1, ProtocolError(text))
             return
-        self._channel.send([identity, self._codec.encode(self._configure)])
+        self._known.add(rank)
+        try:
+            self._channel.send([identity, self._codec.encode(self._configure)])
+        except zmq.ZMQError as error:
+            self._die(rank, -1, EngineStartFailed(f"rank {rank} cannot be reached: {error}"))
 
     def _failed(self, rank: int, failure: Failure) -> None:
         error = from_wire(failure.code, f"engine rank {rank}: {failure.message}")
@@ -221,14 +239,14 @@ class EngineGroup:
         self._die(rank, failure.step, error)
 
     def _die(self, rank: int, step: int, error: TreadleError) -> None:
-        if self._lost or self._stopping:
+        if self.death is not None or self._stopping:
             return
-        self._lost = True
+        self.death = Death(rank, step, error)
         if not self._all_ready.done():
             self._all_ready.set_exception(error)
             self._all_ready.exception()  # marks it as seen: start() may have been cancelled
         else:
-            self._on_death(Death(rank, step, error))
+            self._on_death(self.death)
 
     def _log(self, rank: int) -> Path:
         return self._runtime.path / f"engine-{self._number}-rank-{rank}.log"

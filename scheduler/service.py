@@ -16,8 +16,17 @@ from pathlib import Path
 from typing import cast
 
 import msgspec
+import zmq
 
-from treadle.errors import EngineFailed, ModelError, ProtocolError, ServiceClosed, TreadleError
+from treadle.errors import (
+    EngineFailed,
+    EngineStartFailed,
+    InvalidRequest,
+    ModelError,
+    ProtocolError,
+    ServiceClosed,
+    TreadleError,
+)
 from treadle.transport.codec import Digest, engine_codec
 from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
@@ -27,7 +36,6 @@ from treadle.transport.messages import (
     Delta,
     Health,
     InfoRequest,
-    Refused,
     ServerInfo,
     ServiceMessage,
     Stats,
@@ -35,10 +43,10 @@ from treadle.transport.messages import (
     Submit,
     TokenizerInfo,
 )
-from treadle.transport.params import check_params
+from treadle.transport.params import check_params, check_submit
 
 from .core import Core
-from .delivery import Route, Sink
+from .delivery import Route, Sink, refusal
 from .engine_group import Death, EngineGroup
 from .options import ModelFacts, ServiceOptions
 from .request import Output, Outputs
@@ -89,6 +97,7 @@ class Service:
         self._recoveries = 0
         self._failures_in_a_row = 0
         self._recovery: asyncio.Task[None] | None = None
+        self._closing: asyncio.Task[None] | None = None
         self._step_timer: asyncio.TimerHandle | None = None
         self._deadline_timer: asyncio.TimerHandle | None = None
         self._steps = 0
@@ -101,17 +110,27 @@ class Service:
         self._runtime = RuntimeDir()
         try:
             self._configure = configure_message(self.facts, self.options, self._runtime.path)
-            ready = await self._start_group()
+            num_blocks = await self._start_group()
+            # A later group must hold as many blocks as the core hands out, whatever is free by then.
+            self._configure = msgspec.structs.replace(self._configure, num_blocks=num_blocks)
+            config = core_config(self.facts, self.options, num_blocks, self._configure.max_model_len)
+            self._core = Core(config, draw_seed=lambda: secrets.randbits(64))
         except BaseException:
             await self.close()
             raise
-        config = core_config(self.facts, self.options, ready.num_blocks, self._configure.max_model_len)
-        self._core = Core(config, draw_seed=lambda: secrets.randbits(64))
         self._state = "ready"
 
     async def close(self) -> None:
-        """Stops the engines and removes every file; requests still open get no more deltas. Safe to call twice."""
+        """Stops the engines and removes every file; requests still open get no more deltas.
+
+        Safe to call twice and at once: everybody waits for the same end.
+        """
         self._state = "closed"
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         for timer in (self._step_timer, self._deadline_timer):
             if timer is not None:
                 timer.cancel()
@@ -134,12 +153,14 @@ class Service:
         """Accepts a request or raises its typed error; nothing else is disturbed by a bad one."""
         core = self._accepting()
         check_params(message.params, self.facts.vocab_size)
+        check_submit(message)
         if message.id in sink.open:
             raise ProtocolError(f"request id {message.id!r} is in use")
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         request.context = Route(sink, message.id)
         sink.open[message.id] = message.params.n
         self._pump()
+        self._arm_timers()  # a deadline counts while the engines recover, too
 
     def abort(self, message: Abort, sink: Sink) -> None:
         if self._core is not None:
@@ -152,7 +173,13 @@ class Service:
             self.abort(Abort(request_id), sink)
 
     def answer(self, request: InfoRequest) -> ServiceMessage:
-        """What an InfoRequest asks for."""
+        """What an InfoRequest asks for; a refusal while starting, since the answer is not known yet."""
+        try:
+            return self._answer(request)
+        except TreadleError as error:
+            return refusal(request.id, error)
+
+    def _answer(self, request: InfoRequest) -> ServiceMessage:
         if request.kind == "stats":
             return msgspec.structs.replace(self.stats(), id=request.id)
         if request.kind == "health":
@@ -162,11 +189,9 @@ class Service:
         if request.kind == "tokenizer":
             info = self._tokenizer_info()
             if info is None:
-                return Refused(request.id, ModelError.code, "this model came without a tokenizer: send token ids")
+                raise ModelError("this model came without a tokenizer: send token ids")
             return msgspec.structs.replace(info, id=request.id)
-        return Refused(
-            request.id, "invalid_request", f"kind {request.kind!r}: allowed are server, tokenizer, stats, health"
-        )
+        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, health")
 
     def stats(self) -> Stats:
         if self._core is None:
@@ -260,19 +285,29 @@ class Service:
 
     async def _recover(self, death: Death) -> None:
         """Tears the group down and starts another; what was committed is prefilled again (D7)."""
-        core = self._core
-        if core is None:
-            return
-        error = death.error
-        self._flights.clear()
-        self._digest = Digest()
-        self._deliver(core.reset(self._loop.time()))
-        while self._failures_in_a_row < self.options.max_restarts:
-            backoff = _BACKOFF_SECONDS[min(self._failures_in_a_row, len(_BACKOFF_SECONDS) - 1)]
-            self._failures_in_a_row += 1
+        try:
+            self._forget_group()
             if self._group is not None:
                 await self._group.kill()
                 self._group = None
+            error = await self._restart(death.error)
+        except Exception as unforeseen:  # whatever it is, nobody may be left waiting for ever
+            logger.exception("recovery failed")
+            error = unforeseen
+        if error is not None:
+            self._give_up(error)
+
+    def _forget_group(self) -> None:
+        self._flights.clear()
+        self._digest = Digest()
+        if self._core is not None:
+            self._deliver(self._core.reset(self._loop.time()))
+
+    async def _restart(self, error: Exception) -> Exception | None:
+        """None when a new group is ready, else why the last attempt failed."""
+        while self._failures_in_a_row < self.options.max_restarts:
+            backoff = _BACKOFF_SECONDS[min(self._failures_in_a_row, len(_BACKOFF_SECONDS) - 1)]
+            self._failures_in_a_row += 1
             await asyncio.sleep(backoff)
             try:
                 await self._start_group()
@@ -284,31 +319,42 @@ class Service:
             self._state, self._detail = "ready", ""
             logger.warning("engine group %d is ready", self._groups)
             self._pump()
-            return
+            return None
+        return error
+
+    def _give_up(self, error: Exception) -> None:
         self._state, self._detail = "failed", f"gave up after {self._failures_in_a_row} restarts: {error}"
         logger.error("%s", self._detail)
         self.failed.set()
-        self._deliver(core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
+        if self._core is not None:
+            self._deliver(self._core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
 
-    async def _start_group(self) -> ReadySize:
+    async def _start_group(self) -> int:
+        """Starts a group and returns its number of blocks. Raises TreadleError."""
         if self._configure is None or self._runtime is None:
             raise ServiceClosed("the service is not started")
         self._groups += 1
         number = self._groups
         shared = self._runtime.path / f"shared-{number}"
-        shared.mkdir(mode=0o700)
         configure = msgspec.structs.replace(
             self._configure, shared_dir=str(shared), init_method=f"file://{shared / 'rendezvous'}"
         )
-        group = EngineGroup(number, configure, self._runtime, self._leftovers, self._on_result, self._on_death)
-        self._group = group
+        group = None
         try:
+            shared.mkdir(mode=0o700)
+            group = EngineGroup(number, configure, self._runtime, self._leftovers, self._on_result, self._on_death)
+            self._group = group
             ready = await group.start(self.options.start_timeout)
-        except BaseException:
-            await group.kill()
+            if group.death is not None:
+                raise group.death.error
+        except BaseException as error:
             self._group = None
+            if group is not None:
+                await group.kill()
+            if isinstance(error, OSError | zmq.ZMQError):  # no process, descriptor or socket to be had
+                raise EngineStartFailed(f"the engine group could not be started: {error}") from error
             raise
-        return ReadySize(ready[0].num_blocks)
+        return ready[0].num_blocks
 
     # ── timers ──
 
@@ -354,6 +400,8 @@ class Service:
         return self._core
 
     def _server_info(self, request_id: str) -> ServerInfo:
+        if self._core is None:
+            raise ServiceClosed(f"the service is {self._state}")
         return ServerInfo(
             id=request_id,
             version=PROTOCOL_VERSION,
@@ -363,11 +411,6 @@ class Service:
             vocab_size=self.facts.vocab_size,
             world_size=self.options.tensor_parallel_size,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ReadySize:
-    num_blocks: int
 
 
 def _route(sequence: RequestSequence) -> Route:

@@ -41,6 +41,7 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         threads=options.threads,
         native=options.native,
         shared_dir=str(directory),
+        collective_timeout=max(options.start_timeout, options.step_timeout),
         debug=options.debug,
     )
 

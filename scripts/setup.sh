@@ -26,7 +26,7 @@ setup() {
     python=$(find_python) || fail "Python 3.11 or newer is needed, and none was found (set TREADLE_PYTHON to one)"
     stamp=".venv/.treadle-$(cat pyproject.toml scripts/setup.sh | cksum | tr ' ' '-')-${extra:-base}"
     [ -e "$stamp" ] && return 0
-    [ -x .venv/bin/python ] || "$python" -m venv .venv || fail "$python -m venv failed (on Debian: apt install python3-venv)"
+    "$python" -m venv .venv || fail "$python -m venv failed (on Debian: apt install python3-venv)"
     log=.venv/setup.log
     printf 'treadle: installing into .venv (a few minutes the first time; log in %s)\n' "$log" >&2
     if ! .venv/bin/python -m pip install --disable-pip-version-check -e ".${extra:+[$extra]}" >"$log" 2>&1; then

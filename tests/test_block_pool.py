@@ -7,8 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from treadle.errors import DoesNotFit
-from treadle.kvcache import BlockPool, CoreInvariantError, block_bytes, blocks_for_tokens, blocks_in_budget
+from treadle.kvcache import BlockPool, CoreInvariantError
 from treadle.kvcache.block_pool import BlockId, Label
 
 
@@ -142,14 +141,3 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = settings(max_examples=60, deadline=None, derandomize=True)
 TestPoolMachine = PoolMachine.TestCase
-
-
-def test_sizes() -> None:
-    assert block_bytes(layers=2, kv_heads=3, head_dim=8, block_size=16, itemsize=2) == 2 * 2 * 3 * 8 * 16 * 2
-    assert [blocks_for_tokens(tokens, 16) for tokens in (0, 1, 16, 17)] == [0, 1, 1, 2]
-    assert blocks_in_budget(10_000, 1_000, block_size=16, min_tokens=144) == 10
-
-
-def test_a_cache_that_is_too_small_says_by_how_much() -> None:
-    with pytest.raises(DoesNotFit, match="1000 too few"):
-        blocks_in_budget(10_000, 1_000, block_size=16, min_tokens=145)

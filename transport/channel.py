@@ -70,17 +70,22 @@ class Channel:
 
     def _drain(self) -> None:
         self._scheduled = False
-        for _ in range(_FRAMES_PER_TURN):
-            if self._closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            self._on_message(frames)
+        try:
+            for _ in range(_FRAMES_PER_TURN):
+                if self._closed:
+                    return
+                try:
+                    frames = self._socket.recv_multipart(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                self._on_message(frames)
+        finally:
+            # More than a turn's worth, or a handler that raised: let the loop breathe, then go on. Without this, what
+            # is left would make no further edge.
+            if not self._closed:
+                self._schedule()
         if self._closed:
             return
-        self._schedule()  # more than a turn's worth: let the loop breathe, then go on
         if self._refused and self._on_writable is not None and self._events() & zmq.POLLOUT:
             self._refused = False
             self._on_writable()

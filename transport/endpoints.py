@@ -14,6 +14,7 @@ import zmq
 
 from treadle.errors import ConfigError, EndpointInUse
 
+_MAX_RUNTIME_BASE = 60
 _MAX_IPC_PATH = 100  # sun_path holds 108 bytes on Linux and 104 elsewhere, with the closing zero
 
 
@@ -28,14 +29,18 @@ class ServerKeys:
 class RuntimeDir:
     """A 0700 directory for one service's sockets, logs and shared memory; removed by `remove`.
 
-    Ranks remove it too when their parent vanishes, so it does not outlive a `kill -9` either.
+    Ranks remove it too when their parent vanishes, so it does not outlive a `kill -9` either. Raises ConfigError.
     """
 
     def __init__(self) -> None:
-        base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-        if not os.access(base, os.W_OK):
-            base = tempfile.gettempdir()
-        self.path = Path(tempfile.mkdtemp(prefix="treadle-", dir=base))
+        choices = (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp")
+        fitting = [base for base in choices if base and os.access(base, os.W_OK) and len(base) < _MAX_RUNTIME_BASE]
+        if not fitting:
+            raise ConfigError(
+                f"no directory for sockets: XDG_RUNTIME_DIR, TMPDIR and /tmp are missing, closed, or longer than "
+                f"{_MAX_RUNTIME_BASE} characters"
+            )
+        self.path = Path(tempfile.mkdtemp(prefix="treadle-", dir=fitting[0]))
 
     def endpoint(self, name: str) -> str:
         return f"ipc://{self.path / name}"

@@ -16,10 +16,7 @@ import msgspec
 
 PROTOCOL_VERSION = 1
 
-RequestId = NewType("RequestId", str)
 Row = NewType("Row", int)
-BlockId = NewType("BlockId", int)
-StepNumber = NewType("StepNumber", int)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -83,6 +80,7 @@ class Configure(Message, frozen=True, kw_only=True):
 
     model: directory or GGUF file. dtype: "float32", "bfloat16", "float16". num_blocks 0: take the size from
     `kv_cache_bytes` (0: from what is free). init_method: torch.distributed's, shared by the group.
+    collective_timeout: seconds that a rank waits for its peers, in loading and in a step.
     """
 
     model: str
@@ -102,6 +100,7 @@ class Configure(Message, frozen=True, kw_only=True):
     threads: int
     native: bool
     shared_dir: str
+    collective_timeout: float = 60.0
     debug: bool = False
 
 
@@ -342,6 +341,8 @@ class Ping(Message, frozen=True):
 
 
 class Pong(Message, frozen=True):
+    """incarnation: of the server and of this client's session in it; another one means that requests are gone."""
+
     nonce: int
     incarnation: str
 

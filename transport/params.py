@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from treadle.errors import InvalidParameter
 
-from .messages import SamplingParams
+from .messages import SamplingParams, Submit
 
 MAX_N = 64
 MAX_LOGPROBS = 64
@@ -21,6 +21,10 @@ MAX_STOP_TOKENS = 1024
 MAX_BIASES = 4096
 MAX_BIAS = 100.0
 MAX_TOKEN_IDS = 1 << 18
+MAX_ID_LENGTH = 256
+MAX_SALT = 1024
+MAX_TIMEOUT = 1e9
+MAX_PRIORITY = 1 << 20
 _INT32_MAX = (1 << 31) - 1
 
 
@@ -36,6 +40,15 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> None:
     _check_lengths(params)
     _check_stop(params)
     _check_vocabulary(params, vocab_size)
+
+
+def check_submit(message: Submit) -> None:
+    """Raises InvalidParameter for what surrounds the parameters of a request: id, timeout, priority, salt."""
+    for name, value, limit in (("request_id", message.id, MAX_ID_LENGTH), ("cache_salt", message.cache_salt, MAX_SALT)):
+        if type(value) is not str or len(value) > limit or not _is_text(value):
+            raise _wrong(name, value, f"must be text of at most {limit} characters")
+    _number("timeout", message.timeout, 0.0, MAX_TIMEOUT)
+    _integer("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY, note=" (lower goes first)")
 
 
 def _check_numbers(params: SamplingParams) -> None:

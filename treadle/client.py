@@ -50,6 +50,7 @@ class Client(Frontend):
         return self._server
 
     async def start(self) -> None:
+        self._must_be_new()
         self._made = backend = RemoteBackend(self._endpoint, self._server_key, self._connect_timeout, self._lost_after)
         await backend.start()
         info = await backend.info("server")

@@ -68,12 +68,12 @@ class Continuation:
         output = CompletionOutput(
             index=self._index,
             text=text,
-            token_ids=self._token_ids,
+            token_ids=self._token_ids.copy(),
             delta=text[self._read_text :],
             delta_token_ids=self._token_ids[self._read_tokens :],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
-            logprobs=self._logprobs,
+            logprobs=None if self._logprobs is None else self._logprobs.copy(),
             cumulative_logprob=None if self._logprobs is None else self._cumulative,
         )
         self._read_text, self._read_tokens = len(text), len(self._token_ids)

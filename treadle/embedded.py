@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable
 
-from treadle.errors import Overloaded, ServiceClosed, ServiceError, TreadleError
-from treadle.scheduler.delivery import Sink
+from treadle.errors import ServiceClosed, ServiceError, TreadleError
+from treadle.scheduler.delivery import Sink, refusal
 from treadle.scheduler.options import ModelFacts, ServiceOptions
 from treadle.scheduler.service import Service
 from treadle.transport.messages import (
@@ -22,6 +23,8 @@ from treadle.transport.messages import (
 
 from .loop_thread import LoopThread
 from .stream import Stream, StreamTable
+
+logger = logging.getLogger("treadle")
 
 
 class EmbeddedBackend:
@@ -39,6 +42,7 @@ class EmbeddedBackend:
         self._thread: LoopThread | None = None
         self._service: Service | None = None
         self._sessions: dict[asyncio.AbstractEventLoop, _LoopSink] = {}
+        self._closing: asyncio.Future[None] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -52,11 +56,17 @@ class EmbeddedBackend:
         self._service = Service(self._facts, self._options, self._tokenizer_info)
         try:
             await self._thread.submit(self._service.start())
-        except asyncio.CancelledError:
+        except BaseException:
             await self.close()
             raise
 
     async def close(self) -> None:
+        """Safe to call twice; being cancelled does not cut it short, only the waiting for it."""
+        if self._closing is None:
+            self._closing = asyncio.ensure_future(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         thread, self._thread = self._thread, None
         if thread is None or self._service is None:
             return
@@ -137,9 +147,10 @@ class _LoopSink(Sink):
 def _submit(service: Service, message: Submit, sink: _LoopSink) -> None:
     try:
         service.submit(message, sink)
-    except TreadleError as error:
-        retry_after = error.retry_after if isinstance(error, Overloaded) else 0.0
-        sink.refuse(Refused(message.id, error.code, str(error), retry_after))
+    except Exception as error:  # one request must not reach the others, whatever it did
+        if not isinstance(error, TreadleError):
+            logger.exception("a request raised")
+        sink.refuse(refusal(message.id, error))
 
 
 async def _answer(service: Service, request: InfoRequest) -> ServiceMessage:

@@ -8,7 +8,6 @@ client. The module imports nothing, so that every room may raise from it.
     │   ├── PromptTooLong
     │   └── InvalidParameter
     ├── RequestFailed             the request was accepted and could not be finished
-    │   ├── RequestAborted
     │   ├── DeadlineExceeded
     │   └── EngineFailed
     ├── Overloaded                no room now; `retry_after` seconds is the estimate
@@ -49,10 +48,6 @@ class InvalidParameter(InvalidRequest):
 
 class RequestFailed(TreadleError):
     code = "request_failed"
-
-
-class RequestAborted(RequestFailed):
-    code = "request_aborted"
 
 
 class DeadlineExceeded(RequestFailed):
@@ -133,7 +128,6 @@ _ALL: tuple[type[TreadleError], ...] = (
     PromptTooLong,
     InvalidParameter,
     RequestFailed,
-    RequestAborted,
     DeadlineExceeded,
     EngineFailed,
     Overloaded,

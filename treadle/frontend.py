@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self, TypeVar
 
@@ -10,7 +11,7 @@ from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleE
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
 from treadle.transport.messages import Abort, Health, SamplingParams, Stats, Submit
-from treadle.transport.params import check_params
+from treadle.transport.params import MAX_ID_LENGTH, check_params, check_submit
 
 from .backend import Backend
 from .loop_thread import LoopThread
@@ -31,6 +32,7 @@ class Frontend:
         self._vocab_size: int | None = None
         self._open = False
         self._home: LoopThread | None = None
+        self._labels: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
 
     # ── generation ──
 
@@ -55,19 +57,23 @@ class Frontend:
         self._must_be_open()
         params = params if params is not None else SamplingParams()
         check_params(params, self._vocab_size)
-        if timeout is not None and not 0 < timeout < 1e9:
-            raise InvalidRequest(f"timeout={timeout!r}: allowed is None or a positive number of seconds")
+        if timeout == 0:
+            raise InvalidRequest("timeout=0: allowed is None or a positive number of seconds")
         tokens = self._prompt_tokens(prompt)
+        # The wire has an id of its own: what is still on its way to a stream that was left must not meet its successor.
         message = Submit(
-            id=request_id or uuid.uuid4().hex,
+            id=uuid.uuid4().hex,
             tokens=pack(tokens),
             params=params,
-            timeout=timeout or 0.0,
+            timeout=0.0 if timeout is None else timeout,
             priority=priority,
             cache_salt=cache_salt,
         )
+        check_submit(message)
+        label = self._new_label(request_id or message.id)
         text = prompt if isinstance(prompt, str) else None
-        stream = Stream(message, text, self._tokenizer, self._eos_token_ids, self._backend.abort)
+        stream = Stream(message, label, text, self._tokenizer, self._eos_token_ids, self._backend.abort)
+        self._labels[label] = stream
         try:
             self._backend.submit(message, stream)
         except TreadleError:
@@ -101,9 +107,11 @@ class Frontend:
         return self._sync_home().run(self._gather(batch, params))
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request, whoever reads it; an unknown id is no error."""
+        """Ends a request of this object, whoever reads it; an unknown id is no error."""
         self._must_be_open()
-        self._backend.abort(Abort(request_id))
+        stream = self._labels.get(request_id)
+        if stream is not None:
+            self._backend.abort(Abort(stream.wire_id))
 
     # ── information ──
 
@@ -160,6 +168,18 @@ class Frontend:
             self._home = None
 
     # ── inside ──
+
+    def _new_label(self, label: object) -> str:
+        if not isinstance(label, str) or len(label) > MAX_ID_LENGTH:
+            raise InvalidRequest(f"request_id {label!r}: allowed is text of at most {MAX_ID_LENGTH} characters")
+        used = self._labels.get(label)
+        if used is not None and not used.ended:
+            raise InvalidRequest(f"request_id {label!r} is in use: ids of open requests are unique")
+        return label
+
+    def _must_be_new(self) -> None:
+        if self._made is not None:
+            raise ServiceError(f"this {type(self).__name__} was started before: make another one")
 
     @property
     def _backend(self) -> Backend:

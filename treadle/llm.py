@@ -53,6 +53,7 @@ class LLM(Frontend):
         return self._made.engine_pids if isinstance(self._made, EmbeddedBackend) else []
 
     async def start(self) -> None:
+        self._must_be_new()
         located = await asyncio.to_thread(locate, self._model, self._cache_dir)
         tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, located.path))
         self._vocab_size = located.facts.vocab_size

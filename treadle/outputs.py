@@ -15,10 +15,11 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One continuation so far. `text` and `token_ids` are whole, `delta` and `delta_token_ids` new since the last read.
+    """One continuation so far. The lists are the reader's to keep.
 
-    finish_reason: None while it runs, then "stop", "length" or "abort". stop_reason: the stop string or the stop token
-    that matched, None for the model's own end of sequence. logprobs: by position, token id to Logprob.
+    `text` and `token_ids` are whole, `delta` and `delta_token_ids` new since the last read. finish_reason: None while
+    it runs, then "stop", "length" or "abort". stop_reason: the stop string or the stop token that matched, None for the
+    model's own end of sequence. logprobs: by position, token id to Logprob.
     """
 
     index: int

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import uuid
 
 import zmq
 
-from treadle.errors import ProtocolError, ServerLost, ServiceClosed, from_wire
+from treadle.errors import InvalidRequest, ProtocolError, ServerLost, ServiceClosed, TreadleError, from_wire
 from treadle.transport.channel import Channel
-from treadle.transport.codec import client_codec
+from treadle.transport.codec import MAX_CLIENT_FRAME, client_codec
 from treadle.transport.endpoints import connect_client
 from treadle.transport.messages import (
     Abort,
@@ -27,7 +28,9 @@ from treadle.transport.sockets import client_socket
 
 from .stream import Stream, StreamTable
 
+logger = logging.getLogger("treadle")
 _PING_SECONDS = 1.0
+_STARTING_SECONDS = 0.1
 
 
 class RemoteBackend:
@@ -49,7 +52,7 @@ class RemoteBackend:
         self._channel: Channel | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._incarnation = ""
-        self._last_heard = 0.0
+        self._last_heard = self._ping_due = 0.0
         self._pinger: asyncio.TimerHandle | None = None
 
     async def start(self) -> None:
@@ -62,9 +65,8 @@ class RemoteBackend:
             socket.close(0)
             raise
         self._channel = Channel(socket, self._receive)
-        self._last_heard = self._loop.time()
+        self._last_heard = self._ping_due = self._loop.time()
         self._ping()
-        await self.info("server")
 
     async def close(self) -> None:
         if self._pinger is not None:
@@ -82,38 +84,59 @@ class RemoteBackend:
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceClosed("this client belongs to another event loop: make one Client per loop")
         self._streams.add(stream)
-        self._send(message)
+        try:
+            self._send(message)
+        except TreadleError:
+            self._streams.discard(message.id)
+            raise
 
     def abort(self, message: Abort) -> None:
         if self._channel is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._send_abort, message)
 
     async def info(self, kind: str) -> ServiceMessage:
+        """Raises ServerLost when nobody answers; a server that is still starting is asked again until then."""
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                while True:
+                    try:
+                        return await self._ask(kind)
+                    except ServiceClosed as starting:
+                        if "starting" not in str(starting):
+                            raise
+                    await asyncio.sleep(_STARTING_SECONDS)
+        except TimeoutError:
+            raise ServerLost(f"{self._endpoint}: no answer within {self._connect_timeout:g} s") from None
+
+    async def _ask(self, kind: str) -> ServiceMessage:
         request_id = uuid.uuid4().hex
         answer: asyncio.Future[ServiceMessage] = self._loop.create_future()
         self._answers[request_id] = answer
         try:
             self._send(InfoRequest(request_id, kind))
-            return await asyncio.wait_for(answer, self._connect_timeout)
-        except TimeoutError:
-            raise ServerLost(f"{self._endpoint}: no answer within {self._connect_timeout:g} s") from None
+            return await answer
         finally:
             self._answers.pop(request_id, None)
 
     def _send_abort(self, message: Abort) -> None:
-        if message.index < 0:
-            self._streams.discard(message.id)
         if self._channel is not None:
             self._send(message)
 
     def _send(self, message: Message) -> None:
         if self._channel is None:
             raise ServiceClosed("the client is closed")
-        if not self._channel.send([self._codec.encode(message)]):
+        frame = self._codec.encode(message)
+        if len(frame) > MAX_CLIENT_FRAME:
+            raise InvalidRequest(f"a request of {len(frame)} bytes: at most {MAX_CLIENT_FRAME} are allowed")
+        if not self._channel.send([frame]):
             raise ServerLost(f"{self._endpoint}: nobody takes what is sent")
 
     def _receive(self, frames: list[bytes]) -> None:
-        message = self._codec.decode(frames[0])
+        try:
+            message = self._codec.decode(frames[0])
+        except ProtocolError as error:
+            logger.warning("%s sent what cannot be read: %s", self._endpoint, error)
+            return
         self._last_heard = self._loop.time()
         if isinstance(message, Deltas):
             self._streams.deliver(message.items)
@@ -137,16 +160,25 @@ class RemoteBackend:
 
     def _met(self, incarnation: str) -> None:
         if self._incarnation and incarnation != self._incarnation:
-            self._streams.fail_all(ServerLost(f"{self._endpoint}: the server was restarted; its requests are gone"))
+            self._streams.fail_all(
+                ServerLost(
+                    f"{self._endpoint}: the server was restarted or had lost this client; open requests are gone"
+                )
+            )
         self._incarnation = incarnation
 
     def _ping(self) -> None:
         """Once a second while the client is open: tells the server that we live, and us whether it does."""
         if self._channel is None:
             return
-        if self._loop.time() - self._last_heard > self._lost_after:
+        now = self._loop.time()
+        late = now - self._ping_due
+        if late > _PING_SECONDS:  # this loop was blocked: what the server said meanwhile has not been read yet
+            self._last_heard += late
+        if now - self._last_heard > self._lost_after:
             self._streams.fail_all(ServerLost(f"{self._endpoint}: silent for {self._lost_after:g} s"))
         self._channel.send([self._codec.encode(Ping(0))])
+        self._ping_due = self._loop.time() + _PING_SECONDS
         self._pinger = self._loop.call_later(_PING_SECONDS, self._ping)
 
     def _fail_answers(self, error: ServiceClosed) -> None:

@@ -8,19 +8,20 @@ import os
 import signal
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
 from treadle.engine import lifeline
-from treadle.errors import TreadleError
+from treadle.errors import ServiceClosed, TreadleError
 from treadle.scheduler.client_server import ClientServer
 from treadle.scheduler.options import ServiceOptions
 from treadle.scheduler.service import Service
 from treadle.transport.endpoints import ServerKeys, check_server, ipc_path
 from treadle.transport.messages import TokenizerInfo
 
-from .facts import load_tokenizer, locate
+from .facts import Located, load_tokenizer, locate
 from .loop_thread import new_event_loop
 from .server_process import StartReport
 
@@ -60,30 +61,53 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
-    located = await asyncio.to_thread(locate, settings.model)
-    path = ipc_path(settings.endpoint)
-    info: TokenizerInfo | None = None
-    service = Service(located.facts, settings.options, lambda: info, [path] if path is not None else [])
-    server = ClientServer(service, settings.endpoint, settings.keys)
     tasks = _Tasks()
     try:
-        stopping, starting = tasks.start(stop.wait()), tasks.start(service.start())
-        reading = tasks.start(asyncio.to_thread(load_tokenizer, located.path))
-        await tasks.first(starting, stopping)
-        if stopping.done():
+        stopping = tasks.start(stop.wait())
+        locating = tasks.start(asyncio.to_thread(locate, settings.model))
+        if await tasks.first(locating, stopping) is stopping:
+            return 0
+        return await _serve_model(settings, locating.result(), stopping, tasks, announce)
+    finally:
+        await tasks.end()
+
+
+async def _serve_model(
+    settings: ServeSettings,
+    located: Located,
+    stopping: asyncio.Task[Any],
+    tasks: _Tasks,
+    announce: Callable[[str], None],
+) -> int:
+    path = ipc_path(settings.endpoint)
+    reading = tasks.start(asyncio.to_thread(_tokenizer_info, located.path))
+
+    def info() -> TokenizerInfo | None:
+        if not reading.done():
+            raise ServiceClosed("the service is starting")
+        return reading.result()
+
+    service = Service(located.facts, settings.options, info, [path] if path is not None else [])
+    private = settings.parent is not None
+    server = ClientServer(service, settings.endpoint, settings.keys, private=private)
+    try:
+        starting = tasks.start(service.start())
+        if await tasks.first(starting, stopping) is stopping:
             return 0
         starting.result()
-        tokenizer = await reading
-        info = tokenizer.to_info() if tokenizer is not None else None
+        await reading
         announce(settings.endpoint)
         _report(settings, StartReport())
         failed = tasks.start(service.failed.wait())
-        await tasks.first(stopping, failed)
-        return 1 if failed.done() else 0
+        return 1 if await tasks.first(stopping, failed) is failed else 0
     finally:
-        await tasks.end()
         server.close()
         await service.close()
+
+
+def _tokenizer_info(path: Path) -> TokenizerInfo | None:
+    tokenizer = load_tokenizer(path)
+    return tokenizer.to_info() if tokenizer is not None else None
 
 
 class _Tasks:
@@ -97,8 +121,10 @@ class _Tasks:
         self._all.append(task)
         return task
 
-    async def first(self, *tasks: asyncio.Task[Any]) -> None:
+    async def first(self, *tasks: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """The first of them that is done; it is left to the caller to look at its result."""
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return next(task for task in tasks if task.done())
 
     async def end(self) -> None:
         for task in self._all:

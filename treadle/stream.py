@@ -7,7 +7,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
-from treadle.errors import DeadlineExceeded, InvalidRequest, ServiceClosed, TreadleError, from_wire
+from treadle.errors import DeadlineExceeded, ServiceClosed, TreadleError, from_wire
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import unpack
 from treadle.transport.messages import Abort, Delta, Refused, Submit
@@ -28,12 +28,14 @@ class Stream:
     def __init__(
         self,
         submit: Submit,
+        label: str,
         prompt: str | None,
         tokenizer: Tokenizer | None,
         eos_token_ids: Sequence[int],
         abort: Callable[[Abort], None],
     ) -> None:
-        self.request_id = submit.id
+        self.request_id = label
+        self.wire_id = submit.id
         self._prompt = prompt
         self._prompt_ids: list[int] = unpack(submit.tokens).tolist()
         self._eos = eos_token_ids
@@ -47,6 +49,7 @@ class Stream:
         self._first: float | None = None
         self._news = asyncio.Event()
         self._error: TreadleError | None = None
+        self._unread = False
         self._exhausted = False
         self._ended = False
 
@@ -63,12 +66,16 @@ class Stream:
             self._prompt_logprobs += [logprob_table(entry) for entry in delta.prompt_logprobs]
         if delta.finish == "error":
             self.fail(from_wire(delta.error_code, delta.error))
+            self._abort(Abort(self.wire_id))  # one continuation failed: the others have no reader any more
+            return
+        if not 0 <= delta.index < len(self._parts):
             return
         if self._parts[delta.index].feed(delta, self._eos):
-            self._abort(Abort(self.request_id, delta.index))
+            self._abort(Abort(self.wire_id, delta.index))
         if delta.finish == "deadline":
             self.fail(DeadlineExceeded(f"request {self.request_id} did not finish within its timeout"))
             return
+        self._unread = True
         self._ended = all(part.finished for part in self._parts)
         self._news.set()
 
@@ -104,11 +111,12 @@ class Stream:
         except asyncio.CancelledError:
             self.abort()
             raise
-        self._news.clear()
-        if self._error is not None:
+        if self._error is not None and not self._unread:
             self._exhausted = True
             raise self._error
-        self._exhausted = self._ended
+        if self._error is None:
+            self._news.clear()
+            self._exhausted = self._ended
         return self._read()
 
     async def final(self) -> RequestOutput:
@@ -128,7 +136,7 @@ class Stream:
                 if not part.finished:
                     part.finish_reason = "abort"
             self._news.set()
-            self._abort(Abort(self.request_id))
+            self._abort(Abort(self.wire_id))
 
     async def aclose(self) -> None:
         """Aborts the request if it still runs."""
@@ -143,61 +151,53 @@ class Stream:
 
     def __del__(self) -> None:
         if not self._ended:
-            self._abort(Abort(self.request_id))
+            self._abort(Abort(self.wire_id))
 
     def _read(self) -> RequestOutput:
+        self._unread = False
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,
             prompt_token_ids=self._prompt_ids,
             outputs=[part.read() for part in self._parts],
-            finished=self._ended,
+            finished=self._ended and self._error is None,
             cached_tokens=self._cached,
-            prompt_logprobs=self._prompt_logprobs,
+            prompt_logprobs=None if self._prompt_logprobs is None else self._prompt_logprobs.copy(),
             arrival_time=self._arrival,
             first_token_time=self._first,
         )
 
 
 class StreamTable:
-    """The open streams of one reader loop. Holds them weakly enough: a stream leaves when it ends or is dropped."""
+    """The open streams of one reader loop, by wire id, held weakly: a stream leaves when it ends or is dropped."""
 
     def __init__(self) -> None:
-        self._streams: dict[str, Callable[[], Stream | None]] = {}
+        self._streams: weakref.WeakValueDictionary[str, Stream] = weakref.WeakValueDictionary()
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def add(self, stream: Stream) -> None:
-        """Raises InvalidRequest when an open stream has the same id."""
-        if self._stream(stream.request_id) is not None:
-            raise InvalidRequest(f"request_id {stream.request_id!r} is in use: ids of open requests are unique")
-        self._streams[stream.request_id] = weakref.ref(stream)
+        self._streams[stream.wire_id] = stream
 
     def discard(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
 
     def deliver(self, items: Iterable[Delta]) -> None:
         for delta in items:
-            stream = self._stream(delta.id)
+            stream = self._streams.get(delta.id)
             if stream is not None:
                 stream.feed(delta)
                 if stream.ended:
                     self.discard(delta.id)
 
     def refuse(self, refused: Refused) -> None:
-        stream = self._stream(refused.id)
+        stream = self._streams.get(refused.id)
         if stream is not None:
             stream.refuse(refused)
             self.discard(refused.id)
 
     def fail_all(self, error: TreadleError) -> None:
-        for request_id in list(self._streams):
-            stream = self._stream(request_id)
-            if stream is not None:
-                stream.fail(error)
+        for stream in list(self._streams.values()):
+            stream.fail(error)
         self._streams.clear()
-
-    def _stream(self, request_id: str) -> Stream | None:
-        reference = self._streams.get(request_id)
-        return None if reference is None else reference()
