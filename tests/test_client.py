@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from treadle import Client, SamplingParams
-from treadle.errors import ConfigError, InvalidParameter, PromptTooLong, ServerLost
+from treadle.errors import ConfigError, InvalidParameter, InvalidRequest, PromptTooLong, ServerLost
 from treadle.transport.codec import client_codec
 from treadle.transport.endpoints import connect_client, write_keys
 from treadle.transport.messages import Deltas, InfoRequest, Ping, Pong, Refused, Stats, Submit
@@ -213,3 +213,24 @@ def test_an_endpoint_in_use_is_said_before_a_model_is_loaded(server: Server, tin
     assert done.returncode == 2
     assert "EndpointInUse" in done.stderr and "another server listens there" in done.stderr
     eventually(lambda: server.process.poll() is None, "the first server goes on")
+
+
+@pytest.mark.asyncio
+async def test_a_request_that_is_too_long_for_the_wire_is_refused_at_home(server: Server) -> None:
+    async with Client(server.endpoint) as client:
+        fine = client.generate("a", GREEDY)
+        with pytest.raises(InvalidRequest, match="bytes"):
+            client.generate([1] * 5_000_000, GREEDY)
+        assert len((await fine.final()).token_ids) == 16
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_was_cut_off_learns_it(server: Server) -> None:
+    """Its requests are gone: a new session answers its ping, and nobody waits for ever."""
+    async with Client(server.endpoint, lost_after=60.0) as client:
+        stream = client.generate("a", ENDLESS)
+        await anext(stream)
+        client._made._met("as the server says after it dropped the session")  # type: ignore[union-attr]
+        with pytest.raises(ServerLost, match="lost this client"):
+            await stream.final()
+        assert len((await client.generate("a", GREEDY).final()).token_ids) == 16

@@ -6,7 +6,9 @@ import asyncio
 import gc
 import signal
 import threading
+from pathlib import Path
 
+import psutil
 import pytest
 
 from treadle import LLM, RequestOutput, SamplingParams
@@ -18,6 +20,8 @@ from treadle.errors import (
     ServiceClosed,
     ServiceError,
 )
+
+from .conftest import leftovers
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 PROMPT = "The capital of France is"
@@ -272,3 +276,40 @@ async def test_use_before_start_and_after_close_is_a_typed_error() -> None:
     await unopened.close()
     with pytest.raises(ServiceError, match="generate_sync needs"):
         unopened.generate_sync(PROMPT)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("change", [{"cache_salt": 1}, {"priority": "x"}, {"priority": 2**70}, {"timeout": "soon"}])
+async def test_wrong_types_beside_the_parameters_are_refused(llm: LLM, change: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequest):
+        llm.generate(PROMPT, GREEDY, **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.asyncio
+async def test_a_request_id_can_be_used_again_at_once(llm: LLM) -> None:
+    endless = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
+    for _ in range(3):
+        left = llm.generate(PROMPT, endless, request_id="again")
+        await anext(left)
+        await left.aclose()
+    output = await llm.generate(PROMPT, GREEDY, request_id="again").final()
+    assert (output.finish_reason, len(output.token_ids)) == ("length", 24)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 1.5])
+async def test_a_start_that_is_cancelled_leaves_nothing(tiny: Path, seconds: float) -> None:
+    before = leftovers()
+    starting = LLM(str(tiny), tensor_parallel_size=2)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await starting.start()
+    await starting.close()
+    assert leftovers() <= before
+    assert not [child for child in psutil.Process().children() if child.pid in starting.engine_pids]
+
+
+@pytest.mark.asyncio
+async def test_starting_twice_is_refused(llm: LLM) -> None:
+    with pytest.raises(ServiceError, match="started before"):
+        await llm.start()
