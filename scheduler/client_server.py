@@ -10,16 +10,17 @@ from pathlib import Path
 
 import zmq
 
-from treadle.errors import Overloaded, ProtocolError, TreadleError
+from treadle.errors import Overloaded, ProtocolError, ServiceClosed, TreadleError
 from treadle.transport.channel import Channel
 from treadle.transport.codec import service_codec
-from treadle.transport.endpoints import ServerKeys, bind_server, ipc_path
+from treadle.transport.endpoints import ServerKeys, bind_server, default_endpoint, ipc_path
 from treadle.transport.messages import (
     Abort,
     Deltas,
     Message,
     Ping,
     Pong,
+    Refused,
     Submit,
 )
 from treadle.transport.sockets import service_socket
@@ -63,7 +64,10 @@ class ClientServer:
         self._channel = Channel(socket, self._receive, self._retry)
 
     def close(self) -> None:
-        """Closes the socket; what was already sent still goes out."""
+        """Tells the clients whose requests are open, then closes the socket; what was sent still goes out."""
+        for identity, session in self._sessions.items():
+            for request_id in session.open:
+                self._tell(identity, Refused(request_id, ServiceClosed.code, "the server was stopped"))
         if self._sweeper is not None:
             self._sweeper.cancel()
         self._channel.close(linger_ms=500)
@@ -71,6 +75,9 @@ class ClientServer:
         path: Path | None = ipc_path(self._endpoint)
         if path is not None:
             path.unlink(missing_ok=True)
+            if self._endpoint == default_endpoint():
+                with suppress(OSError):
+                    path.parent.rmdir()
 
     def send(self, identity: bytes, message: Message) -> bool:
         """False when the client's queue is full. Raises zmq.ZMQError when the client is gone."""

@@ -99,7 +99,8 @@ class Service:
         self._recovery: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._step_timer: asyncio.TimerHandle | None = None
-        self._deadline_timer: asyncio.TimerHandle | None = None
+        self._deadline_timer: asyncio.Handle | None = None
+        self._deadline_at = 0.0
         self._steps = 0
 
     # ── life ──
@@ -365,13 +366,12 @@ class Service:
         if self._core is None:
             return
         deadline = self._core.next_deadline()
+        if deadline is None or (self._deadline_timer is not None and self._deadline_at <= deadline):
+            return  # a timer that comes too early finds nothing to do and sets the next
         if self._deadline_timer is not None:
-            if deadline is not None and self._deadline_timer.when() <= deadline:
-                return
             self._deadline_timer.cancel()
-            self._deadline_timer = None
-        if deadline is not None:
-            self._deadline_timer = self._loop.call_at(max(deadline, self._loop.time()), self._deadline_due)
+        self._deadline_at = max(deadline, self._loop.time())
+        self._deadline_timer = self._loop.call_at(self._deadline_at, self._deadline_due)
 
     def _step_due(self) -> None:
         self._step_timer = None

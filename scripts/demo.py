@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import shutil
 import sys
 import textwrap
@@ -17,8 +18,10 @@ SYSTEM = "You are a helpful assistant who answers briefly and to the point. Use 
 QUESTIONS = (
     "Why is the sky blue?",
     "Give me three tips for baking bread.",
-    "What does a loom's treadle do?",
+    "What is the water cycle?",
 )
+
+SECONDS_BETWEEN_DRAWINGS = 0.05
 
 
 @dataclass
@@ -35,13 +38,16 @@ class Screen:
         self._answers = answers
         self._live = sys.stdout.isatty()
         self._lines = 0
+        self._drawn_at = 0.0
+        self._cut = False
         size = shutil.get_terminal_size((100, 40))
         self._width = max(20, (size.columns - 2 * (len(answers) - 1)) // len(answers))
         self._height = max(6, size.lines - 12)
 
-    def draw(self) -> None:
-        if not self._live:
+    def draw(self, final: bool = False) -> None:
+        if not self._live or (not final and time.perf_counter() - self._drawn_at < SECONDS_BETWEEN_DRAWINGS):
             return
+        self._drawn_at = time.perf_counter()
         columns = [self._column(answer) for answer in self._answers]
         rows = max(len(column) for column in columns)
         lines = []
@@ -55,16 +61,21 @@ class Screen:
 
     def finish(self) -> None:
         if self._live:
-            self.draw()
-            return
+            self.draw(final=True)
+            if not self._cut:
+                return
         for answer in self._answers:
             print(f"\n> {answer.question}\n{answer.text.strip()}")
 
     def _column(self, answer: Answer) -> list[str]:
-        lines = [*textwrap.wrap(f"> {answer.question}", self._width), ""]
+        heads = [textwrap.wrap(f"> {other.question}", self._width) for other in self._answers]
+        head = textwrap.wrap(f"> {answer.question}", self._width)
+        head += [""] * (max(len(other) for other in heads) - len(head) + 1)
+        lines: list[str] = []
         for paragraph in answer.text.strip().splitlines():
             lines += textwrap.wrap(paragraph, self._width) or [""]
-        return lines[:2] + lines[2:][-self._height :]
+        self._cut |= len(lines) > self._height
+        return head + lines[-self._height :]
 
 
 async def ask(llm: LLM, answer: Answer, max_tokens: int, screen: Screen) -> None:
@@ -79,7 +90,7 @@ async def demo(options: argparse.Namespace) -> int:
     began = time.perf_counter()
     print(f"Starting {options.model} with {options.ranks} engine ranks …", flush=True)
     async with LLM(options.model, tensor_parallel_size=options.ranks) as llm:
-        print(f"Ready after {time.perf_counter() - began:.1f} s: one scheduler, engine ranks {llm.engine_pids}.\n")
+        print(f"Ready after {time.perf_counter() - began:.1f} s: one scheduler, engine ranks {llm.engine_pids}.")
         answers = [Answer(question) for question in QUESTIONS]
         screen = Screen(answers)
         began = time.perf_counter()
@@ -99,13 +110,12 @@ async def report(llm: LLM, answers: list[Answer], seconds: float) -> None:
             continue
         total += len(output.token_ids)
         print(
-            f"{answer.question:40} TTFT {output.ttft * 1e3:6.0f} ms   {len(output.token_ids):4} tokens   "
-            f"{output.cached_tokens:3} of {len(output.prompt_token_ids)} prompt tokens from the cache   "
-            f"finished by {output.finish_reason}"
+            f"{answer.question:38} TTFT {output.ttft * 1e3:5.0f} ms {len(output.token_ids):4} tokens, "
+            f"{output.cached_tokens}/{len(output.prompt_token_ids)} cached"
         )
     stats = await llm.stats()
     print(
-        f"\n{total} tokens in {seconds:.1f} s: {total / seconds:.1f} tokens/s over {len(answers)} streams; "
+        f"{total} tokens in {seconds:.1f} s: {total / seconds:.1f} tokens/s over {len(answers)} streams; "
         f"prefix cache hit rate {stats.hit_rate:.0%} ({stats.cached_prompt_tokens} of {stats.prompt_tokens} tokens)"
     )
 
@@ -116,6 +126,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=160)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         return asyncio.run(demo(options))
     except TreadleError as error:

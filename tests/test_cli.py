@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_commands_against_a_server(tiny: Path, tmp_path: Path) -> None:
         assert answer.returncode == 0 and answer.stdout == again.stdout
         chat = treadle("chat", *to, "--max-tokens", "5", "--system", "Be brief.", text="Hi\n\nAnd now?\n")
         assert chat.returncode == 0, chat.stderr
-        assert len(chat.stdout.strip().splitlines()) >= 2
+        assert "> " not in chat.stdout, "no prompt where nobody types"
         stats = json.loads(treadle("stats", *to).stdout)
         assert stats["finished"] == 4 and stats["blocks_used"] == 0
         assert json.loads(treadle("health", *to).stdout)["state"] == "ready"
@@ -103,7 +104,7 @@ def test_the_demo_streams_real_text() -> None:
     os.close(master)
     shown = seen.decode(errors="replace")
     assert process.wait(60) == 0, shown
-    assert shown.count("\x1b[2K") > 100, "it was not drawn while it came"
+    assert len(re.findall(r"\x1b\[\d+A", shown)) >= 5, "it was not drawn while it came"
     assert shown.count("TTFT") == 3
     assert "tokens/s over 3 streams" in shown and "prefix cache hit rate" in shown
     assert "sky" in shown

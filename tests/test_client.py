@@ -14,7 +14,7 @@ import zmq
 import zmq.asyncio
 
 from treadle import Client, SamplingParams
-from treadle.errors import ConfigError, InvalidParameter, InvalidRequest, PromptTooLong, ServerLost
+from treadle.errors import ConfigError, InvalidParameter, InvalidRequest, PromptTooLong, ServerLost, ServiceClosed
 from treadle.transport.codec import client_codec
 from treadle.transport.endpoints import connect_client, write_keys
 from treadle.transport.messages import Deltas, InfoRequest, Ping, Pong, Refused, Stats, Submit
@@ -234,3 +234,14 @@ async def test_a_client_that_was_cut_off_learns_it(server: Server) -> None:
         with pytest.raises(ServerLost, match="lost this client"):
             await stream.final()
         assert len((await client.generate("a", GREEDY).final()).token_ids) == 16
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_is_stopped_says_so(tiny: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "one", tiny) as server:
+        async with Client(server.endpoint, lost_after=60.0) as client:
+            stream = client.generate("a", ENDLESS)
+            await anext(stream)
+            server.process.terminate()
+            with pytest.raises(ServiceClosed, match="stopped"):
+                await stream.final()

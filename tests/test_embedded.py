@@ -274,7 +274,7 @@ async def test_use_before_start_and_after_close_is_a_typed_error() -> None:
     with pytest.raises(ServiceClosed):
         await unopened.stats()
     await unopened.close()
-    with pytest.raises(ServiceError, match="generate_sync needs"):
+    with pytest.raises(ServiceError, match="generate_sync works inside"):
         unopened.generate_sync(PROMPT)
 
 
@@ -313,3 +313,19 @@ async def test_a_start_that_is_cancelled_leaves_nothing(tiny: Path, seconds: flo
 async def test_starting_twice_is_refused(llm: LLM) -> None:
     with pytest.raises(ServiceError, match="started before"):
         await llm.start()
+
+
+@pytest.mark.asyncio
+async def test_many_deadlines_lose_nobody_elses_tokens(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Deadlines that pass at every moment of a step, some at once, beside requests that have none."""
+    endless = SamplingParams(temperature=0.0, max_tokens=4000, ignore_eos=True)
+    expected = (await llm.generate(PROMPT, GREEDY).final()).token_ids
+    late = [llm.generate(PROMPT, endless, timeout=1e-9 + i * 0.02) for i in range(24)]
+    fine = [llm.generate(PROMPT, GREEDY) for _ in range(4)]
+    for stream in fine:
+        assert (await stream.final()).token_ids == expected
+    for stream in late:
+        with pytest.raises(DeadlineExceeded):
+            await stream.final()
+    await until_idle(llm)
+    assert not caplog.records, "the scheduler's loop logged an error"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
+from zmq.utils import z85
 
 from treadle.errors import ConfigError, EndpointInUse
 
@@ -130,12 +131,22 @@ def read_keys(path: Path) -> ServerKeys:
         lines = dict(line.split("=", 1) for line in path.read_text().splitlines() if "=" in line)
     except OSError as error:
         raise ConfigError(f"keys {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"keys {path}: not a key file of `treadle keys`") from error
     if mode & 0o077:
         raise ConfigError(f"keys {path}: others may read the file; chmod 600 it")
     keys = ServerKeys(lines.get("public", ""), lines.get("secret", ""))
-    if len(keys.public) != 40 or len(keys.secret) != 40:
+    if not _is_key(keys.public) or not _is_key(keys.secret):
         raise ConfigError(f"keys {path}: expected lines public=… and secret=…, 40 characters each")
     return keys
+
+
+def _is_key(text: str) -> bool:
+    """Whether it is a CURVE key: 32 bytes as 40 characters of Z85 (ZeroMQ RFC 32)."""
+    try:
+        return len(z85.decode(text.encode())) == 32
+    except (ValueError, KeyError):
+        return False
 
 
 def write_keys(path: Path) -> ServerKeys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from treadle.errors import ConfigError, TreadleError
+from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, TreadleError
 from treadle.scheduler.options import ServiceOptions, service_options
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
 from treadle.transport.messages import SamplingParams
@@ -37,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # the reader of our output has enough, `| head` for example
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,7 +92,7 @@ def _serve(options: argparse.Namespace) -> int:
         parent=tuple(options.parent) if options.parent is not None else None,
     )
     if settings.options.random_weights:
-        print("treadle: RANDOM WEIGHTS: the answers mean nothing; this is for benchmarks only", file=sys.stderr)
+        logging.getLogger("treadle").warning("RANDOM WEIGHTS: the answers mean nothing; for benchmarks only")
     return run(settings, _announce)
 
 
@@ -115,18 +119,28 @@ async def _chat(options: argparse.Namespace) -> int:
             if not line.strip():
                 continue
             messages.append({"role": "user", "content": line})
-            output = None
-            async for output in llm.chat(messages, _sampling(options)):
-                print(output.delta, end="", flush=True)
-            print()
-            messages.append({"role": "assistant", "content": output.text if output is not None else ""})
+            try:
+                messages.append({"role": "assistant", "content": await _answer(llm, messages, _sampling(options))})
+            except (InvalidRequest, RequestFailed, Overloaded) as error:
+                messages.pop()  # as if it had not been said: the conversation goes on
+                print(f"treadle: {type(error).__name__}: {error}", file=sys.stderr)
     return 0
+
+
+async def _answer(llm: Frontend, messages: list[dict[str, object]], params: SamplingParams) -> str:
+    text = ""
+    async for output in llm.chat(messages, params):
+        print(output.delta, end="", flush=True)
+        text = output.text
+    print()
+    return text
 
 
 async def _info(options: argparse.Namespace, kind: str) -> int:
     async with Client(options.endpoint, server_key=options.server_key) as client:
         answer = await (client.stats() if kind == "stats" else client.health())
-    print(msgspec.json.format(msgspec.json.encode(msgspec.structs.asdict(answer))).decode())
+    shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
+    print(msgspec.json.format(msgspec.json.encode(shown)).decode())
     return 0
 
 
@@ -138,7 +152,7 @@ def _keys(options: argparse.Namespace) -> int:
 
 def _read_line() -> str | None:
     try:
-        return input("> ")
+        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
 
@@ -166,8 +180,12 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     types = {"max_tokens": int, "top_k": int, "seed": int}
     for name in _SAMPLING_FLAGS:
-        parser.add_argument(_flag(name), dest=f"sampling_{name}", type=types.get(name, float), default=None)
-    parser.add_argument("--stop", dest="sampling_stop", action="append", default=None, help="may be repeated")
+        kind = types.get(name, float)
+        text = "default: to the context limit" if name == "max_tokens" else "as in SamplingParams"
+        parser.add_argument(_flag(name), dest=f"sampling_{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    parser.add_argument(
+        "--stop", dest="sampling_stop", action="append", metavar="TEXT", help="ends the text; may be repeated"
+    )
 
 
 def _sampling(options: argparse.Namespace) -> SamplingParams:

@@ -126,7 +126,8 @@ class Frontend:
         return self._needs_tokenizer("tokenize").encode(text, add_special_tokens=add_special_tokens)
 
     def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        return self._needs_tokenizer("detokenize").decode(token_ids, skip_special_tokens=skip_special_tokens)
+        tokenizer = self._needs_tokenizer("detokenize")
+        return tokenizer.decode(_token_ids(token_ids, "token_ids"), skip_special_tokens=skip_special_tokens)
 
     # ── life ──
 
@@ -189,7 +190,9 @@ class Frontend:
 
     def _sync_home(self) -> LoopThread:
         if self._home is None:
-            raise ServiceError("generate_sync needs `with` instead of `async with`, or use generate on your loop")
+            raise ServiceError(
+                f"generate_sync works inside `with {type(self).__name__}(...) as …:`; under `async with` await generate"
+            )
         return self._home
 
     async def _gather(self, prompts: Sequence[Prompt], params: SamplingParams | None) -> list[RequestOutput]:
@@ -205,14 +208,10 @@ class Frontend:
             if not prompt:
                 raise InvalidRequest("the prompt is empty: give text or at least one token id")
             return self._needs_tokenizer("a text prompt").encode(prompt)
-        if isinstance(prompt, bytes | bytearray) or not isinstance(prompt, Sequence):
-            raise InvalidRequest(f"prompt of type {type(prompt).__name__}: allowed are str and a sequence of token ids")
-        if not prompt:
+        tokens = _token_ids(prompt, "prompt")
+        if not tokens:
             raise InvalidRequest("the prompt is empty: give text or at least one token id")
-        for token in prompt:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT32_MAX:
-                raise InvalidRequest(f"prompt token {token!r}: token ids are integers of at least 0")
-        return [int(token) for token in prompt]
+        return tokens
 
     def _needs_tokenizer(self, what: str) -> Tokenizer:
         self._must_be_open()
@@ -225,8 +224,22 @@ class Frontend:
             raise ServiceClosed(f"this {type(self).__name__} is not open: use `async with` or call start() first")
 
 
+def _token_ids(values: object, what: str) -> list[int]:
+    """Checked token ids of any sequence of ints, numpy's included."""
+    if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
+        raise InvalidRequest(f"{what} of type {type(values).__name__}: allowed are text and a sequence of token ids")
+    for token in values:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT32_MAX:
+            raise InvalidRequest(f"{what} with {token!r}: token ids are integers of at least 0")
+    return list(values)
+
+
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+    if isinstance(prompts, str):
+        return [prompts]
+    if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
+        raise InvalidRequest(f"prompts of type {type(prompts).__name__}: allowed are a prompt and a list of prompts")
+    if prompts and isinstance(prompts[0], int):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

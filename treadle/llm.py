@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 
 from treadle.scheduler.options import service_options
@@ -12,6 +13,8 @@ from .embedded import EmbeddedBackend
 from .facts import Located, load_tokenizer, locate
 from .frontend import Frontend
 from .server_process import ServerProcess
+
+logger = logging.getLogger("treadle")
 
 
 class LLM(Frontend):
@@ -54,6 +57,8 @@ class LLM(Frontend):
 
     async def start(self) -> None:
         self._must_be_new()
+        if self._options.random_weights:
+            logger.warning("RANDOM WEIGHTS: the answers mean nothing; this is for benchmarks only")
         located = await asyncio.to_thread(locate, self._model, self._cache_dir)
         tokenizer = asyncio.create_task(asyncio.to_thread(load_tokenizer, located.path))
         self._vocab_size = located.facts.vocab_size

@@ -9,7 +9,15 @@ import uuid
 
 import zmq
 
-from treadle.errors import InvalidRequest, ProtocolError, ServerLost, ServiceClosed, TreadleError, from_wire
+from treadle.errors import (
+    InvalidRequest,
+    ProtocolError,
+    ServerLost,
+    ServiceClosed,
+    ServiceError,
+    TreadleError,
+    from_wire,
+)
 from treadle.transport.channel import Channel
 from treadle.transport.codec import MAX_CLIENT_FRAME, client_codec
 from treadle.transport.endpoints import connect_client
@@ -82,7 +90,7 @@ class RemoteBackend:
 
     def submit(self, message: Submit, stream: Stream) -> None:
         if asyncio.get_running_loop() is not self._loop:
-            raise ServiceClosed("this client belongs to another event loop: make one Client per loop")
+            raise ServiceError("this client belongs to another event loop: make one Client per loop")
         self._streams.add(stream)
         try:
             self._send(message)
