@@ -117,7 +117,7 @@ def undisturbed(llm: LLM, reference: torch.nn.Module) -> tuple[list[list[int]], 
     [
         {"tensor_parallel_size": 1, "pipeline_depth": 1, "prefix_cache": False, "max_prefill_chunk": 16},
         {"tensor_parallel_size": 3, "pipeline_depth": 2, "max_prefill_chunk": 16, "num_blocks": 60},
-        {"tensor_parallel_size": 1, "pipeline_depth": 1, "num_blocks": 60, "native": False},
+        {"tensor_parallel_size": 2, "pipeline_depth": 1, "num_blocks": 60, "native": False},
     ],
     ids=lambda options: ",".join(f"{name}={value}" for name, value in options.items()),
 )
