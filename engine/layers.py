@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,49 +11,12 @@ from torch import Tensor
 
 from .comm import Communicator
 from .config import ModelConfig, RopeScaling
+from .linear import Linear, Placement, make_gated, make_linear
+from .ops import Ops
 from .sharding import Span
 from .weights import WeightSource
 
-# oneDNN lays weights out for this many rows; measured, the same layout is as good as any from 1 row to 1,024.
-_PACK_ROWS = 32
 _FIRST_ROPE_LENGTH = 2048
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Where and how weights live. pack: lay linear weights out for oneDNN where that is supported."""
-
-    device: torch.device
-    dtype: torch.dtype
-    pack: bool = True
-
-    @property
-    def packs(self) -> bool:
-        if not self.pack or self.device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64"):
-            return False
-        if not torch.backends.mkldnn.is_available():
-            return False
-        if self.dtype is torch.bfloat16:
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return self.dtype is torch.float32
-
-
-class Linear:
-    """y = x W^T + b; W: [out, in]."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, placement: Placement) -> None:
-        self.weight_bytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
-        self._bias = None if bias is None else bias.to(placement.device)
-        self._packed = placement.packs
-        if self._packed:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
-        else:
-            self._weight = weight.to(placement.device)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return F.linear(x, self._weight, self._bias)
 
 
 class RowParallelLinear:
@@ -74,9 +35,24 @@ def column_parallel(
     source: WeightSource, parts: Sequence[tuple[str, Span]], bias: bool, placement: Placement
 ) -> Linear:
     """One product for several projections: the given rows of each named one, below each other."""
-    weights = [source.read(f"{name}.weight", placement.dtype, 0, rows.start, rows.stop) for name, rows in parts]
-    biases = [source.read(f"{name}.bias", placement.dtype, 0, rows.start, rows.stop) for name, rows in parts if bias]
-    return Linear(torch.cat(weights), torch.cat(biases) if bias else None, placement)
+    return make_linear(*_stacked(source, parts, bias, placement.dtype), placement)
+
+
+class GatedLinear:
+    """silu(x W_gate^T + b_gate) * (x W_up^T + b_up) of this rank's columns (Shazeer 2020), [T, size of `columns`]."""
+
+    def __init__(
+        self, source: WeightSource, prefix: str, columns: Span, bias: bool, placement: Placement, ops: Ops
+    ) -> None:
+        parts = ((f"{prefix}.gate_proj", columns), (f"{prefix}.up_proj", columns))
+        weight, biases = _stacked(source, parts, bias, placement.dtype)
+        self._fused = make_gated(weight, biases, placement)
+        self._both = self._fused or make_linear(weight, biases, placement)
+        self._ops = ops
+        self.weight_bytes = self._both.weight_bytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._both(x) if self._fused else self._ops.silu_mul(self._both(x))
 
 
 def row_parallel(
@@ -85,7 +61,15 @@ def row_parallel(
     """The given columns of the named projection; its bias is added by rank 0 alone."""
     weight = source.read(f"{name}.weight", placement.dtype, 1, columns.start, columns.stop)
     own_bias = source.read(f"{name}.bias", placement.dtype) if bias and comm.rank == 0 else None
-    return RowParallelLinear(Linear(weight, own_bias, placement), comm)
+    return RowParallelLinear(make_linear(weight, own_bias, placement), comm)
+
+
+def _stacked(
+    source: WeightSource, parts: Sequence[tuple[str, Span]], bias: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    weights = [source.read(f"{name}.weight", dtype, 0, rows.start, rows.stop) for name, rows in parts]
+    biases = [source.read(f"{name}.bias", dtype, 0, rows.start, rows.stop) for name, rows in parts if bias]
+    return torch.cat(weights), torch.cat(biases) if bias else None
 
 
 class VocabParallelEmbedding:

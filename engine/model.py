@@ -19,7 +19,8 @@ from .batch import ForwardBatch
 from .comm import Communicator
 from .config import ModelConfig
 from .kv import KVCache
-from .layers import Linear, Placement, RotaryTable, VocabParallelEmbedding, column_parallel, row_parallel
+from .layers import GatedLinear, RotaryTable, VocabParallelEmbedding, column_parallel, row_parallel
+from .linear import Placement, make_linear
 from .native import load_native
 from .ops import HeadLayout, KVSlots, NativeOps, Ops, TorchOps, native_serves
 from .sharding import Shard, shard_for
@@ -82,14 +83,12 @@ class Attention:
 class MLP:
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, prefix: str, env: Environment) -> None:
         columns, bias = shard.intermediate, config.mlp_bias
-        projections = ((f"{prefix}.gate_proj", columns), (f"{prefix}.up_proj", columns))
-        self.gate_up = column_parallel(source, projections, bias, env.placement)
+        self.gate_up = GatedLinear(source, prefix, columns, bias, env.placement, env.ops)
         self.down = row_parallel(source, f"{prefix}.down_proj", columns, bias, env.comm, env.placement)
-        self.ops = env.ops
         self.weight_bytes = self.gate_up.weight_bytes + self.down.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x)))
+        return self.down(self.gate_up(x))
 
 
 class DecoderLayer:
@@ -108,7 +107,7 @@ class Decoder:
         self.config = config
         self.vocab_start = shard.vocab.start
         self.vocab_local = shard.vocab.size
-        linears = "oneDNN-packed" if env.placement.packs else "torch"
+        linears = env.placement.linears
         self.backend_name = f"{env.ops.name} kernels, {env.attention.name} attention, {linears} linears"
         self._env = env
         self._rope = RotaryTable(config, env.placement.device)
@@ -118,7 +117,7 @@ class Decoder:
         self._final_norm = env.vector(source, "model.norm.weight")
         if not config.tie_embeddings:
             table = self._vocab_rows(source, "lm_head.weight", shard, env.placement)
-        self._head = Linear(table, None, env.placement)
+        self._head = make_linear(table, None, env.placement)
         layers = sum(layer.attention.weight_bytes + layer.mlp.weight_bytes for layer in self._layers)
         self.weight_bytes: int = self._embed.weight_bytes + self._head.weight_bytes + layers
 
@@ -146,7 +145,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden], S > 0, to float32 [S, vocab_local], for token ids from `vocab_start` on."""
-        return self._head(hidden).float()
+        return self._head.wide(hidden)
 
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:
@@ -177,6 +176,6 @@ def load_model(
     attention: AttentionBackend = TorchAttention(scale, config.sliding_window)
     if library is not None:
         attention = NativeAttention(library, scale, config.sliding_window)
-    env = Environment(comm, Placement(device, dtype, pack), kv_dtype, ops, attention)
+    env = Environment(comm, Placement(device, dtype, pack, library), kv_dtype, ops, attention)
     with torch.inference_mode():
         return Decoder(config, shard, source, env)

@@ -20,6 +20,9 @@ class Native:
             self.rms_norm = library.treadle_rms_norm
             self.silu_mul = library.treadle_silu_mul
             self.rope_store = library.treadle_rope_store
+            self.linear_elements = library.treadle_linear_elements
+            self.linear_pack = library.treadle_linear_pack
+            self.linear = library.treadle_linear
             self.decode_attention = library.treadle_decode_attention
             self.prefill_attention = library.treadle_prefill_attention
             self.keep_memory = library.treadle_keep_memory
@@ -40,6 +43,12 @@ class Native:
         self.silu_mul.restype = None
         self.rope_store.argtypes = [pointer] * 9 + [c_float] + [long] * 5 + [c_int]
         self.rope_store.restype = None
+        self.linear_elements.argtypes = [long, long]
+        self.linear_elements.restype = long
+        self.linear_pack.argtypes = [pointer, pointer, long, long, c_int]
+        self.linear_pack.restype = None
+        self.linear.argtypes = [pointer, long, pointer, pointer, pointer, long, long, long, c_int]
+        self.linear.restype = None
         self.decode_attention.argtypes = [
             *(pointer, long, pointer, pointer, pointer, long, pointer, pointer),
             *(long, long, long, long, long, c_float, long, c_int),

@@ -1,0 +1,147 @@
+"""y = x W^T + b on one rank, by the fastest product there is for the place where W lives."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .native import Native
+
+# oneDNN lays weights out for this many rows; measured, the same layout is as good as any from 1 row to 1,024.
+_PACK_ROWS = 32
+_BF16, _FLOAT, _GATED = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where and how weights live. pack: lay linear weights out for the processor where that is supported.
+
+    native: the C kernels, or None where they are not wanted or do not work.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    pack: bool = True
+    native: Native | None = None
+
+    @property
+    def linears(self) -> str:
+        """ "native" (C, bfloat16, one thread), "oneDNN" or "torch"."""
+        if not self.pack or self.device.type != "cpu":
+            return "torch"
+        # The C product runs in one thread, and leaves processors with matrix tiles to oneDNN.
+        native = self.native is not None and self.native.linear_elements(2, 2) > 0
+        if native and self.dtype is torch.bfloat16 and torch.get_num_threads() == 1:
+            return "native"
+        if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
+            return "torch"
+        if self.dtype is torch.bfloat16:
+            return "oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "torch"
+        return "oneDNN" if self.dtype is torch.float32 else "torch"
+
+
+class Linear(Protocol):
+    """W: [out, in]. weight_bytes: what W and b take."""
+
+    weight_bytes: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [T, in], rows contiguous, to [T, out] of the same dtype."""
+        ...
+
+    def wide(self, x: Tensor) -> Tensor:
+        """The same as float32."""
+        ...
+
+
+class TorchLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None, placement: Placement) -> None:
+        self.weight_bytes = _bytes(weight, bias)
+        self._weight = weight.to(placement.device)
+        self._bias = None if bias is None else bias.to(placement.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
+
+class OneDnnLinear:
+    """float32, or bfloat16 where the processor has instructions for it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight_bytes = _bytes(weight, bias)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return y
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self(x).float()
+
+
+class NativeLinear:
+    """bfloat16, in C (`native/linear.c`), which fetches the next weights while it multiplies these.
+
+    gated: the first half of the outputs are gates, and the result is silu(gate) * other half, [T, out / 2].
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, native: Native, gated: bool = False) -> None:
+        self.weight_bytes = _bytes(weight, bias)
+        self._native = native
+        self._out, self._in = weight.shape
+        self._gated = gated
+        weight = weight.contiguous()
+        self._bias = None if bias is None else bias.contiguous()
+        self._packed = torch.empty(native.linear_elements(self._out, self._in), dtype=weight.dtype)
+        native.linear_pack(weight.data_ptr(), self._packed.data_ptr(), self._out, self._in, gated)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._gated:
+            return self._multiply(x, x.new_empty((x.shape[0], self._out // 2)), _GATED)
+        return self._multiply(x, x.new_empty((x.shape[0], self._out)), _BF16)
+
+    def wide(self, x: Tensor) -> Tensor:
+        return self._multiply(x, x.new_empty((x.shape[0], self._out), dtype=torch.float32), _FLOAT)
+
+    def _multiply(self, x: Tensor, y: Tensor, out: int) -> Tensor:
+        self._native.linear(
+            x.data_ptr(),
+            x.stride(0),
+            self._packed.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            y.data_ptr(),
+            x.shape[0],
+            self._out,
+            self._in,
+            out,
+        )
+        return y
+
+
+def make_linear(weight: Tensor, bias: Tensor | None, placement: Placement) -> Linear:
+    kind = placement.linears
+    if kind == "native" and placement.native is not None and placement.native.linear_elements(*weight.shape):
+        return NativeLinear(weight, bias, placement.native)
+    if kind == "oneDNN":
+        return OneDnnLinear(weight, bias)
+    return TorchLinear(weight, bias, placement)
+
+
+def make_gated(weight: Tensor, bias: Tensor | None, placement: Placement) -> NativeLinear | None:
+    """Both projections of a gated MLP and its activation in one product; None where there is no such product."""
+    if placement.linears != "native" or placement.native is None or not placement.native.linear_elements(*weight.shape):
+        return None
+    return NativeLinear(weight, bias, placement.native, gated=True)
+
+
+def _bytes(weight: Tensor, bias: Tensor | None) -> int:
+    return weight.nbytes + (0 if bias is None else bias.nbytes)
