@@ -77,8 +77,11 @@ def load(configure: Configure, rank: int) -> Loaded:
             device=device,
             poison=configure.debug,
         )
-    except (RuntimeError, MemoryError) as error:
-        raise DoesNotFit(f"{blocks} blocks of {block_bytes} bytes do not fit into memory: {error}") from error
+    except (RuntimeError, MemoryError, ValueError, OverflowError) as error:  # numpy's, for sizes beyond any machine
+        raise DoesNotFit(
+            f"{blocks} blocks of {block_bytes} bytes are a KV cache of {blocks * block_bytes / 1e9:,.1f} GB on this "
+            "rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
+        ) from error
     mirror = RowMirror(
         configure.max_num_seqs, configure.max_model_len, configure.block_size, blocks, debug=configure.debug
     )

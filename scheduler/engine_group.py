@@ -105,7 +105,10 @@ class EngineGroup:
             await asyncio.wait_for(asyncio.shield(self._all_ready), timeout)
         except TimeoutError:
             missing = sorted(set(range(self._configure.world_size)) - set(self._ready))
-            raise EngineStartFailed(f"ranks {missing} were not ready within {timeout:g} s") from None
+            raise EngineStartFailed(
+                f"engine ranks {missing} were not ready within {timeout:g} s; where loading takes longer, give them "
+                "more with start_timeout (--start-timeout)"
+            ) from None
         ready = [self._ready[rank] for rank in range(self._configure.world_size)]
         if len({(r.fingerprint, r.num_blocks) for r in ready}) != 1:
             raise EngineStartFailed(f"the ranks hold different models or cache sizes: {ready}")
@@ -234,8 +237,11 @@ class EngineGroup:
             self._die(rank, -1, EngineStartFailed(f"rank {rank} cannot be reached: {error}"))
 
     def _failed(self, rank: int, failure: Failure) -> None:
-        error = from_wire(failure.code, f"engine rank {rank}: {failure.message}")
-        error.add_note(failure.details)
+        kind = type(from_wire(failure.code, "")).__name__  # the rank's text begins with it, and so will ours
+        said = failure.message.removeprefix(f"{kind}: ")
+        error = from_wire(failure.code, f"engine rank {rank}: {said}")
+        if said == failure.message:  # nobody foresaw it: where it happened is all there is to go by
+            error.add_note(failure.details)
         self._die(rank, failure.step, error)
 
     def _die(self, rank: int, step: int, error: TreadleError) -> None:

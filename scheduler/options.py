@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import msgspec
 
@@ -60,6 +61,7 @@ def service_options(**values: object) -> ServiceOptions:
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(ServiceOptions))
         raise ConfigError(f"options: {error}; known options: {known}") from error
+    cores = len(os.sched_getaffinity(0))  # more threads than that wait for each other, and a step never ends
     for name, low, high in (
         ("tensor_parallel_size", 1, 64),
         ("block_size", 1, 1024),
@@ -69,7 +71,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("max_num_batched_tokens", 1, 1 << 20),
         ("max_model_len", 0, 1 << 24),
         ("pipeline_depth", 1, 8),
-        ("threads", 1, 1024),
+        ("threads", 1, cores),
         ("max_waiting_requests", 1, 1 << 30),
         ("max_waiting_tokens", 1, 1 << 40),
         ("start_timeout", 0.1, 86_400),

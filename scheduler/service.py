@@ -280,7 +280,9 @@ class Service:
     def _on_death(self, death: Death) -> None:
         if self._state != "ready":
             return
-        logger.error("engine group lost: rank %d, step %d: %s", death.rank, death.step, death.error)
+        step = death.step if death.step >= 0 or not self._flights else self._flights[0].step
+        doing = f"at step {step}" if step >= 0 else "between steps"
+        logger.error("engine group lost: rank %d, %s: %s", death.rank, doing, death.error)
         self._state, self._detail = "recovering", str(death.error)
         self._recovery = self._loop.create_task(self._recover(death), name="treadle-recovery")
 
@@ -382,7 +384,10 @@ class Service:
             self._arm_timers()
             return
         missing = [rank for rank in range(self.options.tensor_parallel_size) if rank not in oldest.results]
-        text = f"ranks {missing} did not finish step {oldest.step} within {self.options.step_timeout:g} s"
+        text = (
+            f"engine ranks {missing} did not finish step {oldest.step} within {self.options.step_timeout:g} s; where "
+            "steps take longer, give them more with step_timeout (--step-timeout)"
+        )
         self._on_death(Death(missing[0] if missing else -1, oldest.step, EngineFailed(text)))
 
     def _deadline_due(self) -> None:

@@ -10,9 +10,12 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from treadle import LLM, RequestOutput, SamplingParams
 from treadle.errors import TreadleError
+
+if TYPE_CHECKING:
+    from treadle import LLM, RequestOutput
 
 SYSTEM = "You are a helpful assistant who answers briefly and to the point. Use plain words and short sentences."
 QUESTIONS = (
@@ -79,6 +82,8 @@ class Screen:
 
 
 async def ask(llm: LLM, answer: Answer, max_tokens: int, screen: Screen) -> None:
+    from treadle import SamplingParams
+
     messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": answer.question}]
     async for output in llm.chat(messages, SamplingParams(temperature=0.7, seed=7, max_tokens=max_tokens)):
         answer.text = output.text
@@ -87,6 +92,8 @@ async def ask(llm: LLM, answer: Answer, max_tokens: int, screen: Screen) -> None
 
 
 async def demo(options: argparse.Namespace) -> int:
+    from treadle import LLM  # here, where Ctrl-C during the imports is caught
+
     began = time.perf_counter()
     print(f"Starting {options.model} with {options.ranks} engine ranks …", flush=True)
     async with LLM(options.model, tensor_parallel_size=options.ranks) as llm:
@@ -127,6 +134,8 @@ def main() -> int:
     parser.add_argument("--max-tokens", type=int, default=160)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         return asyncio.run(demo(options))
     except TreadleError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,7 @@ class Server:
         directory.chmod(0o700)
         self.endpoint = endpoint or f"ipc://{directory / 'service.ipc'}"
         self.log = directory / "server.log"
-        self.runtime = directory / "runtime"
-        self.runtime.mkdir(mode=0o700, exist_ok=True)
+        self.runtime = Path(tempfile.mkdtemp(prefix="r-"))  # `directory` may be too long for more sockets
         command = [sys.executable, "-m", "treadle", "serve", str(model), "--endpoint", self.endpoint, *arguments]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -33,6 +33,7 @@ class Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()
         assert line == f"treadle: ready on {self.endpoint}\n", f"{line}{self.log.read_text()}"
+        assert any(self.runtime.iterdir()), "its files are elsewhere, and nobody would see them left"
 
     @property
     def ranks(self) -> list[int]:

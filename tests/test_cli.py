@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import pytest
+
+from treadle.errors import InvalidRequest
+from treadle.flags import SERVICE_HELP
+from treadle.lines import Lines
+from treadle.scheduler.options import ServiceOptions
 
 from .servekit import serving
 
 
-def treadle(*arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+class Typed(NamedTuple):
+    code: int
+    shown: str
+
+
+def on_a_terminal(*arguments: str, module: bool = True, answers: Sequence[tuple[bytes, bytes]] = ()) -> Typed:
+    """Runs the command as a person does. answers: what to type when the terminal has shown a text after the last."""
+    child, master = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, *(("-m", "treadle") if module else ()), *arguments])
+    seen, mark, left = b"", 0, list(answers)
+    try:
+        while chunk := os.read(master, 1 << 16):
+            seen += chunk
+            if left and left[0][0] in seen[mark:]:
+                mark = len(seen)
+                os.write(master, left.pop(0)[1])
+    except OSError:
+        pass  # how Linux says that the other side of a terminal is closed
+    os.close(master)
+    _, status = os.waitpid(child, 0)
+    return Typed(os.waitstatus_to_exitcode(status), seen.decode(errors="replace"))
+
+
+def treadle(*arguments: str | bytes, text: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "treadle", *arguments]
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=120)
 
@@ -37,6 +70,10 @@ def test_commands_against_a_server(tiny: Path, tmp_path: Path) -> None:
         chat = treadle("chat", *to, "--max-tokens", "5", "--system", "Be brief.", text="Hi\n\nAnd now?\n")
         assert chat.returncode == 0, chat.stderr
         assert "> " not in chat.stdout, "no prompt where nobody types"
+        typed = on_a_terminal("chat", *to, answers=[(b"> ", b"\x03")])
+        assert typed.code == 130 and "Traceback" not in typed.shown, "Ctrl-C waited for a line"
+        over = treadle("generate", "Hello", *to, "--model", "x", "--threads", "2")
+        assert over.returncode == 2 and "--model, --threads: the server at --endpoint has its own" in over.stderr
         stats = json.loads(treadle("stats", *to).stdout)
         assert stats["finished"] == 4 and stats["blocks_used"] == 0
         assert json.loads(treadle("health", *to).stdout)["state"] == "ready"
@@ -56,21 +93,95 @@ def test_launch_script_is_serve(tiny: Path, tmp_path: Path) -> None:
         (("serve", "nowhere", "--endpoint", "tcp://127.0.0.1:5"), "CURVE"),
         (("serve", "nowhere", "--endpoint", "smoke-signals"), "allowed are"),
         (("serve", "nowhere", "--pipeline-depth", "0"), "pipeline_depth=0"),
+        (("serve", "nowhere", "--num-blocks", str(10**12)), "num_blocks=1000000000000: allowed is 0 to"),
         (("stats", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "ServerLost"),
+        (("generate", "x", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "treadle serve MODEL"),
+        (("generate", "x", "--server-key", "k"), "give its --endpoint"),
+        (("generate", "x", "--model", "/dev/null"), "neither a file nor a directory"),
+        (("generate", "x", "--model", "x" * 5000), "too long"),
+        (("generate", "x", "--model", "nowhere", "--temperature", "nan"), "temperature must be"),
+        (("generate", "", "--model", "nowhere"), "the prompt is empty"),
+        (("generate", "-", "--model", "nowhere"), "the prompt is empty"),
+        (("generate", b"caf\xe9", "--model", "nowhere"), "the prompt is not UTF-8, at character 3"),
+        (("chat", "--system", b"\xff", "--model", "nowhere"), "--system is not UTF-8"),
+        (("stats", "--connect-timeout", "nan"), "connect_timeout=nan"),
         (("keys", "/nonexistent-directory/keys"), "No such file"),
     ],
 )
-def test_errors_are_one_clear_line(arguments: tuple[str, ...], says: str) -> None:
+def test_errors_are_one_clear_line(arguments: tuple[str | bytes, ...], says: str) -> None:
     done = treadle(*arguments)
     assert done.returncode == 2
     assert says in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_empty_prompt_and_bad_flags_are_refused(tiny: Path) -> None:
-    done = treadle("generate", "", "--model", str(tiny))
-    assert done.returncode == 2 and "empty" in done.stderr
+def test_bad_flags_are_refused() -> None:
     assert treadle("generate", "x", "--max-tokens", "many").returncode == 2
+    assert "--bogus" in treadle("generate", "x", "--bogus", "1").stderr
     assert treadle("no-such-command").returncode == 2
+
+
+def test_input_that_is_not_text_is_refused() -> None:
+    command = [sys.executable, "-m", "treadle", "generate", "-"]
+    done = subprocess.run(command, input=b"caf\xe9", capture_output=True, timeout=60)
+    assert done.returncode == 2 and b"not UTF-8" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_every_option_has_its_help() -> None:
+    assert set(SERVICE_HELP) == {field.name for field in msgspec.structs.fields(ServiceOptions)}
+    assert all(SERVICE_HELP.values())
+
+
+def test_ctrl_c_during_the_imports_is_quiet() -> None:
+    program = """
+import sys
+
+class Typed:
+    def find_spec(self, name, path=None, target=None):
+        if name == "treadle.commands":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Typed())
+from treadle.cli import main
+heavy = {"zmq", "numpy", "msgspec", "asyncio"} & set(sys.modules)
+assert not heavy, heavy  # what is imported before `main` has nobody who catches
+sys.exit(main(["stats"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.asyncio
+async def test_lines_of_pipes_and_files(tmp_path: Path) -> None:
+    async def lines(data: bytes) -> tuple[list[str], list[str]]:
+        (tmp_path / "file").write_bytes(data)
+        read, write = os.pipe()
+        os.write(write, data)
+        os.close(write)
+        with open(tmp_path / "file", "rb") as file, open(read, "rb") as pipe:  # noqa: ASYNC230
+            return [line async for line in Lines(file.fileno())], [line async for line in Lines(pipe.fileno())]
+
+    for data, expected in (
+        (b"", []),
+        (b"one", ["one"]),
+        (b"\n\none\r\ntwo", ["", "", "one", "two"]),
+        ("é\n".encode() * 20_000, ["é"] * 20_000),  # as much as a pipe holds
+    ):
+        assert await lines(data) == (expected, expected)
+    with pytest.raises(InvalidRequest, match="not UTF-8"):
+        await lines(b"caf\xe9\n")
+
+
+@pytest.mark.asyncio
+async def test_waiting_for_a_line_can_be_cancelled() -> None:
+    read, write = os.pipe()
+    task = asyncio.create_task(anext(Lines(read)))  # type: ignore[arg-type]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    os.close(read)
+    os.close(write)
 
 
 def test_keys_are_made_once(tmp_path: Path) -> None:
@@ -92,18 +203,8 @@ def test_random_weights_say_so_loudly(tiny: Path, tmp_path: Path) -> None:
 def test_the_demo_streams_real_text() -> None:
     """On a terminal, as a person sees it: three answers beside each other, then the figures."""
     script = Path(__file__).parent.parent / "scripts" / "demo.py"
-    master, terminal = pty.openpty()
-    process = subprocess.Popen([sys.executable, str(script), "--max-tokens", "24"], stdout=terminal, stderr=terminal)
-    os.close(terminal)
-    seen = b""
-    try:
-        while chunk := os.read(master, 1 << 16):
-            seen += chunk
-    except OSError:
-        pass  # how Linux says that the other side of a terminal is closed
-    os.close(master)
-    shown = seen.decode(errors="replace")
-    assert process.wait(60) == 0, shown
+    code, shown = on_a_terminal(str(script), "--max-tokens", "24", module=False)
+    assert code == 0, shown
     assert len(re.findall(r"\x1b\[\d+A", shown)) >= 5, "it was not drawn while it came"
     assert shown.count("TTFT") == 3
     assert "tokens/s over 3 streams" in shown and "prefix cache hit rate" in shown

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +18,16 @@ import zmq
 import zmq.asyncio
 
 from treadle import Client, SamplingParams
-from treadle.errors import ConfigError, InvalidParameter, InvalidRequest, PromptTooLong, ServerLost, ServiceClosed
+from treadle.errors import (
+    ConfigError,
+    HandshakeFailed,
+    InvalidParameter,
+    InvalidRequest,
+    PromptTooLong,
+    ServerLost,
+    ServiceClosed,
+)
+from treadle.remote import RemoteBackend
 from treadle.transport.codec import client_codec
 from treadle.transport.endpoints import connect_client, write_keys
 from treadle.transport.messages import Deltas, InfoRequest, Ping, Pong, Refused, Stats, Submit
@@ -106,13 +119,89 @@ async def test_a_client_that_goes_leaves_nothing_running(server: Server) -> None
         assert (await watcher.stats()).blocks_used == 0
 
 
+async def refused(endpoint: str, **options: Any) -> str:
+    """What the error of a Client that cannot connect says; half the time that it would have is far too long."""
+    async with asyncio.timeout(30):
+        with pytest.raises((ServerLost, HandshakeFailed)) as caught:
+            async with Client(endpoint, connect_timeout=60, **options):
+                pass
+    return f"{type(caught.value).__name__}: {caught.value}"
+
+
+@pytest.fixture
+def short() -> Iterator[Path]:
+    """A directory whose paths fit into a socket's address."""
+    with tempfile.TemporaryDirectory(prefix="t-") as directory:
+        yield Path(directory)
+
+
 @pytest.mark.asyncio
-async def test_nobody_there_is_said_soon(tmp_path: Path) -> None:
-    with pytest.raises(ServerLost, match="no answer within"):
-        async with Client(f"ipc://{tmp_path / 'nobody'}", connect_timeout=0.3):
-            pass
+async def test_no_socket_is_said_at_once_with_what_to_do(short: Path) -> None:
+    said = await refused(f"ipc://{short / 'nobody'}")
+    assert said.startswith(f"ServerLost: ipc://{short}/nobody: there is no such socket")
+    assert f"start one with `treadle serve MODEL --endpoint ipc://{short}/nobody`" in said
+
+
+@pytest.mark.asyncio
+async def test_a_socket_that_nobody_listens_on_is_said_at_once(short: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(short / "left"))
+    assert "its socket is left from one that ended" in await refused(f"ipc://{short / 'left'}")
+    (short / "file").touch()
+    assert "not a socket" in await refused(f"ipc://{short / 'file'}")
+    key = zmq.curve_keypair()[0].decode()
+    assert "the connection was refused" in await refused(f"tcp://127.0.0.1:{free_port()}", server_key=key)
+    assert "host is not known" in await refused("tcp://no-such-host.invalid:5555", server_key=key)
+
+
+@pytest.mark.asyncio
+async def test_another_program_at_the_endpoint_is_told_apart(short: Path) -> None:
+    key = zmq.curve_keypair()[0].decode()
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_unix_server(answer, short / "web"):
+        assert "not a treadle server" in await refused(f"ipc://{short / 'web'}")
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as web:
+        port = web.sockets[0].getsockname()[1]
+        said = await refused(f"tcp://127.0.0.1:{port}", server_key=key)
+        assert said.startswith("HandshakeFailed") and "not a treadle server" in said
+
+
+@pytest.mark.asyncio
+async def test_a_wrong_key_is_said_at_once() -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.curve_server = True
+    router.curve_publickey, router.curve_secretkey = zmq.curve_keypair()
+    port = router.bind_to_random_port("tcp://127.0.0.1")
+    said = await refused(f"tcp://127.0.0.1:{port}", server_key=zmq.curve_keypair()[0].decode())
+    assert said.startswith("HandshakeFailed") and "server_key (--server-key) is not its public key" in said
+    context.destroy(linger=0)
+
+
+@pytest.mark.asyncio
+async def test_who_listens_and_never_answers_is_waited_for(short: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as mute:
+        mute.bind(str(short / "mute"))
+        mute.listen()
+        with pytest.raises(ServerLost, match=r"no answer within 0\.3 s; .* connect_timeout"):
+            async with Client(f"ipc://{short / 'mute'}", connect_timeout=0.3):
+                pass
+
+
+def test_options_of_a_client_are_checked_at_once() -> None:
     with pytest.raises(ConfigError, match="allowed are"):
         Client("carrier-pigeon://roof")
+    with pytest.raises(ConfigError, match="CURVE"):
+        Client("tcp://127.0.0.1:5555")
+    for seconds in (0, -1.0, float("nan"), float("inf"), "ten", True, None):
+        with pytest.raises(ConfigError, match="connect_timeout"):
+            Client(connect_timeout=seconds)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="lost_after"):
+            Client(lost_after=seconds)  # type: ignore[arg-type]
 
 
 @pytest.mark.asyncio
@@ -161,7 +250,7 @@ async def test_a_restarted_server_is_another_one(tiny: Path, tmp_path: Path) -> 
             first.process.kill()
             first.process.wait()
             with serving(tmp_path / "one", tiny, endpoint=first.endpoint):
-                with pytest.raises(ServerLost, match="restarted"):
+                with pytest.raises(ServerLost, match=r"restarted|open requests are gone"):
                     await stream.final()
                 assert len((await client.generate("a", GREEDY).final()).token_ids) == 16
 
@@ -178,6 +267,44 @@ async def test_a_server_that_stays_away_is_lost(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.asyncio
+async def test_a_server_that_was_killed_is_not_waited_for(tiny: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "one", tiny) as server:
+        async with Client(server.endpoint, lost_after=600.0, connect_timeout=600.0) as client, asyncio.timeout(60):
+            stream = client.generate("a", ENDLESS)
+            await anext(stream)
+            server.process.kill()
+            with pytest.raises(ServerLost, match="the server has ended"):
+                await stream.final()
+            with pytest.raises(ServerLost, match="the server has ended"):
+                await client.stats()
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_stands_still_is_not_taken_for_gone(tiny: Path, tmp_path: Path) -> None:
+    with serving(tmp_path / "one", tiny) as server:
+        async with Client(server.endpoint, lost_after=600.0) as client:
+            looked = asyncio.Event()
+            backend = client._made
+            assert isinstance(backend, RemoteBackend)
+            real = backend._look
+
+            async def look() -> None:
+                await real()
+                looked.set()
+
+            backend._look = look  # type: ignore[method-assign]
+            stream = client.generate("a", ENDLESS)
+            await anext(stream)
+            server.process.send_signal(signal.SIGSTOP)
+            try:
+                async with asyncio.timeout(30):
+                    await looked.wait()
+            finally:
+                server.process.send_signal(signal.SIGCONT)
+            assert len((await stream.final()).token_ids) == 200
+
+
+@pytest.mark.asyncio
 async def test_tcp_with_curve_keys(tiny: Path, tmp_path: Path) -> None:
     keys = write_keys(tmp_path / "keys")
     port = free_port()
@@ -186,9 +313,7 @@ async def test_tcp_with_curve_keys(tiny: Path, tmp_path: Path) -> None:
         async with Client(endpoint, server_key=keys.public) as client:
             assert len((await client.generate("a", GREEDY).final()).token_ids) == 16
         wrong = write_keys(tmp_path / "other").public
-        with pytest.raises(ServerLost):
-            async with Client(endpoint, server_key=wrong, connect_timeout=0.5):
-                pass
+        assert "is not its public key" in await refused(endpoint, server_key=wrong)
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         plain = context.socket(zmq.DEALER)
         plain.connect(endpoint)
@@ -200,8 +325,6 @@ async def test_tcp_with_curve_keys(tiny: Path, tmp_path: Path) -> None:
 
 
 def free_port() -> int:
-    import socket
-
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

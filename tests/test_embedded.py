@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import threading
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from treadle import LLM, RequestOutput, SamplingParams
 from treadle.errors import (
     DeadlineExceeded,
+    EngineFailed,
     InvalidParameter,
     InvalidRequest,
     PromptTooLong,
@@ -232,6 +235,16 @@ def test_the_blocking_form(llm: LLM) -> None:
     assert len(both) == 2
 
 
+def test_token_ids_as_numpy_has_them(llm: LLM) -> None:
+    ids = llm.tokenize(PROMPT)
+    expected = llm.generate_sync(PROMPT, GREEDY)[0].token_ids
+    for prompt in (np.array(ids), np.array(ids, np.int32), [np.int64(i) for i in ids]):
+        assert llm.generate_sync(prompt, GREEDY)[0].token_ids == expected
+    for prompt in (np.array(0.5), np.array([0.5]), np.array([2**40])):
+        with pytest.raises(InvalidRequest):
+            llm.generate_sync(prompt, GREEDY)
+
+
 def test_several_event_loops_at_once(llm: LLM) -> None:
     async def ask() -> str:
         return (await llm.generate(PROMPT, GREEDY).final()).text
@@ -307,6 +320,18 @@ async def test_a_start_that_is_cancelled_leaves_nothing(tiny: Path, seconds: flo
     await starting.close()
     assert leftovers() <= before
     assert not [child for child in psutil.Process().children() if child.pid in starting.engine_pids]
+
+
+@pytest.mark.asyncio
+async def test_a_step_that_takes_too_long_names_its_option(tiny: Path) -> None:
+    async with LLM(str(tiny), step_timeout=0.5, max_restarts=0) as stuck:
+        stream = stuck.generate([1, 2], SamplingParams(max_tokens=400, ignore_eos=True))
+        await anext(stream)
+        os.kill(stuck.engine_pids[0], signal.SIGSTOP)
+        with pytest.raises(
+            EngineFailed, match=r"did not finish step \d+ within 0\.5 s; .* step_timeout \(--step-timeout\)"
+        ):
+            await stream.final()
 
 
 @pytest.mark.asyncio

@@ -68,6 +68,26 @@ def test_an_endpoint_that_answers_is_not_taken_over(tmp_path: Path, router: zmq.
     bind_server(router, f"ipc://{path}", None)  # a dead server's file is no obstacle
 
 
+def test_a_file_that_is_not_a_socket_is_left_alone(tmp_path: Path, router: zmq.Socket[bytes]) -> None:
+    tmp_path.chmod(0o700)
+    path = tmp_path / "thesis.txt"
+    path.write_text("ten years of work")
+    with pytest.raises(ConfigError, match="not a socket"):
+        bind_server(router, f"ipc://{path}", None)
+    assert path.read_text() == "ten years of work"
+
+
+@pytest.mark.parametrize("key", ["", "short", "x" * 39 + '"', "é" * 40, b"x" * 40, 5])
+def test_keys_that_are_none_are_refused(router: zmq.Socket[bytes], key: object) -> None:
+    with pytest.raises(ConfigError, match="40 characters"):
+        connect_client(router, "tcp://127.0.0.1:45001", key)  # type: ignore[arg-type]
+
+
+def test_every_address_is_none_to_connect_to(router: zmq.Socket[bytes]) -> None:
+    with pytest.raises(ConfigError, match="name the host"):
+        connect_client(router, "tcp://*:45001", "x" * 40)
+
+
 def test_tcp_needs_keys(router: zmq.Socket[bytes]) -> None:
     with pytest.raises(ConfigError, match="CURVE"):
         bind_server(router, "tcp://127.0.0.1:45001", None)

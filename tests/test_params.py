@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle.errors import InvalidParameter
-from treadle.transport.messages import SamplingParams
+from treadle.errors import InvalidParameter, ProtocolError
+from treadle.transport.codec import service_codec
+from treadle.transport.messages import SamplingParams, Submit
 from treadle.transport.params import check_params
 
 VOCAB = 100
@@ -111,6 +112,15 @@ def test_the_message_says_value_and_range() -> None:
         check_params(SamplingParams(top_p=1.5))
     with pytest.raises(InvalidParameter, match=r"allowed_token_ids .* from 0 to 99; got int 100"):
         check_params(SamplingParams(allowed_token_ids=[100]), 100)
+
+
+def test_a_name_that_is_no_parameter_is_said() -> None:
+    with pytest.raises(TypeError, match="'temprature'"):
+        SamplingParams(temprature=0.5)  # type: ignore[call-arg]
+    submit = msgspec.msgpack.decode(service_codec().encode(Submit(id="a", tokens=b"", params=SamplingParams(n=2))))
+    frame = msgspec.msgpack.encode([{"temprature": 0.5} if field == {"n": 2} else field for field in submit])
+    with pytest.raises(ProtocolError, match="unknown field `temprature`"):
+        service_codec().decode(frame)
 
 
 def test_ids_without_a_known_vocabulary() -> None:

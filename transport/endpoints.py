@@ -93,6 +93,7 @@ def bind_server(sock: zmq.Socket[bytes], endpoint: str, keys: ServerKeys | None)
     path = ipc_path(endpoint)
     if path is not None:
         _private_directory(path.parent)
+        _no_other_file(path)
         if _answers(path):
             raise EndpointInUse(f"{endpoint}: another server listens there; stop it or choose another path")
     elif keys is not None:
@@ -109,19 +110,29 @@ def bind_server(sock: zmq.Socket[bytes], endpoint: str, keys: ServerKeys | None)
         path.chmod(0o600)
 
 
+def check_client(endpoint: str, server_key: str | None) -> None:
+    """Raises ConfigError for what could never connect: a wrong form, or tcp without the server's public CURVE key."""
+    check_scheme(endpoint)
+    if not endpoint.startswith("tcp://"):
+        return
+    if endpoint.startswith("tcp://*:"):
+        raise ConfigError(f"endpoint {endpoint!r}: * is for servers; name the host to connect to")
+    if server_key is None:
+        raise ConfigError(f"{endpoint}: tcp needs the server's public CURVE key (server_key=…, --server-key …)")
+    if type(server_key) is not str or not _is_key(server_key):
+        raise ConfigError("server_key: a CURVE key has 40 characters of Z85; `treadle keys` printed the server's")
+
+
 def connect_client(sock: zmq.Socket[bytes], endpoint: str, server_key: str | None) -> None:
     """Connects a client socket; tcp needs the server's public CURVE key. Raises ConfigError."""
-    check_scheme(endpoint)
-    if endpoint.startswith("tcp://"):
-        if server_key is None:
-            raise ConfigError(f"{endpoint}: tcp needs the server's public CURVE key (server_key=…, --server-key …)")
-        public, secret = zmq.curve_keypair()
-        try:
-            sock.curve_serverkey = server_key.encode()
-        except (zmq.ZMQError, ValueError) as error:
-            raise ConfigError("server_key: a CURVE key has 40 characters of Z85") from error
-        sock.curve_publickey, sock.curve_secretkey = public, secret
-    sock.connect(endpoint)
+    check_client(endpoint, server_key)
+    if server_key is not None and endpoint.startswith("tcp://"):
+        sock.curve_serverkey = server_key.encode()
+        sock.curve_publickey, sock.curve_secretkey = zmq.curve_keypair()
+    try:
+        sock.connect(endpoint)
+    except zmq.ZMQError as error:
+        raise ConfigError(f"{endpoint}: not an address to connect to: {error}") from error
 
 
 def read_keys(path: Path) -> ServerKeys:
@@ -172,6 +183,12 @@ def _private_directory(path: Path) -> None:
             f"directory {path}: an ipc endpoint needs a directory of your own that is closed to others "
             f"(mode 0700, not {stat.S_IMODE(info.st_mode):04o}); any program that can connect can use the model"
         )
+
+
+def _no_other_file(path: Path) -> None:
+    """libzmq removes whatever stands where it binds."""
+    if os.path.lexists(path) and not path.is_socket():
+        raise ConfigError(f"{path}: something that is not a socket is there; choose another path for the endpoint")
 
 
 def _answers(path: Path) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from treadle.errors import ModelError, ProtocolError
-from treadle.transport.endpoints import check_scheme, default_endpoint
+from treadle.errors import ConfigError, ModelError, ProtocolError
+from treadle.transport.endpoints import check_client, default_endpoint
 from treadle.transport.messages import PROTOCOL_VERSION, ServerInfo, TokenizerInfo
 
 from .frontend import Frontend
 from .remote import RemoteBackend
 from .tokenizer import Tokenizer
+
+_MAX_SECONDS = 1e6
 
 
 class Client(Frontend):
@@ -22,7 +24,8 @@ class Client(Frontend):
 
     endpoint: None is where `treadle serve` listens by default. server_key: the server's public CURVE key, for tcp.
     connect_timeout: seconds to wait for the server. lost_after: seconds of silence after which open requests end with
-    ServerLost. Raises ConfigError here, ServerLost on entering when nobody answers.
+    ServerLost. Raises ConfigError here; on entering ServerLost when nobody is there, which is said at once, and
+    HandshakeFailed when the key is not the server's.
     """
 
     def __init__(
@@ -35,10 +38,10 @@ class Client(Frontend):
     ) -> None:
         super().__init__()
         self._endpoint = endpoint or default_endpoint()
-        check_scheme(self._endpoint)
+        check_client(self._endpoint, server_key)
         self._server_key = server_key
-        self._connect_timeout = connect_timeout
-        self._lost_after = lost_after
+        self._connect_timeout = _seconds("connect_timeout", connect_timeout)
+        self._lost_after = _seconds("lost_after", lost_after)
         self._server: ServerInfo | None = None
 
     @property
@@ -66,3 +69,9 @@ class Client(Frontend):
             self._tokenizer = Tokenizer.from_info(tokenizer)
             self._eos_token_ids = tuple(tokenizer.eos_token_ids)
         self._open = True
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MAX_SECONDS:
+        raise ConfigError(f"{name}={value!r}: a number of seconds above 0 and up to {_MAX_SECONDS:g} is allowed")
+    return float(value)

@@ -22,6 +22,7 @@ client. The module imports nothing, so that every room may raise from it.
         ├── EngineStartFailed
         ├── ServiceClosed
         ├── ServerLost
+        ├── HandshakeFailed
         └── ProtocolError
 """
 
@@ -116,6 +117,12 @@ class ServerLost(ServiceError):
     code = "server_lost"
 
 
+class HandshakeFailed(ServiceError):
+    """Somebody listens there and no connection came about: another CURVE key, or not a server of this kind."""
+
+    code = "handshake_failed"
+
+
 class ProtocolError(ServiceError):
     """The other side speaks another protocol, or a frame could not be decoded."""
 
@@ -142,6 +149,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     EngineStartFailed,
     ServiceClosed,
     ServerLost,
+    HandshakeFailed,
     ProtocolError,
 )
 _BY_CODE = {cls.code: cls for cls in _ALL}

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Self, TypeVar
 
+import numpy as np
+
 from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleError
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
@@ -226,20 +228,24 @@ class Frontend:
 
 def _token_ids(values: object, what: str) -> list[int]:
     """Checked token ids of any sequence of ints, numpy's included."""
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
     if isinstance(values, str | bytes | bytearray) or not isinstance(values, Sequence):
         raise InvalidRequest(f"{what} of type {type(values).__name__}: allowed are text and a sequence of token ids")
     for token in values:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= _INT32_MAX:
-            raise InvalidRequest(f"{what} with {token!r}: token ids are integers of at least 0")
-    return list(values)
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token <= _INT32_MAX:
+            raise InvalidRequest(f"{what} with {token!r:.80}: token ids are integers from 0 to {_INT32_MAX}")
+    return [int(token) for token in values]
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
     if isinstance(prompts, str):
         return [prompts]
     if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Sequence):
         raise InvalidRequest(f"prompts of type {type(prompts).__name__}: allowed are a prompt and a list of prompts")
-    if prompts and isinstance(prompts[0], int):
+    if prompts and isinstance(prompts[0], int | np.integer):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 

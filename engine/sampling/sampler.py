@@ -32,6 +32,7 @@ HostArray: TypeAlias = torch.Tensor | Int64 | Sequence[int]
 
 _FIRST_TIER = 256
 _GROWTH = 4
+_DAMAGED = "the model file is damaged, or its numbers overflow in this dtype (float16 does easily; try float32)"
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def _bad(peak: float) -> bool:
 
 def _reason(peak: float) -> str:
     if np.isnan(peak):
-        return "the logits of this row are not numbers (NaN)"
+        return f"the logits of this row are not numbers (NaN): {_DAMAGED}"
     if peak > 0:
-        return "the logits of this row are infinite"
+        return f"the logits of this row are infinite: {_DAMAGED}"
     return "no token is allowed: every token of the vocabulary is banned"

@@ -1,0 +1,100 @@
+"""The flags of the commands: one per field of ServiceOptions, and for the commonest of SamplingParams."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from treadle.errors import ConfigError
+from treadle.scheduler.options import DEVICES, DTYPES, ServiceOptions
+from treadle.transport.messages import SamplingParams
+
+SERVICE_HELP: Mapping[str, str] = {
+    "tensor_parallel_size": "engine ranks that share the model, one process each",
+    "device": " or ".join(DEVICES),
+    "dtype": f"of weights and activations: auto, {', '.join(DTYPES)}; auto is bfloat16 where the device multiplies it",
+    "kv_dtype": f"of the KV cache: {', '.join(DTYPES)}; the same as --dtype when not given",
+    "block_size": "tokens of a KV-cache block",
+    "num_blocks": "blocks of the KV cache; 0: as many as --kv-cache-bytes holds",
+    "kv_cache_bytes": "size of the KV cache of each rank; 0: a share of the free memory",
+    "max_num_seqs": "requests that run at once",
+    "max_num_batched_tokens": "tokens that one step may process",
+    "max_prefill_chunk": "tokens of one prompt in a step; not given: what the step has left",
+    "max_model_len": "tokens of prompt and answer together; 0: what the model was made for",
+    "pipeline_depth": "steps on their way at once; 1 is synchronous",
+    "prefix_cache": "reuse the KV cache of prompts that begin alike",
+    "native": "compiled CPU kernels, where a C compiler is found",
+    "threads": "CPU threads of each rank",
+    "max_waiting_requests": "waiting requests; more are refused as Overloaded",
+    "max_waiting_tokens": "waiting tokens; more are refused as Overloaded",
+    "start_timeout": "seconds until the engines must be ready",
+    "step_timeout": "seconds until a step must be finished, or the engines are restarted",
+    "stop_timeout": "seconds to end in order, before engines are killed",
+    "max_restarts": "of the engines, without a finished step in between, before giving up",
+    "random_weights": "for benchmarks: any config.json, the answers mean nothing",
+    "weights_seed": "of random weights",
+    "debug": "check every step and poison freed memory; slow",
+}
+_SAMPLING_HELP: Mapping[str, str] = {
+    "max_tokens": "most tokens of the answer; not given: up to the context limit",
+    "temperature": "0 always takes the likeliest token (default 1.0)",
+    "top_k": "draw among the k likeliest tokens (default: all)",
+    "top_p": "draw among the likeliest tokens of this probability together (default 1.0)",
+    "min_p": "leave out tokens this much less likely than the likeliest (default 0.0)",
+    "repetition_penalty": "above 1 discourages what was said before (default 1.0)",
+    "seed": "the same seed gives the same answer (default: another one each time)",
+}
+_INTEGERS = ("max_tokens", "top_k", "seed")
+
+
+def add_service_options(parser: argparse.ArgumentParser, note: str | None = None) -> None:
+    """One flag per field of ServiceOptions; what is not given keeps its default. note: for the help."""
+    group = parser.add_argument_group("service options", note)
+    for field in msgspec.structs.fields(ServiceOptions):
+        kind = _python_type(field.type)
+        shape: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        text = SERVICE_HELP[field.name]
+        if kind is not bool:
+            shape = {"type": kind, "metavar": kind.__name__.upper()}
+        if field.default not in (None, ""):
+            default = ("on" if field.default else "off") if kind is bool else field.default
+            text += f" (default {default})"
+        group.add_argument(flag(field.name), dest=f"service_{field.name}", default=None, help=text, **shape)
+
+
+def service_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ServiceOptions that were given."""
+    values = vars(options)
+    given = {field.name: values[f"service_{field.name}"] for field in msgspec.structs.fields(ServiceOptions)}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("sampling")
+    for name, text in _SAMPLING_HELP.items():
+        kind = int if name in _INTEGERS else float
+        group.add_argument(flag(name), dest=f"sampling_{name}", type=kind, metavar=kind.__name__.upper(), help=text)
+    group.add_argument(
+        "--stop", dest="sampling_stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
+    )
+
+
+def sampling_params(options: argparse.Namespace) -> SamplingParams:
+    """Not checked yet. A person at a terminal wants the whole answer, so max_tokens is None when it is not given."""
+    values = vars(options)
+    given = {name: values[f"sampling_{name}"] for name in (*_SAMPLING_HELP, "stop")}
+    return SamplingParams(**{"max_tokens": None, **{k: v for k, v in given.items() if v is not None}})
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _python_type(annotation: object) -> type[int] | type[float] | type[str] | type[bool]:
+    for kind in (bool, int, float, str):
+        if annotation is kind or annotation == kind | None:
+            return kind
+    raise ConfigError(f"an option of type {annotation} has no command-line form")
