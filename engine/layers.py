@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .comm import Communicator
 from .config import ModelConfig, RopeScaling
-from .linear import Linear, Placement, make_gated, make_linear
+from .linear import Linear, Placement, make_gated, make_linear, usable_blocks
 from .ops import Ops
 from .sharding import Span
-from .weights import WeightSource
+from .weights import StoredBlocks, WeightSource
 
 _FIRST_ROPE_LENGTH = 2048
 
@@ -35,7 +35,7 @@ def column_parallel(
     source: WeightSource, parts: Sequence[tuple[str, Span]], bias: bool, placement: Placement
 ) -> Linear:
     """One product for several projections: the given rows of each named one, below each other."""
-    return make_linear(*_stacked(source, parts, bias, placement.dtype), placement)
+    return make_linear(*_stacked(source, parts, bias, placement), placement)
 
 
 class GatedLinear:
@@ -45,7 +45,7 @@ class GatedLinear:
         self, source: WeightSource, prefix: str, columns: Span, bias: bool, placement: Placement, ops: Ops
     ) -> None:
         parts = ((f"{prefix}.gate_proj", columns), (f"{prefix}.up_proj", columns))
-        weight, biases = _stacked(source, parts, bias, placement.dtype)
+        weight, biases = _stacked(source, parts, bias, placement)
         self._fused = make_gated(weight, biases, placement)
         self._both = self._fused or make_linear(weight, biases, placement)
         self._ops = ops
@@ -59,17 +59,36 @@ def row_parallel(
     source: WeightSource, name: str, columns: Span, bias: bool, comm: Communicator, placement: Placement
 ) -> RowParallelLinear:
     """The given columns of the named projection; its bias is added by rank 0 alone."""
-    weight = source.read(f"{name}.weight", placement.dtype, 1, columns.start, columns.stop)
     own_bias = source.read(f"{name}.bias", placement.dtype) if bias and comm.rank == 0 else None
+    stored = source.blocks(f"{name}.weight", 1, columns.start, columns.stop)
+    weight: Tensor | StoredBlocks | None = usable_blocks([stored], placement)
+    if weight is None:
+        weight = source.read(f"{name}.weight", placement.dtype, 1, columns.start, columns.stop)
     return RowParallelLinear(make_linear(weight, own_bias, placement), comm)
 
 
 def _stacked(
-    source: WeightSource, parts: Sequence[tuple[str, Span]], bias: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    weights = [source.read(f"{name}.weight", dtype, 0, rows.start, rows.stop) for name, rows in parts]
+    source: WeightSource, parts: Sequence[tuple[str, Span]], bias: bool, placement: Placement
+) -> tuple[Tensor | StoredBlocks, Tensor | None]:
+    dtype = placement.dtype
     biases = [source.read(f"{name}.bias", dtype, 0, rows.start, rows.stop) for name, rows in parts if bias]
-    return torch.cat(weights), torch.cat(biases) if bias else None
+    stacked_bias = torch.cat(biases) if bias else None
+    stored = [source.blocks(f"{name}.weight", 0, rows.start, rows.stop) for name, rows in parts]
+    blocks = usable_blocks(stored, placement)
+    if blocks is not None:
+        return blocks, stacked_bias
+    weights = [source.read(f"{name}.weight", dtype, 0, rows.start, rows.stop) for name, rows in parts]
+    return torch.cat(weights), stacked_bias
+
+
+def vocabulary_head(source: WeightSource, name: str, rows: Span, table: Tensor | None, placement: Placement) -> Linear:
+    """The product that gives the logits of the token ids `rows`. table: its weights where they were read already."""
+    blocks = usable_blocks([source.blocks(name, 0, rows.start, rows.stop)], placement)
+    if blocks is not None:
+        return make_linear(blocks, None, placement)
+    if table is None:
+        table = source.read(name, placement.dtype, 0, rows.start, rows.stop)
+    return make_linear(table, None, placement)
 
 
 class VocabParallelEmbedding:

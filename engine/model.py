@@ -19,8 +19,15 @@ from .batch import ForwardBatch
 from .comm import Communicator
 from .config import ModelConfig
 from .kv import KVCache
-from .layers import GatedLinear, RotaryTable, VocabParallelEmbedding, column_parallel, row_parallel
-from .linear import Placement, make_linear
+from .layers import (
+    GatedLinear,
+    RotaryTable,
+    VocabParallelEmbedding,
+    column_parallel,
+    row_parallel,
+    vocabulary_head,
+)
+from .linear import Placement
 from .native import load_native
 from .ops import HeadLayout, KVSlots, NativeOps, Ops, TorchOps, native_serves
 from .sharding import Shard, shard_for
@@ -115,9 +122,8 @@ class Decoder:
         self._embed = VocabParallelEmbedding(table.to(env.placement.device), shard.vocab, env.comm)
         self._layers = [DecoderLayer(config, shard, source, index, env) for index in range(config.num_layers)]
         self._final_norm = env.vector(source, "model.norm.weight")
-        if not config.tie_embeddings:
-            table = self._vocab_rows(source, "lm_head.weight", shard, env.placement)
-        self._head = make_linear(table, None, env.placement)
+        head, known = ("model.embed_tokens.weight", table) if config.tie_embeddings else ("lm_head.weight", None)
+        self._head = vocabulary_head(source, head, shard.vocab, known, env.placement)
         layers = sum(layer.attention.weight_bytes + layer.mlp.weight_bytes for layer in self._layers)
         self.weight_bytes: int = self._embed.weight_bytes + self._head.weight_bytes + layers
 

@@ -123,6 +123,33 @@ def test_dequantised_bit_for_bit_as_the_reference(kind: str, dtype: torch.dtype)
     assert torch.equal(ours, torch.from_numpy(np.array(reference, dtype=np.float32)).to(dtype))
 
 
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_stored_blocks_are_those_that_are_read(checkpoints: Path, data: st.DataObject) -> None:
+    family = data.draw(st.sampled_from(["llama3", "qwen2"]))  # with and without rows in another order
+    path = checkpoints / family / "q8.gguf"
+    weights = _open(path if path.exists() else write_gguf(checkpoints / family, path, "Q8_0"))
+    name = data.draw(st.sampled_from(sorted(expected_shapes(load_config(path)))))
+    shape = weights.shape(name)
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    cuts = st.integers(0, shape[dim] // 16).map(lambda unit: unit * 16) | st.integers(0, shape[dim])
+    start, stop = sorted((data.draw(cuts), data.draw(cuts)))
+    blocks = weights.blocks(name, dim, start, stop)
+    step = 32 if dim == 1 else 16 if family == "llama3" and (".q_proj." in name or ".k_proj." in name) else 1
+    assert (blocks is not None) == (len(shape) == 2 and start % step == stop % step == 0)
+    if blocks is not None:
+        numbers = weights.read(name, torch.float32, dim, start, stop)
+        assert blocks.shape == numbers.shape
+        assert torch.equal(dequantize(blocks.data, blocks.form, torch.float32), numbers)
+
+
+def test_where_there_are_no_blocks(checkpoints: Path, tmp_path: Path) -> None:
+    config = load_config(checkpoints / "llama3")
+    assert open_weights(Path("nowhere"), config, random=True).blocks(Q) is None
+    assert _open(checkpoints / "llama3").blocks(Q) is None
+    assert _open(write_gguf(checkpoints / "llama3", tmp_path / "f16.gguf", "F16")).blocks(Q) is None
+
+
 def test_what_is_read_is_the_readers_own(checkpoints: Path) -> None:
     source = _open(checkpoints / "llama3")
     before = source.read(Q, torch.float32)

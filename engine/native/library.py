@@ -23,6 +23,11 @@ class Native:
             self.linear_elements = library.treadle_linear_elements
             self.linear_pack = library.treadle_linear_pack
             self.linear = library.treadle_linear
+            self.blocks_bytes = library.treadle_blocks_bytes
+            self.blocks_pack = library.treadle_blocks_pack
+            self.blocks_unpack = library.treadle_blocks_unpack
+            self.blocks_linear = library.treadle_blocks_linear
+            self.blocks_rows = int(library.treadle_blocks_rows())
             self.decode_attention = library.treadle_decode_attention
             self.prefill_attention = library.treadle_prefill_attention
             self.keep_memory = library.treadle_keep_memory
@@ -49,6 +54,14 @@ class Native:
         self.linear_pack.restype = None
         self.linear.argtypes = [pointer, long, pointer, pointer, pointer, long, long, long, c_int]
         self.linear.restype = None
+        self.blocks_bytes.argtypes = [long, long, c_int]
+        self.blocks_bytes.restype = long
+        self.blocks_pack.argtypes = [pointer, pointer, long, long, c_int, c_int]
+        self.blocks_pack.restype = None
+        self.blocks_unpack.argtypes = [pointer, pointer, long, long, c_int]
+        self.blocks_unpack.restype = None
+        self.blocks_linear.argtypes = [pointer, long, pointer, c_int, pointer, pointer, long, long, long, c_int]
+        self.blocks_linear.restype = None
         self.decode_attention.argtypes = [
             *(pointer, long, pointer, pointer, pointer, long, pointer, pointer),
             *(long, long, long, long, long, c_float, long, c_int),

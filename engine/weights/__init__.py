@@ -6,9 +6,9 @@ from pathlib import Path
 
 from treadle.engine.config import ModelConfig
 
-from .source import WeightSource, expected_shapes
+from .source import StoredBlocks, WeightSource, expected_shapes
 
-__all__ = ["WeightSource", "expected_shapes", "open_weights"]
+__all__ = ["StoredBlocks", "WeightSource", "expected_shapes", "open_weights"]
 
 
 def open_weights(path: Path, config: ModelConfig, *, random: bool = False, seed: int = 0) -> WeightSource:

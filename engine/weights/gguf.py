@@ -14,7 +14,7 @@ from treadle.engine.gguf import GGUFFile, TensorInfo
 from treadle.errors import CorruptWeights
 
 from .dequantize import dequantize
-from .source import Shape, check_shape, check_slice, expected_shapes
+from .source import Shape, StoredBlocks, check_shape, check_slice, expected_shapes
 
 _SAMPLE_BYTES = 256
 _SAMPLES = 64
@@ -60,8 +60,7 @@ class GGUFSource:
     ) -> torch.Tensor:
         tensor = self._tensor(name)
         stop = check_slice(name, tensor.shape, dim, start, stop)
-        data = self._file.data(tensor)
-        unit = self._config.head_dim if self._permuted(name) else 1
+        data, unit = self._file.data(tensor), self._unit(name)
         if len(tensor.shape) == 1:
             column = data.reshape(-1, tensor.type.size)
             if tensor.type.block != 1:
@@ -74,6 +73,19 @@ class GGUFSource:
         columns = _unpermute(data[:, first * size : last * size], unit)
         values = dequantize(columns, tensor.type, dtype)
         return values[:, start - first * block : stop - first * block].contiguous()
+
+    def blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> StoredBlocks | None:
+        tensor = self._tensor(name)
+        stop = check_slice(name, tensor.shape, dim, start, stop)
+        unit = self._unit(name)
+        step = unit if dim == 0 else tensor.type.block
+        if tensor.type.block == 1 or len(tensor.shape) == 1 or start % step or stop % step:
+            return None
+        data = self._file.data(tensor)
+        if dim == 0:
+            return StoredBlocks(_unpermute(data[start:stop], unit), tensor.type)
+        columns = slice(start // step * tensor.type.size, stop // step * tensor.type.size)
+        return StoredBlocks(_unpermute(data[:, columns], unit), tensor.type)
 
     def fingerprint(self) -> str:
         """Hash of the config, the header, the size of the file and bytes spread over it."""
@@ -92,9 +104,10 @@ class GGUFSource:
             raise CorruptWeights(f"{self._file.path}: there is no tensor {name}")
         return tensor
 
-    def _permuted(self, name: str) -> bool:
-        """Files of the architecture "llama" hold q and k with the two halves of each head interleaved."""
-        return self._config.architecture == "llama" and (".q_proj." in name or ".k_proj." in name)
+    def _unit(self, name: str) -> int:
+        """Rows that were permuted among each other: "llama" files hold the two halves of q and k heads interleaved."""
+        permuted = self._config.architecture == "llama" and (".q_proj." in name or ".k_proj." in name)
+        return self._config.head_dim if permuted else 1
 
 
 def _stored_name(name: str) -> str:

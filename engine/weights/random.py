@@ -56,6 +56,9 @@ class RandomSource:
         windows = table.unfold(0, max(last - first, 1), 1)
         return windows.index_select(0, offsets)[:, : last - first].contiguous()
 
+    def blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> None:
+        return None
+
     def fingerprint(self) -> str:
         return hashlib.sha256(f"random {self._seed} {self._config!r}".encode()).hexdigest()
 

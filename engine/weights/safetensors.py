@@ -74,6 +74,9 @@ class SafetensorsSource:
         # A copy in any case: what safetensors returns may be a view of the mapped file.
         return torch.empty(part.shape, dtype=dtype).copy_(part)
 
+    def blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> None:
+        return None
+
     def fingerprint(self) -> str:
         """Hash of the config, all names, shapes, dtypes and places, and bytes out of the middle of some tensors."""
         digest = hashlib.sha256(repr(self._config).encode())

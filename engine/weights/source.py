@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from treadle.engine.config import ModelConfig
+from treadle.engine.gguf import TensorType
 from treadle.errors import CorruptWeights
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlocks:
+    """A matrix as a file stores it. data: [rows, bytes per row], whole blocks; perhaps a read-only view of the file."""
+
+    data: npt.NDArray[np.uint8]
+    form: TensorType
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in], in elements."""
+        rows, size = self.data.shape
+        return rows, size // self.form.size * self.form.block
 
 
 class WeightSource(Protocol):
@@ -28,6 +46,10 @@ class WeightSource(Protocol):
 
         Slices of q_proj and k_proj along dim 0 must start and stop at whole heads. Raises CorruptWeights.
         """
+        ...
+
+    def blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> StoredBlocks | None:
+        """What `read` would make numbers of; None when it is not stored in blocks, or the slice cuts through some."""
         ...
 
     def fingerprint(self) -> str:
