@@ -1,8 +1,13 @@
-"""What several test files share: one served model for the whole run, small checkpoints, and looking for leftovers."""
+"""What several test files share: one served model for the whole run, small checkpoints, and looking for leftovers.
+
+The suite may run in several processes (`-n auto`). Each has a directory of its own for sockets and temporary files, so
+that a test that looks for leftovers sees nobody else's.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -21,6 +26,67 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# The longest first, so that no process is left alone with one of them at the end.
+LONG_FILES = (
+    "test_exactness.py",
+    "test_real_model.py",
+    "test_embedded.py",
+    "test_recovery.py",
+    "test_nothing_left.py",
+    "test_client.py",
+    "test_cli.py",
+    "test_comm.py",
+    "test_core_machine.py",
+    "test_model.py",
+)
+MOST_PROCESSES = 4
+
+
+def own_directory() -> Path:
+    """Takes this process's directory into use. Its name is short: the path of a socket has little room."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")  # the process that started it made, and will remove, the parent
+    path = Path(tempfile.gettempdir(), worker) if worker else Path(tempfile.mkdtemp(prefix="tt-"))
+    path.mkdir(mode=0o700, exist_ok=True)
+    os.environ["TMPDIR"] = os.environ["XDG_RUNTIME_DIR"] = tempfile.tempdir = str(path)
+    return path
+
+
+OWN = own_directory()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process for each core that we may use, but no crowd, for each may serve a real model."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("PYTEST_XDIST_WORKER") or config.option.basetemp is None:
+        config.option.basetemp = OWN / "t"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_unconfigure() -> None:
+    if not os.environ.get("PYTEST_XDIST_WORKER"):
+        shutil.rmtree(OWN, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """After everything was closed, also what only one test had open."""
+    yield
+    eventually(lambda: not leftovers(), "no runtime directory is left")
+
+
+@pytest.fixture
+def runtime() -> Path:
+    """An empty runtime directory for one program; `tmp_path` would be too long for sockets."""
+    return Path(tempfile.mkdtemp(prefix="r-", dir=OWN))
+
 
 @pytest.fixture(scope="session")
 def llm() -> Iterator[LLM]:
@@ -36,9 +102,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def leftovers() -> set[str]:
-    """Runtime directories of this user's services."""
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return {str(path) for path in Path(base).glob("treadle-*") if not path.name.startswith("treadle-0")}
+    """Runtime directories of services that this process's tests started."""
+    return {str(path) for path in OWN.glob("treadle-*")}
 
 
 def alive(pids: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ Everything but ZeroMQ and the processes is the product's own code, so hundreds o
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,11 @@ from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
 from treadle.transport.codec import Digest, engine_codec, pack, rank_codec
 from treadle.transport.messages import Configure, Delta, SamplingParams, StepResult, Submit
+
+
+def _share_a_core() -> None:
+    """One thread at a time holds the interpreter's lock: on several cores the others would only wait more busily."""
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 class LocalGroup:
@@ -46,7 +52,7 @@ class LocalGroup:
             debug=True,
         )
         self.configure = msgspec.structs.replace(configure, **changes)
-        self._pool = ThreadPoolExecutor(world_size)
+        self._pool = ThreadPoolExecutor(world_size, initializer=_share_a_core)
         ranks = range(world_size)
         self._ranks: list[Loaded] = list(self._pool.map(lambda rank: load(self.configure, rank), ranks))
         self._digests = [Digest() for _ in ranks]

@@ -8,6 +8,7 @@ The real model goes through real processes in test_real_model.py.
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from .modelkit import FAMILIES, load_reference, make_checkpoint
 
 PROMPTS = 20
 NEW_TOKENS = 64
+# 16 of these sequences grow to some 14 blocks each: 80 hold a third of them, so more begin than can end undisturbed.
+TIGHT_BLOCKS, AMPLE_BLOCKS = 81, 320
+MIN_PREEMPTIONS = 10
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -98,20 +102,20 @@ def test_every_combination_gives_the_same_tokens(
     with LocalGroup(checkpoint, tmp_path, world_size=world_size, native=native) as group:
         for depth, chunk, cache, tight, at_once, aborts in combinations():
             combination = f"{depth=} {chunk=} {cache=} {tight=} {at_once=} {aborts=}"
-            # 40 blocks of 8 hold two or three of these sequences: preemption all the time.
             driver = Driver(
                 group,
                 pipeline_depth=depth,
                 max_prefill_chunk=chunk,
                 prefix_cache=cache,
-                num_blocks=41 if tight else 512,
+                num_blocks=TIGHT_BLOCKS if tight else AMPLE_BLOCKS,
             )
             run_all(driver, at_once, aborts)
             for name in undisturbed if at_once > 1 else [f"greedy-{i}" for i in range(PROMPTS)]:
                 assert driver.finish[name, 0] == "length", f"{name} with {combination}"
                 assert driver.tokens[name, 0] == undisturbed[name], f"{name} with {combination}"
-            assert driver.core.stats().preemptions > 0 or not tight, combination
-            assert driver.core.stats().blocks_used == 0, combination
+            stats = driver.core.stats()
+            assert stats.preemptions >= MIN_PREEMPTIONS if tight else stats.preemptions == 0, combination
+            assert stats.blocks_used == 0, combination
 
 
 def run_all(driver: Driver, at_once: int, aborts: bool) -> None:
@@ -126,7 +130,7 @@ def run_all(driver: Driver, at_once: int, aborts: bool) -> None:
 
         def abort(step: int, start: int = start) -> None:
             for name, _, _ in jobs[start : start + at_once]:
-                if aborts and hash((name, step)) % 11 == 0:
+                if aborts and zlib.crc32(f"{name} at {step}".encode()) % 31 == 0:
                     driver.core.abort(f"neighbour-of-{name}", 0.0)
 
         driver.run(abort)

@@ -57,6 +57,7 @@ def start(program: str, runtime: Path) -> tuple[subprocess.Popen[bytes], list[in
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"running\n"
+    assert list(runtime.glob("treadle-*/*.ipc")), "its sockets are elsewhere, and nobody would see them left"
     descendants = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
     return process, descendants
 
@@ -73,9 +74,7 @@ def start(program: str, runtime: Path) -> tuple[subprocess.Popen[bytes], list[in
         (signal.SIGKILL, -signal.SIGKILL),
     ],
 )
-def test_nothing_is_left(tiny: Path, tmp_path: Path, how: str | signal.Signals, code: int, in_process: bool) -> None:
-    runtime = tmp_path / "runtime"
-    runtime.mkdir(mode=0o700)
+def test_nothing_is_left(tiny: Path, runtime: Path, how: str | signal.Signals, code: int, in_process: bool) -> None:
     named = how if isinstance(how, str) else "wait"
     process, children = start(PROGRAM.format(model=str(tiny), how=named, in_process=in_process), runtime)
     assert isinstance(how, str) or alive(children)
@@ -87,11 +86,11 @@ def test_nothing_is_left(tiny: Path, tmp_path: Path, how: str | signal.Signals, 
     eventually(lambda: not list(runtime.iterdir()), f"no file is left, not {list(runtime.rglob('*'))}")
 
 
-def test_a_program_that_never_closes_leaves_nothing(tiny: Path, tmp_path: Path) -> None:
-    process, children = start(WITHOUT_CLOSING.format(model=str(tiny)), tmp_path)
+def test_a_program_that_never_closes_leaves_nothing(tiny: Path, runtime: Path) -> None:
+    process, children = start(WITHOUT_CLOSING.format(model=str(tiny)), runtime)
     assert process.wait(60) == 0
     eventually(lambda: not alive(children), "the engine processes end")
-    eventually(lambda: not list(tmp_path.iterdir()), "no file is left")
+    eventually(lambda: not list(runtime.iterdir()), "no file is left")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
