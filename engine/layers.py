@@ -18,7 +18,7 @@ from .weights import WeightSource
 
 # oneDNN lays weights out for this many rows; measured, the same layout is as good as any from 1 row to 1,024.
 _PACK_ROWS = 32
-_FIRST_ROPE_LENGTH = 2048
+FIRST_ROPE_LENGTH = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,13 @@ class Linear:
         if self._packed:
             return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
         return F.linear(x, self._weight, self._bias)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The same into `out`, without another copy where there is no bias and no packing."""
+        if self._packed or self._bias is not None:
+            out.copy_(self(x))
+        else:
+            torch.mm(x, self._weight.t(), out=out)
 
 
 class RowParallelLinear:
@@ -107,13 +114,16 @@ class VocabParallelEmbedding:
 
 
 class RotaryTable:
-    """Cosines and sines of every position's angles, float32 [positions, head_dim / 2], made as far as needed."""
+    """Cosines and sines of every position's angles, float32 [positions, head_dim / 2], made as far as needed.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    length: positions to begin with; nothing is made later where no more are ever asked for.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, length: int = FIRST_ROPE_LENGTH) -> None:
         self._frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self._limit = config.max_position
         self._device = device
-        self._table = self._build(min(_FIRST_ROPE_LENGTH, self._limit))
+        self._table = self._build(min(length, self._limit))
 
     def upto(self, length: int) -> tuple[Tensor, Tensor]:
         """Tables that cover positions below `length`, and perhaps more."""

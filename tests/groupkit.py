@@ -22,9 +22,19 @@ from treadle.transport.messages import Configure, Delta, SamplingParams, StepRes
 
 
 class LocalGroup:
-    """Ranks as threads. Close it, or use it in a `with`."""
+    """Ranks as threads. Close it, or use it in a `with`.
 
-    def __init__(self, model: Path, shared_dir: Path, world_size: int = 1, **changes: object) -> None:
+    device_rows: run them as on a GPU, see `load`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        shared_dir: Path,
+        world_size: int = 1,
+        device_rows: bool | None = None,
+        **changes: object,
+    ) -> None:
         configure = Configure(
             model=str(model),
             random_weights=False,
@@ -48,7 +58,9 @@ class LocalGroup:
         self.configure = msgspec.structs.replace(configure, **changes)
         self._pool = ThreadPoolExecutor(world_size)
         ranks = range(world_size)
-        self._ranks: list[Loaded] = list(self._pool.map(lambda rank: load(self.configure, rank), ranks))
+        self._ranks: list[Loaded] = list(
+            self._pool.map(lambda rank: load(self.configure, rank, device_rows=device_rows), ranks)
+        )
         self._digests = [Digest() for _ in ranks]
         self._codec = rank_codec()
 
