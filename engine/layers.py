@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .comm import Communicator
+from .comm_symm import SymmetricComm
 from .config import ModelConfig, RopeScaling
 from .sharding import Span
 from .weights import WeightSource
@@ -45,6 +46,7 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, placement: Placement) -> None:
         self.weight_bytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        self.out_features = weight.shape[0]
         self._bias = None if bias is None else bias.to(placement.device)
         self._packed = placement.packs
         if self._packed:
@@ -71,9 +73,15 @@ class RowParallelLinear:
     def __init__(self, linear: Linear, comm: Communicator) -> None:
         self._linear = linear
         self._comm = comm
+        self._symmetric = comm if isinstance(comm, SymmetricComm) else None
         self.weight_bytes = linear.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._symmetric is not None:
+            staged = self._symmetric.staging((x.shape[0], self._linear.out_features), x.dtype)
+            if staged is not None:  # computed where the peers read it
+                self._linear.into(x, staged)
+                return self._symmetric.all_reduce(staged)
         return self._comm.all_reduce(self._linear(x))
 
 

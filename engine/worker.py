@@ -18,6 +18,7 @@ from treadle.transport.messages import Configure, Failure, PlanMessage, Shutdown
 
 from .cuda.runner import PipelinedRunner, Ticket
 from .loading import load
+from .profiling import step_profiler
 from .runner import StepOutcome, StepRunner
 
 _LAST_WORDS_MS = 2_000
@@ -70,6 +71,7 @@ class _Loop:
         self._rank = rank
         self._digest = Digest()
         self._ended = 0.0
+        self._profiler = step_profiler(rank)
 
     def run(self, runner: StepRunner) -> None:
         """One step after the other."""
@@ -122,6 +124,8 @@ class _Loop:
         if not isinstance(message, StepPlan):
             raise ProtocolError(f"{type(message).__name__} where a plan was expected")
         self.step = message.step
+        if self._profiler is not None:
+            self._profiler.before(message)
         return message, frame
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from treadle.engine.batch import ForwardBatch
+from treadle.engine.comm import Communicator
 from treadle.engine.kv import KVCache
 from treadle.engine.model import Decoder
 
@@ -26,10 +27,14 @@ TURNS = 12
 class FusedSampler(Protocol):
     """Sampling without edits, on the device."""
 
-    def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, filtered: bool) -> tuple[Tensor, Tensor]:
+    world_size: int
+
+    def __call__(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, filtered: bool, comm: Communicator | None = None
+    ) -> tuple[Tensor, Tensor]:
         """logits [S, vocab_local], rows int32 [S], positions int64 [S] to tokens int64 [S] and peaks [S].
 
-        filtered: whether any of the rows may use top-k, top-p or min-p.
+        filtered: whether any of the rows may use top-k, top-p or min-p. comm: instead of its own.
         """
         ...
 
@@ -103,7 +108,7 @@ class StepProgram:
         self.model.logits_into(self.forward(batch), self.logits[:size])
 
     def mixed(
-        self, layout: Layout, query_starts: list[int], num_decode: int, max_context: int, max_query_len: int
+        self, layout: Layout, query_starts: list[int], context_lens: list[int], num_decode: int, max_query_len: int
     ) -> Tensor:
         """The hidden states, at its sample_index, of the step that the packet describes."""
         rows = self.rows
@@ -117,7 +122,7 @@ class StepProgram:
             slots=slots,
             query_starts=query_starts,
             context_lens=lengths,
-            max_context=max_context,
+            max_context=max(context_lens),
             block_tables=None,
             num_decode=num_decode,
             sample_index=index,
@@ -125,6 +130,7 @@ class StepProgram:
             table=rows.table,
             query_starts_device=starts_device,
             max_query_len=max_query_len,
+            context_lens_host=context_lens,
         )
         return self.forward(batch)
 

@@ -67,7 +67,10 @@ class _Samples:
 
 
 class CudaRunner:
-    """`StepRunner` and `PipelinedRunner`. Runs on a CPU too, without graphs, which is how its logic is tested."""
+    """`StepRunner` and `PipelinedRunner`. Runs on a CPU too, without graphs, which is how its logic is tested.
+
+    program: what it runs, for tests.
+    """
 
     def __init__(
         self,
@@ -78,7 +81,7 @@ class CudaRunner:
         sampler: Sampler,
         device: torch.device,
     ) -> None:
-        self._program = program
+        self.program = program
         self._graphs = graphs
         self._rows = program.rows
         self._mirror = mirror
@@ -148,7 +151,7 @@ class CudaRunner:
         rows, table, count = self._rows, self._mirror.table, len(work.rows)
         size = self._graphs.size_for(max(count, len(work.grow_rows)))
         layout, block = decode_layout(size), self._mirror.block_size
-        packet = self._program.staging.take()
+        packet = self.program.staging.take()
         self._fill_samples(packet, samples, size)
         positions, slots, numbers, lengths, address, value = layout.host(packet)
         page = work.starts // block
@@ -160,7 +163,7 @@ class CudaRunner:
         spare = rows.spare * rows.table.shape[1]
         _fill(address, rows.table_address(work.grow_rows, work.grow_pages), spare)
         _fill(value, table[work.grow_rows, work.grow_pages], 0)
-        self._program.staging.send(layout.end)
+        self.program.staging.send(layout.end)
         self._graphs.decode(size, int(work.starts.max()) + 1)
         return size
 
@@ -174,7 +177,7 @@ class CudaRunner:
         ends = np.cumsum(work.counts)
         index = np.concatenate([(ends - 1)[work.samples], *(offsets for _, _, offsets in scored)])
         layout = mixed_layout(size, count, len(index))
-        packet = self._program.staging.take()
+        packet = self.program.staging.take()
         self._fill_samples(packet, samples, size)
         numbers, starts, lengths, query_starts, sample_index = layout.host(packet)
         numbers[:] = work.rows
@@ -183,12 +186,11 @@ class CudaRunner:
         query_starts[0] = 0
         query_starts[1:] = ends
         sample_index[:] = index
-        self._program.staging.send(layout.end)
-        hidden = self._program.mixed(
-            layout, [0, *ends.tolist()], work.num_decode, int(lengths.max()), int(work.counts.max())
-        )
+        self.program.staging.send(layout.end)
+        contexts: list[int] = (work.starts + work.counts).tolist()
+        hidden = self.program.mixed(layout, [0, *ends.tolist()], contexts, work.num_decode, int(work.counts.max()))
         if wanted:
-            self._program.model.logits_into(hidden[:wanted], self._program.logits[:wanted])
+            self.program.model.logits_into(hidden[:wanted], self.program.logits[:wanted])
         return size, self._scorer.score(hidden[wanted:], scored)
 
     def _fill_samples(self, packet: npt.NDArray[np.int32], samples: _Samples, size: int) -> None:
@@ -202,7 +204,7 @@ class CudaRunner:
 
     def _needs_eager(self, rows: Int64) -> bool:
         """Whether one of the rows wants what the fused sampler has not."""
-        if self._program.fused is None:
+        if self.program.fused is None:
             return True
         flags = self._sampling.flags[rows]
         every = int(np.bitwise_or.reduce(flags))
@@ -224,14 +226,14 @@ class CudaRunner:
             self._graphs.sample(size, bool(np.bitwise_or.reduce(self._sampling.flags[rows]) & FILTERED))
         self._turn = (self._turn + 1) % TURNS
         if size:
-            self._results[self._turn, : 2 * size].copy_(self._program.out[: 2 * size], non_blocking=True)
+            self._results[self._turn, : 2 * size].copy_(self.program.out[: 2 * size], non_blocking=True)
         if self._events:
             self._events[self._turn].record()
         order = work.plan_order[work.samples]
         return Ticket(self._turn, size, rows, real, real[np.argsort(order, kind="stable")], output)
 
     def _sample_eagerly(self, samples: _Samples, real: Int64, size: int) -> SampleOutput:
-        program, device = self._program, self._program.logits.device
+        program, device = self.program, self.program.logits.device
         logits, targets = program.logits, sample_layout(size).device(program.staging.device)[1]
         if len(real) < len(samples.rows):
             index = upload(real, device)
