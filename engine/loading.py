@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 
 from treadle.errors import ConfigError, DoesNotFit
 from treadle.transport.messages import Configure, Ready
 
+from .backends import has_triton
 from .comm import Communicator, make_comm
 from .config import ModelConfig, load_config
 from .cuda import build, memory
 from .cuda.program import StepProgram
 from .cuda.runner import CudaRunner
+from .cuda.warm import warm
 from .kv import KVCache, bytes_per_block
 from .model import Decoder, load_model
 from .native import load_native
@@ -30,6 +33,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _CPU_CACHE_LIMIT = 4 << 30
 _CPU_CACHE_SHARE = 0.25
 _NULL_BLOCKS = 1
+Emulate: TypeAlias = Literal["", "rows", "kernels"]
 
 
 @dataclass(slots=True)
@@ -46,18 +50,19 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load(configure: Configure, rank: int, *, device_rows: bool | None = None) -> Loaded:
+def load(configure: Configure, rank: int, *, emulate: Emulate = "") -> Loaded:
     """Builds everything a rank needs. Raises ModelError, ConfigError, DoesNotFit.
 
-    device_rows: keep the rows where the model is, as on GPUs; None decides by the device.
+    emulate: on a CPU, do as on a GPU: "rows" lie beside the model and steps overlap; "kernels" are Triton's besides,
+    which needs its interpreter. For tests.
     """
-    return _Loading(configure, rank, device_rows).run()
+    return _Loading(configure, rank, emulate).run()
 
 
 class _Loading:
     """One rank's start; each method is one part of it."""
 
-    def __init__(self, configure: Configure, rank: int, device_rows: bool | None) -> None:
+    def __init__(self, configure: Configure, rank: int, emulate: Emulate) -> None:
         torch.set_num_threads(configure.threads)
         native = load_native() if configure.native else None
         if native is not None:
@@ -65,8 +70,8 @@ class _Loading:
         self._configure = configure
         self._rank = rank
         self._device = _device(configure.device, rank)
-        self._kernels = self._device.type == "cuda" and build.has_triton()
-        self._device_rows = self._kernels if device_rows is None else device_rows
+        self._kernels = has_triton() if self._device.type == "cuda" else emulate == "kernels"
+        self._device_rows = self._kernels or emulate == "rows"
         self._dtype = parse_dtype(configure.dtype)
         self._kv_dtype = parse_dtype(configure.kv_dtype or configure.dtype)
 
@@ -91,6 +96,9 @@ class _Loading:
             program = build.make_program(
                 configure, model, comm, dtype=self._dtype, device=device, kernels=self._kernels
             )
+            if device.type == "cuda":
+                tokens, length = configure.max_num_batched_tokens, configure.max_model_len
+                warm(program, self._cache(config, 2), max_tokens=tokens, max_len=length)
         blocks, block_bytes = self._blocks(config, comm, program)
         try:
             kv = self._cache(config, blocks, poison=configure.debug)
@@ -127,6 +135,7 @@ class _Loading:
                 dtype=self._dtype,
                 kv_dtype=self._kv_dtype,
                 native=configure.native,
+                triton=self._kernels,
                 attention=configure.attention_backend,
                 max_rows=configure.max_num_seqs,
                 max_positions=min(configure.max_model_len, config.max_position) if on_gpu else None,

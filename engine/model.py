@@ -7,7 +7,9 @@ of that is in `ModelConfig`. Which part of it this rank computes is the layers' 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -128,6 +130,7 @@ class Decoder:
         linears = "oneDNN-packed" if env.placement.packs else "torch"
         self.backend_name = f"{env.ops.name} kernels, {env.attention.name} attention, {linears} linears"
         self._env = env
+        self._shard = shard
         self._rope = RotaryTable(config, env.placement.device, env.positions)
         table = self._vocab_rows(source, "model.embed_tokens.weight", shard, env.placement)
         self._embed = VocabParallelEmbedding(table.to(env.placement.device), shard.vocab, env.comm)
@@ -172,6 +175,34 @@ class Decoder:
         """The same into out [S, vocab_local], of the model's dtype."""
         self._head.into(hidden, out)
 
+    def attend_once(self, batch: ForwardBatch, kv: KVCache) -> None:
+        """One layer's attention of zeros: to have its kernels compiled for such a batch."""
+        env, layout = self._env, self._layers[0].attention.layout
+        plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
+        heads = layout.q_heads + 2 * layout.kv_heads
+        qkv = self._zeros(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
+        env.attention.attend(qkv[:, : layout.q_heads], kv.k[0], kv.v[0], plan)
+
+    def operations(self, batch: ForwardBatch, kv: KVCache) -> list[Callable[[], object]]:
+        """The small operations of a layer, each on zeros, for the same reason."""
+        ops, eps, layer, tokens = self._env.ops, self.config.rms_norm_eps, self._layers[0], batch.num_tokens
+        layout = layer.attention.layout
+        hidden, other = (self._zeros(tokens, self.config.hidden_size) for _ in range(2))
+        gate_up = self._zeros(tokens, 2 * self._shard.intermediate.size)
+        qkv = self._zeros(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
+        target = KVSlots(kv.k[0], kv.v[0], batch.slots)
+        rope = self._rope.upto(batch.max_context)
+        return [
+            partial(ops.rms_norm, hidden, layer.input_norm, eps),
+            partial(ops.add_rms_norm, hidden, other, layer.post_norm, eps),
+            partial(ops.silu_mul, gate_up),
+            partial(ops.rope_store, qkv, layout, rope, batch.positions, target),
+        ]
+
+    def _zeros(self, rows: int, width: int) -> Tensor:
+        placement = self._env.placement
+        return torch.zeros((rows, width), dtype=placement.dtype, device=placement.device)
+
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:
         return source.read(name, placement.dtype, 0, shard.vocab.start, shard.vocab.stop)
@@ -187,6 +218,7 @@ def load_model(
     kv_dtype: torch.dtype | None = None,
     native: bool = True,
     pack: bool = True,
+    triton: bool = False,
     attention: str = "auto",
     max_rows: int = 1024,
     max_positions: int | None = None,
@@ -194,13 +226,13 @@ def load_model(
     """Reads this rank's share of the weights and puts the fastest kernels behind it.
 
     kv_dtype: of the caches it will be given, `dtype` if None. native, pack: switches for the C kernels and for oneDNN's
-    weight layout; both are used only where they work. attention: backend on GPUs, see `backends`. max_rows,
-    max_positions: of any step, for what is made ready once. Raises ConfigError (too many ranks, a backend that is not
-    there), CorruptWeights.
+    weight layout; both are used only where they work. triton: take the kernels of GPUs. attention: which of their
+    backends, see `backends`. max_rows, max_positions: of any step, for what is made ready once. Raises ConfigError (too
+    many ranks, a backend that is not there), CorruptWeights.
     """
     kv_dtype = kv_dtype or dtype
     shard = shard_for(config, comm.rank, comm.world_size)
-    chosen = choose_backends(Request(config, shard, device, dtype, kv_dtype, native, attention, max_rows))
+    chosen = choose_backends(Request(config, shard, device, dtype, kv_dtype, native, triton, attention, max_rows))
     env = Environment(
         comm=comm,
         placement=Placement(device, dtype, pack),

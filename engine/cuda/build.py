@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,10 +21,6 @@ from .memory import largest_step
 from .program import FusedSampler, StepProgram
 from .row_ops import RowOps, TorchRowOps
 from .runner import CudaRunner
-
-
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def make_program(

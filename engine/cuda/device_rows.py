@@ -31,8 +31,8 @@ _MOST_WORDS = 1 << 31
 class DeviceRows:
     """history: int32 [max_rows + 1, width], a row's tokens, sampled ones included. table: int32 [max_rows + 1, pages].
 
-    parameters: of sampling, by row. `spare` is the number of nobody's row, which is greedy; `trash` is an address in its
-    history, for what is written and never read.
+    parameters: of sampling, by row. `spare` is the number of nobody's row, which is greedy; `trash` is an address in
+    its history, for what is written and never read.
     """
 
     def __init__(

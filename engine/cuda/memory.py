@@ -34,9 +34,9 @@ def check_weights(config: ModelConfig, shard: Shard, dtype: torch.dtype, device:
     need, have = weight_bytes(config, shard, dtype), free - int(total * (1 - share))
     if need > have:
         raise DoesNotFit(
-            f"the weights of a rank take {need / _GIB:.2f} GiB and GPU {device.index} has {have / _GIB:.2f} GiB for us "
-            f"({free / _GIB:.2f} GiB free, gpu_memory_utilization={share}): {(need - have) / _GIB:.2f} GiB are missing. "
-            "More ranks (tensor_parallel_size) hold less each."
+            f"the weights of a rank take {need / _GIB:.2f} GiB and GPU {device.index} has {have / _GIB:.2f} GiB for "
+            f"us ({free / _GIB:.2f} GiB free, gpu_memory_utilization={share}): {(need - have) / _GIB:.2f} GiB are "
+            "missing. More ranks (tensor_parallel_size) hold less each."
         )
 
 
@@ -67,10 +67,12 @@ def largest_step(program: StepProgram, make_cache: Callable[[int], KVCache], max
         table=rows.table,
         query_starts_device=torch.tensor(query_starts, dtype=torch.int32, device=device),
         max_query_len=longest,
+        context_lens_host=counts,
     )
     program.model.logits_into(program.forward(batch), program.logits)
     if program.fused is not None:
-        program.sample(rows.max_rows, True)
+        numbers = torch.full((rows.max_rows,), rows.spare, dtype=torch.int32, device=device)
+        program.fused(program.logits, numbers, numbers.long(), True)
     # Penalties, lists and log-probabilities work on a copy in float32, and change another.
     wide = program.logits.float()
     wide.clone()

@@ -97,7 +97,9 @@ class TorchRowOps:
     ) -> tuple[Tensor, Tensor, Tensor]:
         counts = query_starts.diff().long()
         row = rows.long().repeat_interleave(counts)
-        positions = torch.arange(num_tokens, device=starts.device) + (starts - query_starts[:-1]).long().repeat_interleave(counts)
+        positions = torch.arange(num_tokens, device=starts.device) + (
+            starts - query_starts[:-1]
+        ).long().repeat_interleave(counts)
         slots = table[row, positions // block_size].long() * block_size + positions % block_size
         return history[row, positions].long(), positions, slots
 

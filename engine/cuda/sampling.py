@@ -15,12 +15,15 @@ class Fused:
     """A `program.FusedSampler` with memory of its own."""
 
     def __init__(self, model: Decoder, rows: DeviceRows, comm: Communicator) -> None:
+        self.world_size = comm.world_size
         self._params = rows.parameters
         self._comm = comm
         self._start = model.vocab_start
         self._workspace = FusedWorkspace(rows.max_rows, model.vocab_local, rows.history.device)
 
-    def __call__(self, logits: Tensor, rows: Tensor, positions: Tensor, filtered: bool) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, logits: Tensor, rows: Tensor, positions: Tensor, filtered: bool, comm: Communicator | None = None
+    ) -> tuple[Tensor, Tensor]:
         return sample_fused(
-            logits, rows, self._params, positions, self._comm, self._start, self._workspace, filtered=filtered
+            logits, rows, self._params, positions, comm or self._comm, self._start, self._workspace, filtered=filtered
         )
