@@ -63,5 +63,5 @@ def test_it_attends(lengths: list[tuple[int, int]], heads: tuple[int, int, int],
     for _ in range(6):  # more often than there are buffers for plans
         plan = attention.plan(batch_of(case), block_size, DTYPE)
         found = attention.attend(case.queries, case.k_cache, case.v_cache, plan).cpu().double()
-    expected = case.expected(scale, None)
+    expected = case.expected(scale, None).cpu()
     assert float((found - expected).norm() / expected.norm()) < 1e-2

@@ -86,7 +86,7 @@ def noise_bound(words):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bound_tiles(
-    logits, stride, rows, params, positions, cuts, groups, groups_stride, bounds, vocab_local, vocab_start, tiles,
+    logits, stride, rows, row_params, positions, cuts, groups, groups_stride, bounds, vocab_local, vocab_start, tiles,
     per_program,
     TILE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, USE_CUTS: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def bound_tiles(
     """
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * per_program
-    words = params + tl.load(rows + sample).to(tl.int64) * WORDS
+    words = row_params + tl.load(rows + sample).to(tl.int64) * WORDS
     random = (tl.load(words) & RANDOM) != 0
     rate = (1.0 / tl.load(words + WORD_TEMPERATURE).to(tl.float64, bitcast=True)).to(tl.float32)
     key_0, key_1 = noise_key(tl.load(words + WORD_NOISE), tl.load(positions + sample))
@@ -132,12 +132,12 @@ def bound_tiles(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def pick_best(
-    logits, stride, rows, params, positions, cuts, bounds, pairs, tokens, peaks, vocab_local, vocab_start, tiles,
+    logits, stride, rows, row_params, positions, cuts, bounds, pairs, tokens, peaks, vocab_local, vocab_start, tiles,
     TILE: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr, USE_CUTS: tl.constexpr, FINAL: tl.constexpr,
 ):  # fmt: skip
     """pairs, float64 [S, 2]: the best score of this slice and its id; FINAL: tokens and peaks instead. Grid (S,)."""
     sample = tl.program_id(0).to(tl.int64)
-    words = params + tl.load(rows + sample).to(tl.int64) * WORDS
+    words = row_params + tl.load(rows + sample).to(tl.int64) * WORDS
     random = (tl.load(words) & RANDOM) != 0
     temperature = tl.load(words + WORD_TEMPERATURE).to(tl.float64, bitcast=True)
     key_0, key_1 = noise_key(tl.load(words + WORD_NOISE), tl.load(positions + sample))

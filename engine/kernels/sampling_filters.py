@@ -86,13 +86,13 @@ def _unordered(order):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def group_maxima(
-    logits, stride, rows, params, groups, groups_stride, vocab_local, tiles, per_program,
+    logits, stride, rows, row_params, groups, groups_stride, vocab_local, tiles, per_program,
     TILE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """groups, float32 [S, tiles * GROUPS]: the largest logit of each; inf where there is a NaN. Grid (S, programs)."""
     sample = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * per_program
-    if (tl.load(params + tl.load(rows + sample).to(tl.int64) * WORDS) & FILTERED) != 0:
+    if (tl.load(row_params + tl.load(rows + sample).to(tl.int64) * WORDS) & FILTERED) != 0:
         group = tl.arange(0, GROUPS)
         within = group[:, None] * (TILE // GROUPS) + tl.arange(0, TILE // GROUPS)[None, :]
         for tile in range(first, min(first + per_program, tiles)):
@@ -105,11 +105,11 @@ def group_maxima(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def row_peaks(
-    rows, params, groups, groups_stride, count, peaks, vocab_size, ALL_GROUPS: tl.constexpr, WORDS: tl.constexpr
+    rows, row_params, groups, groups_stride, count, peaks, vocab_size, ALL_GROUPS: tl.constexpr, WORDS: tl.constexpr
 ):
     """peaks, float64 [S, 2]: of the slice, the largest logit and one that top-k cannot cut above. Grid (S,)."""
     sample = tl.program_id(0).to(tl.int64)
-    words = params + tl.load(rows + sample).to(tl.int64) * WORDS
+    words = row_params + tl.load(rows + sample).to(tl.int64) * WORDS
     if (tl.load(words) & FILTERED) != 0:
         index = tl.arange(0, ALL_GROUPS)
         values = tl.load(groups + sample * groups_stride + index, mask=index < count, other=float("-inf"))
@@ -137,10 +137,12 @@ def _log2_size(last):
 
 
 @triton.jit(do_not_specialize=NUMBERS)
-def first_windows(rows, params, every_peak, info, state, samples, vocab_size, WORDS: tl.constexpr, WORLD: tl.constexpr):
+def first_windows(
+    rows, row_params, every_peak, info, state, samples, vocab_size, WORDS: tl.constexpr, WORLD: tl.constexpr
+):
     """From every rank's peaks, [WORLD, S, 2], to info and the first state. Grid (S,)."""
     sample = tl.program_id(0).to(tl.int64)
-    words = params + tl.load(rows + sample).to(tl.int64) * WORDS
+    words = row_params + tl.load(rows + sample).to(tl.int64) * WORDS
     info += sample * _INFO
     state += sample * _STATE
     mode = tl.full((), 0, tl.int64)
@@ -281,7 +283,7 @@ def _store_state(state, mode, start, size, end, count, mass, total, ties):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def search_round(
-    logits, stride, rows, params, groups, groups_stride, info, state, histogram, next_state, next_histogram,
+    logits, stride, rows, row_params, groups, groups_stride, info, state, histogram, next_state, next_histogram,
     samples, vocab_size, vocab_local, tiles, per_program, first, restart,
     BEGIN: tl.constexpr, TILE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
@@ -291,7 +293,7 @@ def search_round(
     """
     sample = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    words = params + tl.load(rows + sample).to(tl.int64) * WORDS
+    words = row_params + tl.load(rows + sample).to(tl.int64) * WORDS
     if (tl.load(words) & FILTERED) != 0:
         if BEGIN:
             mode = tl.load(state + sample * _STATE + _MODE)
@@ -333,7 +335,7 @@ def search_round(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def count_ties(
-    logits, stride, rows, params, groups, groups_stride, info, state, histogram, next_state, tile_ties, rank_ties,
+    logits, stride, rows, row_params, groups, groups_stride, info, state, histogram, next_state, tile_ties, rank_ties,
     samples, vocab_size, vocab_local, tiles, per_program,
     TILE: tl.constexpr, GROUPS: tl.constexpr, WORDS: tl.constexpr, WORLD: tl.constexpr,
 ):  # fmt: skip
@@ -343,7 +345,7 @@ def count_ties(
     """
     sample = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
-    words = params + tl.load(rows + sample).to(tl.int64) * WORDS
+    words = row_params + tl.load(rows + sample).to(tl.int64) * WORDS
     if (tl.load(words) & FILTERED) != 0:
         mode, start, size, end, count, mass, total, ties = advanced(
             words, state + sample * _STATE, histogram, sample, samples, vocab_size, 0, 0, WORLD
@@ -369,7 +371,7 @@ def count_ties(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def place_cuts(
-    logits, stride, rows, params, info, state, tile_ties, every_rank_ties, cuts,
+    logits, stride, rows, row_params, info, state, tile_ties, every_rank_ties, cuts,
     samples, vocab_local, vocab_start, tiles, rank,
     TILE: tl.constexpr, TILES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
@@ -380,7 +382,7 @@ def place_cuts(
     sample = tl.program_id(0).to(tl.int64)
     cut = tl.full((), 0, tl.int64)
     last_id = tl.full((), 0x7FFFFFFF, tl.int64)
-    if (tl.load(params + tl.load(rows + sample).to(tl.int64) * WORDS) & FILTERED) != 0:
+    if (tl.load(row_params + tl.load(rows + sample).to(tl.int64) * WORDS) & FILTERED) != 0:
         cut = tl.maximum(tl.load(info + sample * _INFO + _TOP) - tl.load(state + sample * _STATE + _END), 0)
         left = tl.load(state + sample * _STATE + _TIES)
         if left >= 0:
