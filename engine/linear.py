@@ -46,9 +46,10 @@ class Placement:
 
 
 class Linear(Protocol):
-    """W: [out, in]. weight_bytes: what W and b take."""
+    """W: [out, in]. weight_bytes: what W and b take. out_features: out."""
 
     weight_bytes: int
+    out_features: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in], rows contiguous, to [T, out] of the same dtype."""
@@ -58,10 +59,15 @@ class Linear(Protocol):
         """The same as float32."""
         ...
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The same into out [T, out], of x's dtype; without a copy where the product allows."""
+        ...
+
 
 class TorchLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, placement: Placement) -> None:
         self.weight_bytes = _bytes(weight, bias)
+        self.out_features = weight.shape[0]
         self._weight = weight.to(placement.device)
         self._bias = None if bias is None else bias.to(placement.device)
 
@@ -71,12 +77,19 @@ class TorchLinear:
     def wide(self, x: Tensor) -> Tensor:
         return self(x).float()
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        if self._bias is not None:
+            out.copy_(self(x))
+        else:
+            torch.mm(x, self._weight.t(), out=out)
+
 
 class OneDnnLinear:
     """float32, or bfloat16 where the processor has instructions for it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight_bytes = _bytes(weight, bias)
+        self.out_features = weight.shape[0]
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
         self._bias = bias
 
@@ -87,6 +100,9 @@ class OneDnnLinear:
     def wide(self, x: Tensor) -> Tensor:
         return self(x).float()
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self(x))
+
 
 class NativeLinear:
     """bfloat16, in C (`native/linear.c`), which fetches the next weights while it multiplies these.
@@ -96,6 +112,7 @@ class NativeLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, native: Native, gated: bool = False) -> None:
         self.weight_bytes = _bytes(weight, bias)
+        self.out_features = weight.shape[0]
         self._native = native
         self._out, self._in = weight.shape
         self._gated = gated
@@ -111,6 +128,9 @@ class NativeLinear:
 
     def wide(self, x: Tensor) -> Tensor:
         return self._multiply(x, x.new_empty((x.shape[0], self._out), dtype=torch.float32), _FLOAT)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self(x))
 
     def _multiply(self, x: Tensor, y: Tensor, out: int) -> Tensor:
         self._native.linear(
