@@ -82,12 +82,12 @@ class TorchAttention:
         self._window = window
 
     def plan(self, batch: ForwardBatch, block_size: int, dtype: torch.dtype) -> AttentionPlan:
-        decode = batch.num_decode
-        plan = AttentionPlan(decode, batch.block_tables[:decode], batch.context_lens[:decode])
+        decode, tables = batch.num_decode, batch.tables(block_size)
+        plan = AttentionPlan(decode, tables[:decode], batch.context_lens[:decode])
         if decode < batch.num_rows:
             masks = _MaskMaker(self._window, dtype, batch.token_ids.device)
             for row, keys in enumerate(batch.context_lens[decode:].tolist(), decode):
-                start, stop, table = batch.query_starts[row], batch.query_starts[row + 1], batch.block_tables[row]
+                start, stop, table = batch.query_starts[row], batch.query_starts[row + 1], tables[row]
                 chunks = list(masks.chunks(start, stop, keys)) if self._wants_chunks else []
                 plan.prefill.append(PrefillRow(start, stop, keys, table, chunks))
         return plan

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .comm import Communicator
+from .comm_symm import SymmetricComm
 from .config import ModelConfig, RopeScaling
 from .linear import Linear, Placement, make_gated, make_linear, usable_blocks
 from .ops import Ops
 from .sharding import Span
 from .weights import StoredBlocks, WeightSource
 
-_FIRST_ROPE_LENGTH = 2048
+FIRST_ROPE_LENGTH = 2048
 
 
 class RowParallelLinear:
@@ -25,9 +26,15 @@ class RowParallelLinear:
     def __init__(self, linear: Linear, comm: Communicator) -> None:
         self._linear = linear
         self._comm = comm
+        self._symmetric = comm if isinstance(comm, SymmetricComm) else None
         self.weight_bytes = linear.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._symmetric is not None:
+            staged = self._symmetric.staging((x.shape[0], self._linear.out_features), x.dtype)
+            if staged is not None:  # computed where the peers read it
+                self._linear.into(x, staged)
+                return self._symmetric.all_reduce(staged)
         return self._comm.all_reduce(self._linear(x))
 
 
@@ -110,13 +117,16 @@ class VocabParallelEmbedding:
 
 
 class RotaryTable:
-    """Cosines and sines of every position's angles, float32 [positions, head_dim / 2], made as far as needed."""
+    """Cosines and sines of every position's angles, float32 [positions, head_dim / 2], made as far as needed.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    length: positions to begin with; nothing is made later where no more are ever asked for.
+    """
+
+    def __init__(self, config: ModelConfig, device: torch.device, length: int = FIRST_ROPE_LENGTH) -> None:
         self._frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         self._limit = config.max_position
         self._device = device
-        self._table = self._build(min(_FIRST_ROPE_LENGTH, self._limit))
+        self._table = self._build(min(length, self._limit))
 
     def upto(self, length: int) -> tuple[Tensor, Tensor]:
         """Tables that cover positions below `length`, and perhaps more."""

@@ -66,9 +66,10 @@ def usable_blocks(parts: Sequence[StoredBlocks | None], placement: Placement) ->
 
 
 class Linear(Protocol):
-    """W: [out, in]. weight_bytes: what W and b take."""
+    """W: [out, in]. weight_bytes: what W and b take. out_features: out."""
 
     weight_bytes: int
+    out_features: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, in], rows contiguous, to [T, out] of the same dtype."""
@@ -78,10 +79,15 @@ class Linear(Protocol):
         """The same as float32."""
         ...
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """The same into out [T, out], of x's dtype; without a copy where the product allows."""
+        ...
+
 
 class TorchLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None, placement: Placement) -> None:
         self.weight_bytes = _bytes(weight, bias)
+        self.out_features = weight.shape[0]
         self._weight = weight.to(placement.device)
         self._bias = None if bias is None else bias.to(placement.device)
 
@@ -91,12 +97,19 @@ class TorchLinear:
     def wide(self, x: Tensor) -> Tensor:
         return self(x).float()
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        if self._bias is not None:
+            out.copy_(self(x))
+        else:
+            torch.mm(x, self._weight.t(), out=out)
+
 
 class OneDnnLinear:
     """float32, or bfloat16 where the processor has instructions for it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight_bytes = _bytes(weight, bias)
+        self.out_features = weight.shape[0]
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
         self._bias = bias
 
@@ -106,6 +119,9 @@ class OneDnnLinear:
 
     def wide(self, x: Tensor) -> Tensor:
         return self(x).float()
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self(x))
 
 
 class NativeLinear:
@@ -117,6 +133,7 @@ class NativeLinear:
     """
 
     def __init__(self, weight: Tensor | StoredBlocks, bias: Tensor | None, native: Native, gated: bool = False) -> None:
+        self.out_features: int = weight.shape[0]
         self._native = native
         self._out: int = weight.shape[0]
         self._in: int = weight.shape[1]
@@ -141,6 +158,9 @@ class NativeLinear:
 
     def wide(self, x: Tensor) -> Tensor:
         return self._multiply(x, x.new_empty((x.shape[0], self._out), dtype=torch.float32), _FLOAT)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self(x))
 
     def _pack_blocks(self, data: npt.NDArray[np.uint8]) -> Tensor:
         """Fills both forms from stored rows; returns the blocks."""

@@ -5,34 +5,40 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
 
 from treadle.errors import ConfigError, DoesNotFit
 from treadle.transport.messages import Configure, Ready
 
+from .backends import has_triton
 from .comm import Communicator, make_comm
 from .config import ModelConfig, load_config
+from .cuda import build, memory
+from .cuda.program import StepProgram
+from .cuda.runner import CudaRunner
+from .cuda.warm import warm
 from .kv import KVCache, bytes_per_block
-from .model import load_model
+from .model import Decoder, load_model
 from .native import load_native
 from .rows import RowMirror
 from .runner import Runner
 from .sampling.sampler import Sampler
 from .sampling.state import SamplingState
 from .sharding import shard_for
-from .weights import open_weights
+from .weights import WeightSource, open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_LIMIT = 4 << 30
 _CPU_CACHE_SHARE = 0.25
-_GPU_MEMORY_SHARE = 0.9
 _NULL_BLOCKS = 1
+Emulate: TypeAlias = Literal["", "rows", "kernels"]
 
 
 @dataclass(slots=True)
 class Loaded:
-    runner: Runner
+    runner: Runner | CudaRunner
     comm: Communicator
     ready: Ready
 
@@ -44,63 +50,173 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load(configure: Configure, rank: int) -> Loaded:
-    """Builds everything a rank needs. Raises ModelError, ConfigError."""
-    began = time.perf_counter()
-    torch.set_num_threads(configure.threads)
-    native = load_native() if configure.native else None
-    if native is not None:
-        native.keep_memory()
-    device = _device(configure.device, rank)
-    dtype, kv_dtype = parse_dtype(configure.dtype), parse_dtype(configure.kv_dtype or configure.dtype)
-    path = Path(configure.model)
-    config = load_config(path)
-    source = open_weights(path, config, random=configure.random_weights, seed=configure.seed)
-    comm = make_comm(
-        rank,
-        configure.world_size,
-        device,
-        init_method=configure.init_method,
-        shared_dir=Path(configure.shared_dir),
-        native=configure.native,
-        timeout=configure.collective_timeout,
-    )
-    model = load_model(config, source, comm, device=device, dtype=dtype, kv_dtype=kv_dtype, native=configure.native)
-    blocks, block_bytes = _blocks(configure, config, comm, kv_dtype, device)
-    try:
-        kv = KVCache(
-            config,
-            shard_for(config, rank, configure.world_size),
-            num_blocks=blocks,
-            block_size=configure.block_size,
-            dtype=kv_dtype,
-            device=device,
-            poison=configure.debug,
+def load(configure: Configure, rank: int, *, emulate: Emulate = "") -> Loaded:
+    """Builds everything a rank needs. Raises ModelError, ConfigError, DoesNotFit.
+
+    emulate: on a CPU, do as on a GPU: "rows" lie beside the model and steps overlap; "kernels" are Triton's besides,
+    which needs its interpreter. For tests.
+    """
+    return _Loading(configure, rank, emulate).run()
+
+
+class _Loading:
+    """One rank's start; each method is one part of it."""
+
+    def __init__(self, configure: Configure, rank: int, emulate: Emulate) -> None:
+        torch.set_num_threads(configure.threads)
+        native = load_native() if configure.native else None
+        if native is not None:
+            native.keep_memory()
+        self._configure = configure
+        self._rank = rank
+        self._device = _device(configure.device, rank)
+        self._kernels = has_triton() if self._device.type == "cuda" else emulate == "kernels"
+        self._device_rows = self._kernels or emulate == "rows"
+        self._dtype = parse_dtype(configure.dtype)
+        self._kv_dtype = parse_dtype(configure.kv_dtype or configure.dtype)
+
+    def run(self) -> Loaded:
+        began = time.perf_counter()
+        configure, device = self._configure, self._device
+        path = Path(configure.model)
+        config = load_config(path)
+        source = open_weights(path, config, random=configure.random_weights, seed=configure.seed, device=device)
+        comm = make_comm(
+            self._rank,
+            configure.world_size,
+            device,
+            init_method=configure.init_method,
+            shared_dir=Path(configure.shared_dir),
+            native=configure.native,
+            timeout=configure.collective_timeout,
         )
-    except (RuntimeError, MemoryError, ValueError, OverflowError) as error:  # numpy's, for sizes beyond any machine
-        raise DoesNotFit(
-            f"{blocks} blocks of {block_bytes} bytes are a KV cache of {blocks * block_bytes / 1e9:,.1f} GB on this "
-            "rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
-        ) from error
-    mirror = RowMirror(
-        configure.max_num_seqs, configure.max_model_len, configure.block_size, blocks, debug=configure.debug
-    )
-    sampling = SamplingState(configure.max_num_seqs, config.vocab_size, device)
-    sampler = Sampler(comm, model.vocab_start, model.vocab_local, config.vocab_size, sampling, device)
-    comm.barrier()
-    return Loaded(
-        runner=Runner(model, kv, mirror, sampling, sampler, device),
-        comm=comm,
-        ready=Ready(
-            rank=rank,
-            fingerprint=source.fingerprint(),
+        model = self._model(config, source, comm)
+        program = None
+        if self._device_rows:
+            program = build.make_program(
+                configure, model, comm, dtype=self._dtype, device=device, kernels=self._kernels
+            )
+            if device.type == "cuda":
+                tokens, length = configure.max_num_batched_tokens, configure.max_model_len
+                warm(program, self._cache(config, 2), max_tokens=tokens, max_len=length)
+        blocks, block_bytes = self._blocks(config, comm, program)
+        try:
+            kv = self._cache(config, blocks, poison=configure.debug)
+        except (RuntimeError, MemoryError, ValueError, OverflowError) as error:  # numpy's, for sizes beyond any machine
+            raise DoesNotFit(
+                f"{blocks} blocks of {block_bytes} bytes are a KV cache of {blocks * block_bytes / 1e9:,.1f} GB on "
+                "this rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
+            ) from error
+        runner = self._runner(config, model, comm, kv, program)
+        comm.barrier()
+        return Loaded(
+            runner=runner,
+            comm=comm,
+            ready=Ready(
+                rank=self._rank,
+                fingerprint=source.fingerprint(),
+                num_blocks=blocks,
+                load_seconds=time.perf_counter() - began,
+                weight_bytes=model.weight_bytes,
+                kv_bytes=blocks * block_bytes,
+                backend=model.backend_name,
+            ),
+        )
+
+    def _model(self, config: ModelConfig, source: WeightSource, comm: Communicator) -> Decoder:
+        configure, device = self._configure, self._device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            shard = shard_for(config, self._rank, comm.world_size)
+            memory.check_weights(config, shard, self._dtype, device, configure.gpu_memory_utilization)
+        try:
+            return load_model(
+                config,
+                source,
+                comm,
+                device=device,
+                dtype=self._dtype,
+                kv_dtype=self._kv_dtype,
+                native=configure.native,
+                triton=self._kernels,
+                attention=configure.attention_backend,
+                max_rows=configure.max_num_seqs,
+                max_positions=min(configure.max_model_len, config.max_position) if on_gpu else None,
+            )
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFit(f"the weights do not fit into the memory of GPU {device.index}: {error}") from error
+
+    def _runner(
+        self, config: ModelConfig, model: Decoder, comm: Communicator, kv: KVCache, program: StepProgram | None
+    ) -> Runner | CudaRunner:
+        configure, device = self._configure, self._device
+        mirror = RowMirror(
+            configure.max_num_seqs, configure.max_model_len, configure.block_size, kv.num_blocks, debug=configure.debug
+        )
+        sampling = SamplingState(configure.max_num_seqs, config.vocab_size, device)
+        sampler = Sampler(comm, model.vocab_start, model.vocab_local, config.vocab_size, sampling, device)
+        if program is None:
+            return Runner(model, kv, mirror, sampling, sampler, device)
+        return build.make_runner(configure, program, kv, build.Host(mirror, sampling, sampler), device)
+
+    def _cache(self, config: ModelConfig, blocks: int, poison: bool = False) -> KVCache:
+        return KVCache(
+            config,
+            shard_for(config, self._rank, self._configure.world_size),
             num_blocks=blocks,
-            load_seconds=time.perf_counter() - began,
-            weight_bytes=model.weight_bytes,
-            kv_bytes=blocks * block_bytes,
-            backend=model.backend_name,
-        ),
-    )
+            block_size=self._configure.block_size,
+            dtype=self._kv_dtype,
+            device=self._device,
+            poison=poison,
+        )
+
+    def _blocks(self, config: ModelConfig, comm: Communicator, program: StepProgram | None) -> tuple[int, int]:
+        """(number of blocks, bytes of one on this rank), the number equal on all ranks though their shards may
+        differ."""
+        configure = self._configure
+        sizes = [
+            bytes_per_block(config, shard_for(config, rank, comm.world_size), configure.block_size, self._kv_dtype)
+            for rank in range(comm.world_size)
+        ]
+        if configure.num_blocks:
+            return configure.num_blocks, sizes[comm.rank]
+        least = (_NULL_BLOCKS + 1) * max(sizes)
+        budget = configure.kv_cache_bytes or self._free_bytes(config, comm, program, least)
+        blocks = budget // max(sizes)
+        if comm.world_size > 1 and not configure.kv_cache_bytes:
+            shared = torch.tensor([blocks], dtype=torch.float64, device=self._device)
+            blocks = int(comm.all_gather(shared).min().item())
+        if blocks < _NULL_BLOCKS + 1:
+            raise DoesNotFit(
+                f"a KV cache of {budget} bytes: one block needs {max(sizes)}, so at least {least} are needed"
+            )
+        rows_times_length = configure.max_num_seqs * -(-configure.max_model_len // configure.block_size)
+        return min(blocks, rows_times_length + _NULL_BLOCKS), sizes[comm.rank]
+
+    def _free_bytes(self, config: ModelConfig, comm: Communicator, program: StepProgram | None, least: int) -> int:
+        """What the cache may take on this rank."""
+        configure, device = self._configure, self._device
+        if device.type != "cuda":
+            return min(_CPU_CACHE_LIMIT, int(_available_memory() * _CPU_CACHE_SHARE)) // comm.world_size
+        activations = 0
+        if program is not None:
+
+            def run() -> None:
+                memory.largest_step(
+                    program,
+                    lambda blocks: self._cache(config, blocks),
+                    configure.max_num_batched_tokens,
+                    configure.max_model_len,
+                )
+
+            try:
+                activations = memory.profile(run, device)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFit(
+                    f"a step of max_num_batched_tokens={configure.max_num_batched_tokens} tokens and max_num_seqs="
+                    f"{configure.max_num_seqs} samples does not fit beside the weights on GPU {device.index}: {error}"
+                ) from error
+        return memory.cache_bytes(activations, device, configure.gpu_memory_utilization, least)
 
 
 def _device(name: str, rank: int) -> torch.device:
@@ -111,37 +227,10 @@ def _device(name: str, rank: int) -> torch.device:
             raise ConfigError(f"device cuda: rank {rank} needs GPU {rank}, there are {torch.cuda.device_count()}")
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
+        # Graphs cannot be captured on the default stream, and what is made for one stream is not made for another.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
         return device
     raise ConfigError(f"device {name!r}: allowed are cpu and cuda")
-
-
-def _blocks(
-    configure: Configure, config: ModelConfig, comm: Communicator, dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """(number of blocks, bytes of one on this rank), the number equal on all ranks though their shards may differ."""
-    sizes = [
-        bytes_per_block(config, shard_for(config, rank, comm.world_size), configure.block_size, dtype)
-        for rank in range(comm.world_size)
-    ]
-    if configure.num_blocks:
-        return configure.num_blocks, sizes[comm.rank]
-    budget = configure.kv_cache_bytes or _free_bytes(device, comm)
-    blocks = budget // max(sizes)
-    if comm.world_size > 1 and not configure.kv_cache_bytes:
-        shared = torch.tensor([blocks], dtype=torch.float32, device=device)
-        blocks = int(comm.all_gather(shared).min().item())
-    if blocks < _NULL_BLOCKS + 1:
-        need = 2 * max(sizes)
-        raise DoesNotFit(f"a KV cache of {budget} bytes: one block needs {max(sizes)}, so at least {need} are needed")
-    rows_times_length = configure.max_num_seqs * -(-configure.max_model_len // configure.block_size)
-    return min(blocks, rows_times_length + _NULL_BLOCKS), sizes[comm.rank]
-
-
-def _free_bytes(device: torch.device, comm: Communicator) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return int(free - total * (1 - _GPU_MEMORY_SHARE))
-    return min(_CPU_CACHE_LIMIT, int(_available_memory() * _CPU_CACHE_SHARE)) // comm.world_size
 
 
 def _available_memory() -> int:

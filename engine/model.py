@@ -7,19 +7,23 @@ of that is in `ModelConfig`. Which part of it this rank computes is the layers' 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from treadle.errors import ConfigError
 
-from .attention import AttentionBackend, AttentionPlan, NativeAttention, TorchAttention
+from .attention import AttentionBackend, AttentionPlan
+from .backends import Request, choose_backends
 from .batch import ForwardBatch
 from .comm import Communicator
 from .config import ModelConfig
 from .kv import KVCache
 from .layers import (
+    FIRST_ROPE_LENGTH,
     GatedLinear,
     RotaryTable,
     VocabParallelEmbedding,
@@ -29,20 +33,25 @@ from .layers import (
 )
 from .linear import Placement
 from .native import load_native
-from .ops import HeadLayout, KVSlots, NativeOps, Ops, TorchOps, native_serves
+from .ops import HeadLayout, KVSlots, Ops
 from .sharding import Shard, shard_for
 from .weights import WeightSource
 
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """What all layers share: the communicator, where weights live, and the kernels."""
+    """What all layers share: the communicator, where weights live, and the kernels.
+
+    graphs: whether these may stand in a CUDA graph. positions: to be ready for from the start.
+    """
 
     comm: Communicator
     placement: Placement
     kv_dtype: torch.dtype
     ops: Ops
     attention: AttentionBackend
+    graphs: bool
+    positions: int
 
     def vector(self, source: WeightSource, name: str) -> Tensor:
         return source.read(name, self.placement.dtype).to(self.placement.device)
@@ -108,16 +117,21 @@ class DecoderLayer:
 
 
 class Decoder:
-    """One rank's share of the model. `vocab_start`, `vocab_local`: the token ids its logits are for."""
+    """One rank's share of the model. `vocab_start`, `vocab_local`: the token ids its logits are for.
+
+    graphs: whether a decode step may be captured in a CUDA graph.
+    """
 
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, env: Environment) -> None:
         self.config = config
         self.vocab_start = shard.vocab.start
         self.vocab_local = shard.vocab.size
+        self.graphs = env.graphs
         linears = env.placement.linears
         self.backend_name = f"{env.ops.name} kernels, {env.attention.name} attention, {linears} linears"
         self._env = env
-        self._rope = RotaryTable(config, env.placement.device)
+        self._shard = shard
+        self._rope = RotaryTable(config, env.placement.device, env.positions)
         table = self._vocab_rows(source, "model.embed_tokens.weight", shard, env.placement)
         self._embed = VocabParallelEmbedding(table.to(env.placement.device), shard.vocab, env.comm)
         self._layers = [DecoderLayer(config, shard, source, index, env) for index in range(config.num_layers)]
@@ -128,7 +142,10 @@ class Decoder:
         self.weight_bytes: int = self._embed.weight_bytes + self._head.weight_bytes + layers
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
-        """Writes the K/V of the batch's tokens; returns the normalised hidden state [S, hidden] at `sample_index`."""
+        """Writes the K/V of the batch's tokens; returns the normalised hidden state [S, hidden] at `sample_index`.
+
+        Without a `sample_index` of every token.
+        """
         env, eps = self._env, self.config.rms_norm_eps
         if kv.dtype is not env.kv_dtype:
             raise ConfigError(f"a KV cache of {kv.dtype}: the model was loaded for {env.kv_dtype}")
@@ -136,14 +153,14 @@ class Decoder:
         step = Step(batch, kv, self._rope.upto(batch.max_context), plan)
         residual = self._embed(batch.token_ids)
         x = env.ops.rms_norm(residual, self._layers[0].input_norm, eps)
-        last = len(self._layers) - 1
+        last, chosen = len(self._layers) - 1, batch.sample_index
         for index, layer in enumerate(self._layers):
             q = layer.attention.remember(x, step, index)
-            if index == last and batch.sample_index.numel() == 0:
+            if index == last and chosen is not None and chosen.numel() == 0:
                 return x[:0]
             x = layer.attention.look(q, step, index)
-            if index == last:  # no later layer looks at the other tokens, so only those that get logits go on
-                x, residual = x[batch.sample_index], residual[batch.sample_index]
+            if index == last and chosen is not None:  # no later layer looks at the others, so only these go on
+                x, residual = x[chosen], residual[chosen]
             x = env.ops.add_rms_norm(layer.attention.out(x), residual, layer.post_norm, eps)
             following = self._layers[index + 1].input_norm if index < last else self._final_norm
             x = env.ops.add_rms_norm(layer.mlp(x), residual, following, eps)
@@ -152,6 +169,38 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden], S > 0, to float32 [S, vocab_local], for token ids from `vocab_start` on."""
         return self._head.wide(hidden)
+
+    def logits_into(self, hidden: Tensor, out: Tensor) -> None:
+        """The same into out [S, vocab_local], of the model's dtype."""
+        self._head.into(hidden, out)
+
+    def attend_once(self, batch: ForwardBatch, kv: KVCache) -> None:
+        """One layer's attention of zeros: to have its kernels compiled for such a batch."""
+        env, layout = self._env, self._layers[0].attention.layout
+        plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
+        heads = layout.q_heads + 2 * layout.kv_heads
+        qkv = self._zeros(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
+        env.attention.attend(qkv[:, : layout.q_heads], kv.k[0], kv.v[0], plan)
+
+    def operations(self, batch: ForwardBatch, kv: KVCache) -> list[Callable[[], object]]:
+        """The small operations of a layer, each on zeros, for the same reason."""
+        ops, eps, layer, tokens = self._env.ops, self.config.rms_norm_eps, self._layers[0], batch.num_tokens
+        layout = layer.attention.layout
+        hidden, other = (self._zeros(tokens, self.config.hidden_size) for _ in range(2))
+        gate_up = self._zeros(tokens, 2 * self._shard.intermediate.size)
+        qkv = self._zeros(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
+        target = KVSlots(kv.k[0], kv.v[0], batch.slots)
+        rope = self._rope.upto(batch.max_context)
+        return [
+            partial(ops.rms_norm, hidden, layer.input_norm, eps),
+            partial(ops.add_rms_norm, hidden, other, layer.post_norm, eps),
+            partial(ops.silu_mul, gate_up),
+            partial(ops.rope_store, qkv, layout, rope, batch.positions, target),
+        ]
+
+    def _zeros(self, rows: int, width: int) -> Tensor:
+        placement = self._env.placement
+        return torch.zeros((rows, width), dtype=placement.dtype, device=placement.device)
 
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:
@@ -168,20 +217,29 @@ def load_model(
     kv_dtype: torch.dtype | None = None,
     native: bool = True,
     pack: bool = True,
+    triton: bool = False,
+    attention: str = "auto",
+    max_rows: int = 1024,
+    max_positions: int | None = None,
 ) -> Decoder:
     """Reads this rank's share of the weights and puts the fastest kernels behind it.
 
     kv_dtype: of the caches it will be given, `dtype` if None. native, pack: switches for the C kernels and for oneDNN's
-    weight layout; both are used only where they work. Raises ConfigError (too many ranks), CorruptWeights.
+    weight layout; both are used only where they work. triton: take the kernels of GPUs. attention: which of their
+    backends, see `backends`. max_rows, max_positions: of any step, for what is made ready once. Raises ConfigError (too
+    many ranks, a backend that is not there), CorruptWeights.
     """
     kv_dtype = kv_dtype or dtype
     shard = shard_for(config, comm.rank, comm.world_size)
-    library = load_native() if native and native_serves(device, dtype, kv_dtype, config.head_dim) else None
-    scale = config.head_dim**-0.5
-    ops: Ops = TorchOps() if library is None else NativeOps(library, dtype)
-    attention: AttentionBackend = TorchAttention(scale, config.sliding_window)
-    if library is not None:
-        attention = NativeAttention(library, scale, config.sliding_window)
-    env = Environment(comm, Placement(device, dtype, pack, library), kv_dtype, ops, attention)
+    chosen = choose_backends(Request(config, shard, device, dtype, kv_dtype, native, triton, attention, max_rows))
+    env = Environment(
+        comm=comm,
+        placement=Placement(device, dtype, pack, load_native() if native and device.type == "cpu" else None),
+        kv_dtype=kv_dtype,
+        ops=chosen.ops,
+        attention=chosen.attention,
+        graphs=chosen.graphs,
+        positions=max_positions or FIRST_ROPE_LENGTH,
+    )
     with torch.inference_mode():
         return Decoder(config, shard, source, env)

@@ -21,7 +21,7 @@ class Work:
     """A step's work, one entry per row, decode rows (one token) first, each group in plan order.
 
     plan_order: index into the plan's rows of each entry. samples: whether the row samples in this step.
-    starts: first position computed. counts: how many.
+    starts: first position computed. counts: how many. grow_rows, grow_pages: where a block was appended in this step.
     """
 
     rows: Int64
@@ -30,6 +30,8 @@ class Work:
     samples: npt.NDArray[np.bool_]
     plan_order: Int64
     num_decode: int
+    grow_rows: Int64
+    grow_pages: Int64
 
 
 class RowMirror:
@@ -59,15 +61,21 @@ class RowMirror:
         self._release(unpack(plan.release))
         for start in plan.start:
             self._start(start)
-        self._grow(unpack(plan.grow_rows), unpack(plan.grow_blocks))
-        return self._work(unpack(plan.rows).astype(np.int64), unpack(plan.counts).astype(np.int64))
+        grow_rows = unpack(plan.grow_rows).astype(np.int64)
+        pages = self._grow(grow_rows, unpack(plan.grow_blocks))
+        rows, counts = unpack(plan.rows).astype(np.int64), unpack(plan.counts).astype(np.int64)
+        return self._work(rows, counts, grow_rows, pages)
 
     def commit(self, work: Work, sampled: Int64) -> None:
         """Advances over the work that was done; `sampled` are the new tokens in the work's order."""
-        self.computed[work.rows] += work.counts
         rows = work.rows[work.samples]
         self.tokens[rows, self.known[rows]] = sampled
-        self.known[rows] += 1
+        self.advance(work)
+
+    def advance(self, work: Work) -> None:
+        """The same where the tokens are kept elsewhere: there is one more of each row that samples, whatever it is."""
+        self.computed[work.rows] += work.counts
+        self.known[work.rows] += work.samples
 
     def forget(self) -> None:
         """Releases every row, for a scheduler that starts anew on loaded ranks."""
@@ -95,18 +103,28 @@ class RowMirror:
         self.num_blocks[row] = blocks.size
         self.active[row] = True
 
-    def _grow(self, rows: Int32, blocks: Int32) -> None:
+    def _grow(self, rows: Int64, blocks: Int32) -> Int64:
+        """Appends a block to each row's table, a row may come twice; returns the places in the tables."""
+        if not rows.size:
+            return rows
         self._checked(blocks)
-        for row, block in zip(rows.tolist(), blocks.tolist(), strict=True):
-            self.table[row, self.num_blocks[row]] = block
-            self.num_blocks[row] += 1
+        if rows.size != blocks.size or rows.min() < 0 or rows.max() >= len(self.active):
+            raise ProtocolError(f"{blocks.size} blocks for the rows {rows.tolist()}")
+        pages = self.num_blocks[rows]
+        for index in range(rows.size) if not (rows[1:] > rows[:-1]).all() else ():  # ascending: each comes once
+            pages[index] += int((rows[:index] == rows[index]).sum())
+        if pages.max() >= self._max_blocks:
+            raise ProtocolError(f"more than {self._max_blocks} blocks for a row among {rows.tolist()}")
+        self.table[rows, pages] = blocks
+        np.add.at(self.num_blocks, rows, 1)
+        return pages
 
     def _checked(self, blocks: Int32) -> Int32:
         if blocks.size and not (blocks.min() > 0 and blocks.max() < self._num_blocks):
             raise ProtocolError(f"a block outside 1..{self._num_blocks - 1} in {blocks.tolist()}")
         return blocks
 
-    def _work(self, rows: Int64, counts: Int64) -> Work:
+    def _work(self, rows: Int64, counts: Int64, grow_rows: Int64, grow_pages: Int64) -> Work:
         starts = self.computed[rows]
         ends = starts + counts
         if (
@@ -124,6 +142,8 @@ class RowMirror:
             samples=(ends == self.known[rows])[order],
             plan_order=order,
             num_decode=int((counts == 1).sum()),
+            grow_rows=grow_rows,
+            grow_pages=grow_pages,
         )
 
 

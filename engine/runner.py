@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from .sampling.state import SamplingState
 
 _SCORE_SLICE = 256
 _NOTHING = np.empty(0, np.int64)
-_Scored = tuple[int, Int64, Int64]
+Scored = tuple[int, Int64, Int64]
+"""A row, positions whose next prompt token is scored, and their offsets in the flat batch."""
 
 
 @dataclass(slots=True)
@@ -29,6 +31,16 @@ class StepOutcome:
     tokens: Int64
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
+
+
+class StepRunner(Protocol):
+    """What the loop of a rank needs of a runner."""
+
+    def step(self, plan: StepPlan) -> StepOutcome: ...
+
+    def forget(self) -> None:
+        """Releases every row, for a scheduler that starts anew on loaded ranks."""
+        ...
 
 
 class Runner:
@@ -48,6 +60,7 @@ class Runner:
         self._mirror = mirror
         self._sampling = sampling
         self._sampler = sampler
+        self._scorer = PromptScorer(model, mirror, sampling, sampler)
         self._device = device
 
     @torch.inference_mode()
@@ -57,12 +70,12 @@ class Runner:
             self._sampling.stop(row)
         for start in plan.start:
             self._sampling.start(start.row, start)
-        scored = self._prompt_positions(work)
+        scored = self._scorer.positions(work)
         batch = self._batch(work, scored)
         hidden = self._model.forward(batch, self._kv)
         count = int(work.samples.sum())
         outcome = self._sample(work, hidden[:count])
-        outcome.logprobs = self._score(hidden[count:], scored) + outcome.logprobs
+        outcome.logprobs = self._scorer.score(hidden[count:], scored) + outcome.logprobs
         return outcome
 
     def forget(self) -> None:
@@ -83,31 +96,7 @@ class Runner:
         back = np.argsort(work.plan_order[work.samples], kind="stable")
         return StepOutcome(sampled[back], out.logprobs, out.faults)
 
-    def _score(self, hidden: torch.Tensor, scored: list[_Scored]) -> list[TokenLogprobs]:
-        """Log-probabilities of prompt tokens, a slice at a time: the logits of a whole prompt would be gigabytes."""
-        logprobs: list[TokenLogprobs] = []
-        offset = 0
-        for row, positions, _ in scored:
-            for first in range(0, len(positions), _SCORE_SLICE):
-                part = positions[first : first + _SCORE_SLICE]
-                logits = self._model.logits(hidden[offset : offset + len(part)])
-                targets = self._tensor(self._mirror.tokens[row, part + 1].astype(np.int64))
-                logprobs += self._sampler.prompt_logprobs(logits, row, part + 1, targets)
-                offset += len(part)
-        return logprobs
-
-    def _prompt_positions(self, work: Work) -> list[_Scored]:
-        """(row, positions whose next prompt token is scored, their offsets in the flat batch) where asked for."""
-        if not self._sampling.any_prompt_logprobs:
-            return []
-        scored = []
-        for row, start, count, offset in spans(work):
-            last = min(start + count, int(self._mirror.prompt_len[row]) - 1)
-            if self._sampling.wants_prompt_logprobs(row) and last > start:
-                scored.append((row, np.arange(start, last), np.arange(offset, offset + last - start)))
-        return scored
-
-    def _batch(self, work: Work, scored: list[_Scored]) -> ForwardBatch:
+    def _batch(self, work: Work, scored: list[Scored]) -> ForwardBatch:
         mirror, counts = self._mirror, work.counts
         ends = np.cumsum(counts)
         if work.num_decode == len(counts):
@@ -135,3 +124,37 @@ class Runner:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(array)
         return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
+
+
+class PromptScorer:
+    """Log-probabilities of prompt tokens, for the rows that asked for them."""
+
+    def __init__(self, model: Decoder, mirror: RowMirror, sampling: SamplingState, sampler: Sampler) -> None:
+        self._model = model
+        self._mirror = mirror
+        self._sampling = sampling
+        self._sampler = sampler
+
+    def positions(self, work: Work) -> list[Scored]:
+        """What of this step's work is to be scored."""
+        if not self._sampling.any_prompt_logprobs:
+            return []
+        scored = []
+        for row, start, count, offset in spans(work):
+            last = min(start + count, int(self._mirror.prompt_len[row]) - 1)
+            if self._sampling.wants_prompt_logprobs(row) and last > start:
+                scored.append((row, np.arange(start, last), np.arange(offset, offset + last - start)))
+        return scored
+
+    def score(self, hidden: torch.Tensor, scored: list[Scored]) -> list[TokenLogprobs]:
+        """A slice at a time: the logits of a whole prompt would be gigabytes."""
+        logprobs: list[TokenLogprobs] = []
+        offset = 0
+        for row, positions, _ in scored:
+            for first in range(0, len(positions), _SCORE_SLICE):
+                part = positions[first : first + _SCORE_SLICE]
+                logits = self._model.logits(hidden[offset : offset + len(part)])
+                targets = self._mirror.tokens[row, part + 1].astype(np.int64)
+                logprobs += self._sampler.prompt_logprobs(logits, row, part + 1, targets)
+                offset += len(part)
+        return logprobs

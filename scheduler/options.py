@@ -11,6 +11,7 @@ from treadle.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
+ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
 class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,6 +27,9 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step.
+    On "cuda": cuda_graphs, overlap: switches, for decode steps replayed from graphs and for steps that begin before the
+    last one's tokens are back. gpu_memory_utilization: share of each GPU's memory that may be taken in all; what
+    weights and a full step leave of it becomes the cache. attention_backend: "auto" is the fastest that is installed.
     """
 
     tensor_parallel_size: int = 1
@@ -52,6 +56,10 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     random_weights: bool = False
     weights_seed: int = 0
     debug: bool = False
+    cuda_graphs: bool = True
+    overlap: bool = True
+    gpu_memory_utilization: float = 0.9
+    attention_backend: str = "auto"
 
 
 def service_options(**values: object) -> ServiceOptions:
@@ -78,6 +86,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("step_timeout", 0.1, 86_400),
         ("stop_timeout", 0.0, 3_600),
         ("max_restarts", 0, 1_000),
+        ("gpu_memory_utilization", 0.01, 1.0),
     ):
         value = values.get(name, low)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -94,6 +103,10 @@ def service_options(**values: object) -> ServiceOptions:
         raise ConfigError(f"dtype={options.dtype!r}: allowed are auto, {', '.join(DTYPES)}")
     if options.kv_dtype not in ("", *DTYPES):
         raise ConfigError(f"kv_dtype={options.kv_dtype!r}: allowed are '' (as dtype), {', '.join(DTYPES)}")
+    if options.attention_backend not in ATTENTION_BACKENDS:
+        raise ConfigError(
+            f"attention_backend={options.attention_backend!r}: allowed are {', '.join(ATTENTION_BACKENDS)}"
+        )
     return options
 
 

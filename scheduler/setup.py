@@ -43,6 +43,10 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         shared_dir=str(directory),
         collective_timeout=max(options.start_timeout, options.step_timeout),
         debug=options.debug,
+        cuda_graphs=options.cuda_graphs,
+        overlap=options.overlap,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        attention_backend=options.attention_backend,
     )
 
 

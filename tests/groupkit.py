@@ -10,16 +10,60 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
 from treadle.engine.config import load_config
-from treadle.engine.loading import Loaded, load
+from treadle.engine.cuda.runner import CudaRunner, Ticket
+from treadle.engine.loading import Emulate, Loaded, load
+from treadle.engine.runner import Runner
 from treadle.engine.worker import run_step
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
 from treadle.transport.codec import Digest, engine_codec, pack, rank_codec
 from treadle.transport.messages import Configure, Delta, SamplingParams, StepResult, Submit
+
+Requests: TypeAlias = list[tuple[str, list[int], SamplingParams]]
+
+
+def configure_for(model: Path, shared_dir: Path, world_size: int = 1, **changes: object) -> Configure:
+    """What ranks of a small model are told; changes: fields of `Configure`."""
+    configure = Configure(
+        model=str(model),
+        random_weights=False,
+        seed=0,
+        world_size=world_size,
+        device="cpu",
+        dtype="float32",
+        kv_dtype="",
+        block_size=8,
+        num_blocks=512,
+        kv_cache_bytes=0,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        max_model_len=256,
+        init_method=f"file://{shared_dir / 'rendezvous'}",
+        threads=1,
+        native=True,
+        shared_dir=str(shared_dir),
+        debug=True,
+    )
+    return msgspec.structs.replace(configure, **changes)
+
+
+def core_for(configure: Configure, **changes: object) -> Core:
+    """A core that fits ranks with this configuration."""
+    values: dict[str, object] = {
+        "num_blocks": configure.num_blocks,
+        "block_size": configure.block_size,
+        "max_num_seqs": configure.max_num_seqs,
+        "max_num_batched_tokens": configure.max_num_batched_tokens,
+        "max_model_len": configure.max_model_len,
+        "vocab_size": load_config(Path(configure.model)).vocab_size,
+        **changes,
+    }
+    return Core(CoreConfig(**values), draw_seed=lambda: 1)  # type: ignore[arg-type]
 
 
 def _share_a_core() -> None:
@@ -28,35 +72,31 @@ def _share_a_core() -> None:
 
 
 class LocalGroup:
-    """Ranks as threads. Close it, or use it in a `with`."""
+    """Ranks as threads. Close it, or use it in a `with`.
 
-    def __init__(self, model: Path, shared_dir: Path, world_size: int = 1, **changes: object) -> None:
-        configure = Configure(
-            model=str(model),
-            random_weights=False,
-            seed=0,
-            world_size=world_size,
-            device="cpu",
-            dtype="float32",
-            kv_dtype="",
-            block_size=8,
-            num_blocks=512,
-            kv_cache_bytes=0,
-            max_num_seqs=16,
-            max_num_batched_tokens=256,
-            max_model_len=256,
-            init_method=f"file://{shared_dir / 'rendezvous'}",
-            threads=1,
-            native=True,
-            shared_dir=str(shared_dir),
-            debug=True,
-        )
-        self.configure = msgspec.structs.replace(configure, **changes)
+    emulate: run them as on a GPU, see `load`.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        shared_dir: Path,
+        world_size: int = 1,
+        emulate: Emulate = "",
+        **changes: object,
+    ) -> None:
+        self.configure = configure_for(model, shared_dir, world_size, **changes)
         self._pool = ThreadPoolExecutor(world_size, initializer=_share_a_core)
         ranks = range(world_size)
-        self._ranks: list[Loaded] = list(self._pool.map(lambda rank: load(self.configure, rank), ranks))
+        self._ranks: list[Loaded] = list(
+            self._pool.map(lambda rank: load(self.configure, rank, emulate=emulate), ranks)
+        )
         self._digests = [Digest() for _ in ranks]
         self._codec = rank_codec()
+
+    @property
+    def runners(self) -> list[Runner | CudaRunner]:
+        return [rank.runner for rank in self._ranks]
 
     def step(self, frame: bytes) -> StepResult:
         """What rank 0 answers, after all ranks were seen to agree."""
@@ -85,17 +125,7 @@ class Driver:
     """Runs requests through a core and a group to their end, and keeps what each continuation got."""
 
     def __init__(self, group: LocalGroup, **changes: object) -> None:
-        configure = group.configure
-        values: dict[str, object] = {
-            "num_blocks": configure.num_blocks,
-            "block_size": configure.block_size,
-            "max_num_seqs": configure.max_num_seqs,
-            "max_num_batched_tokens": configure.max_num_batched_tokens,
-            "max_model_len": configure.max_model_len,
-            "vocab_size": load_config(Path(configure.model)).vocab_size,
-            **changes,
-        }
-        self.core = Core(CoreConfig(**values), draw_seed=lambda: 1)  # type: ignore[arg-type]
+        self.core = core_for(group.configure, **changes)
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.finish: dict[tuple[str, int], str] = {}
         self.deltas: list[Delta] = []
@@ -125,3 +155,38 @@ class Driver:
         while self._in_flight:
             self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
         self.core.check()
+
+
+class Overlapped:
+    """One rank on this thread with up to `depth` steps launched before the first is read, as `worker` does it.
+
+    most: steps that were open at once.
+    """
+
+    def __init__(self, configure: Configure, emulate: Emulate = "") -> None:
+        self.configure = configure
+        loaded = load(configure, 0, emulate=emulate)
+        assert isinstance(loaded.runner, CudaRunner)
+        self.runner = loaded.runner
+        self.ready = loaded.ready
+        self.most = 0
+
+    def run(self, requests: Requests, depth: int, **changes: object) -> dict[str, list[int]]:
+        """Tokens by request. changes: of the core's configuration."""
+        core = core_for(self.configure, pipeline_depth=depth, **changes)
+        for name, prompt, params in requests:
+            core.add(Submit(id=name, tokens=pack(prompt), params=params), 0.0)
+        tokens: dict[str, list[int]] = {}
+        steps: deque[tuple[int, Ticket]] = deque()
+        while core.has_work or steps:
+            while (plan := core.plan(0.0)) is not None:
+                steps.append((plan.step, self.runner.submit(plan)))
+            self.most = max(self.most, len(steps))
+            step, ticket = steps.popleft()
+            outcome = self.runner.collect(ticket)
+            assert self.runner.done(ticket)
+            result = StepResult(step, 0, 0, pack(outcome.tokens), 0, outcome.logprobs, outcome.faults)
+            for output in core.apply(result, 0.0).each():
+                tokens.setdefault(output.sequence.request.id, []).extend(output.tokens)
+        self.runner.forget()
+        return tokens

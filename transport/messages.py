@@ -81,6 +81,9 @@ class Configure(Message, frozen=True, kw_only=True):
     model: directory or GGUF file. dtype: "float32", "bfloat16", "float16". num_blocks 0: take the size from
     `kv_cache_bytes` (0: from what is free). init_method: torch.distributed's, shared by the group.
     collective_timeout: seconds that a rank waits for its peers, in loading and in a step.
+    On "cuda" only: cuda_graphs: replay decode steps from graphs. overlap: begin a step before the last one's tokens are
+    there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
+    "triton", "flashinfer", "torch".
     """
 
     model: str
@@ -102,6 +105,10 @@ class Configure(Message, frozen=True, kw_only=True):
     shared_dir: str
     collective_timeout: float = 60.0
     debug: bool = False
+    cuda_graphs: bool = True
+    overlap: bool = True
+    gpu_memory_utilization: float = 0.9
+    attention_backend: str = "auto"
 
 
 class Ready(Message, frozen=True, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from treadle.errors import ConfigError
-from treadle.scheduler.options import DEVICES, DTYPES, ServiceOptions
+from treadle.scheduler.options import ATTENTION_BACKENDS, DEVICES, DTYPES, ServiceOptions
 from treadle.transport.messages import SamplingParams
 
 SERVICE_HELP: Mapping[str, str] = {
@@ -35,6 +35,10 @@ SERVICE_HELP: Mapping[str, str] = {
     "stop_timeout": "seconds to end in order, before engines are killed",
     "max_restarts": "of the engines, without a finished step in between, before giving up",
     "random_weights": "for benchmarks: any config.json, the answers mean nothing",
+    "cuda_graphs": "on GPUs: replay decode steps from CUDA graphs",
+    "overlap": "on GPUs: begin a step before the last one's tokens are back",
+    "gpu_memory_utilization": "share of each GPU's memory that may be taken in all",
+    "attention_backend": f"on GPUs: {', '.join(ATTENTION_BACKENDS)}; auto is the fastest that is installed",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
 }

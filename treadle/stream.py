@@ -50,6 +50,7 @@ class Stream:
         self._news = asyncio.Event()
         self._error: TreadleError | None = None
         self._unread = False
+        self._only_end = False
         self._exhausted = False
         self._ended = False
 
@@ -77,7 +78,8 @@ class Stream:
             return
         self._unread = True
         self._ended = all(part.finished for part in self._parts)
-        self._news.set()
+        if self._ended or not self._only_end:
+            self._news.set()
 
     def refuse(self, refused: Refused) -> None:
         self.fail(from_wire(refused.code, refused.message, refused.retry_after))
@@ -120,7 +122,8 @@ class Stream:
         return self._read()
 
     async def final(self) -> RequestOutput:
-        """Waits for the end and returns the whole."""
+        """Waits for the end and returns the whole. Cheaper than reading: the reader is not woken in between."""
+        self._only_end = True
         last = None
         async for output in self:
             last = output

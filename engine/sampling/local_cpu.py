@@ -160,7 +160,7 @@ class CpuOps:
         return torch.tensor([np.count_nonzero(rows[row] >= least[i]) for i, row in enumerate(which)], dtype=torch.int64)
 
     def best_first(self, candidates: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(np.sort(candidates.numpy(), axis=-1)[:, ::-1]))
+        return torch.from_numpy(np.sort(candidates.numpy(), axis=-1)[:, ::-1].copy())
 
 
 def _view(logits: torch.Tensor) -> Float32:

@@ -38,9 +38,14 @@ def _mix64(x: UInt64) -> UInt64:
     return x ^ (x >> np.uint64(31))
 
 
+def seed_base(seeds: UInt64) -> UInt64:
+    """The half of a key that the seed alone decides, uint64 [S]."""
+    return _mix64(np.atleast_1d(seeds) + _WEYL)
+
+
 def noise_keys(seeds: UInt64, positions: Int64) -> Int64:
     """uint64 [S] and int64 [S] to keys, int64 [S, 2], each word in [0, 2^32). `positions`: of the token to be drawn."""
-    base = _mix64(np.atleast_1d(seeds) + _WEYL)
+    base = seed_base(seeds)
     key = _mix64(base + (np.atleast_1d(positions).astype(np.uint64) + np.uint64(1)) * _WEYL)
     return np.stack([key & np.uint64(_LOW), key >> np.uint64(32)], axis=-1).astype(np.int64)
 

@@ -53,10 +53,7 @@ class SampleOutput:
 
     @property
     def faults(self) -> list[RowFault]:
-        if bool(self.peaks.isfinite().all()):
-            return []
-        peaks = self.peaks.tolist()
-        return [RowFault(int(row), _reason(peak)) for row, peak in zip(self.rows, peaks, strict=True) if _bad(peak)]
+        return row_faults(self.rows, self.peaks.cpu().numpy())
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
@@ -277,8 +274,12 @@ def _host(values: HostArray) -> Int64:
     return np.asarray(values).astype(np.int64, copy=False)
 
 
-def _bad(peak: float) -> bool:
-    return not np.isfinite(peak)
+def row_faults(rows: Int64, peaks: npt.NDArray[np.float64]) -> list[RowFault]:
+    """The rows that nothing could be chosen for, and why; peaks: of each row's choice."""
+    bad = ~np.isfinite(peaks)
+    if not bad.any():
+        return []
+    return [RowFault(int(row), _reason(peak)) for row, peak in zip(rows[bad], peaks[bad].tolist(), strict=True)]
 
 
 def _reason(peak: float) -> str:

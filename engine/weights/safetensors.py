@@ -37,9 +37,13 @@ class _Entry:
 
 
 class SafetensorsSource:
-    """A `WeightSource`. Raises CorruptWeights at once when a tensor or file is missing, short, or has another shape."""
+    """A `WeightSource` that reads onto `device`.
 
-    def __init__(self, directory: Path, config: ModelConfig) -> None:
+    Raises CorruptWeights at once when a tensor or file is missing, short, or has another shape.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, device: torch.device | None = None) -> None:
+        self._device = device or torch.device("cpu")
         self._directory = directory
         self._config = config
         files = _files(directory)
@@ -72,7 +76,7 @@ class SafetensorsSource:
         except SafetensorError as error:
             raise CorruptWeights(f"{entry.file}: {name}: {error}") from error
         # A copy in any case: what safetensors returns may be a view of the mapped file.
-        return torch.empty(part.shape, dtype=dtype).copy_(part)
+        return torch.empty(part.shape, dtype=dtype, device=self._device).copy_(part)
 
     def blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> None:
         return None

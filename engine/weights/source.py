@@ -42,7 +42,7 @@ class WeightSource(Protocol):
     def read(
         self, name: str, dtype: torch.dtype, dim: int = 0, start: int = 0, stop: int | None = None
     ) -> torch.Tensor:
-        """The slice [start, stop) along `dim`, in `dtype`, contiguous, on the CPU, the caller's own.
+        """The slice [start, stop) along `dim`, in `dtype`, contiguous, the caller's own, on the CPU or the device.
 
         Slices of q_proj and k_proj along dim 0 must start and stop at whole heads. Raises CorruptWeights.
         """

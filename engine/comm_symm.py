@@ -1,0 +1,149 @@
+"""Small collectives between the GPUs of one machine, through memory that all of them map.
+
+NCCL moves large messages at the speed of the links, but a small one costs it ten microseconds and more. Here every GPU
+reads its peers' parts directly and adds them up itself ("one shot"), in one kernel of torch's symmetric memory.
+Multicast is never used: it is switched off before the first rendezvous, and no `multimem` operation is called.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .comm import Communicator, TorchComm
+
+logger = logging.getLogger(__name__)
+
+# Above this NCCL wins; measured by scripts/bench_comm.py.
+CROSSOVER_BYTES = 512 << 10
+_GATHER_BYTES = 64 << 10
+_DTYPES = (torch.bfloat16, torch.float32)
+_ALIGNMENT = 16
+
+
+class OneShot(Protocol):
+    """What the communicator needs of symmetric memory; a test puts its own behind it."""
+
+    buffer: Tensor
+
+    def reduce(self, staged: Tensor, out: Tensor) -> None:
+        """out = the sum over the ranks of `staged`, which lies in `buffer` at the same place on every rank."""
+        ...
+
+
+class SymmetricBuffer:
+    """`buffer`: [size] uint8 at an address that every rank of the group maps. Making one is a collective."""
+
+    def __init__(self, size: int, device: torch.device, group: str) -> None:
+        os.environ["TORCH_SYMM_MEM_DISABLE_MULTICAST"] = "1"
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.buffer = symmetric.empty(size, dtype=torch.uint8, device=device)
+        self._group = group
+        symmetric.rendezvous(self.buffer, group)
+
+    def reduce(self, staged: Tensor, out: Tensor) -> None:
+        # Not the variant that also copies its input in: within a block it signals the peers before all of the block's
+        # threads have written, as far as its source shows. A copy in a kernel of its own is safe, and a product that
+        # writes to `staging` needs none.
+        torch.ops.symm_mem.one_shot_all_reduce_out(staged, "sum", self._group, out)
+
+
+class SymmetricComm:
+    """A Communicator: one shot up to `limit` bytes of bfloat16 or float32, the given one for everything else.
+
+    Its kernels can be captured in CUDA graphs. Like the rest of a step, calls run on one stream, in the same order on
+    every rank; a kernel ends when the peers have read, so the buffer is free for the next call.
+    """
+
+    def __init__(self, base: Communicator, one_shot: OneShot, limit: int) -> None:
+        self.rank = base.rank
+        self.world_size = base.world_size
+        self._base = base
+        self._one_shot = one_shot
+        self._limit = limit
+        # One half for sums, the other for gathers.
+        self._sums, self._gathers = one_shot.buffer[:limit], one_shot.buffer[limit:]
+
+    def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Where to compute what `all_reduce` will sum, so that it need not be copied; None if it would not be used.
+
+        The next `all_reduce` or `staging` overwrites it.
+        """
+        size = torch.Size(shape).numel() * dtype.itemsize
+        return _view(self._sums, shape, dtype) if self._serves(size, dtype, self._limit) else None
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Like every Communicator's, but what was computed into `staging` comes back in memory of its own."""
+        staged = self.staging(tuple(x.shape), x.dtype)
+        if staged is None:
+            return self._base.all_reduce(x)
+        if x.data_ptr() == staged.data_ptr():
+            x = torch.empty_like(x)
+        else:
+            staged.copy_(x)
+        self._one_shot.reduce(staged, x)
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        shape = (self.world_size, *x.shape)
+        size = self.world_size * x.numel() * x.dtype.itemsize
+        if not self._serves(size, x.dtype, self._gathers.numel()):
+            return self._base.all_gather(x)
+        # Everyone adds zeros to everyone else's part, which changes no finite number (only the sign of a zero).
+        staged = _view(self._gathers, shape, x.dtype).zero_()
+        staged[self.rank].copy_(x)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        self._one_shot.reduce(staged, out)
+        return out
+
+    def barrier(self) -> None:
+        self._base.barrier()
+
+    @staticmethod
+    def _serves(size: int, dtype: torch.dtype, limit: int) -> bool:
+        return dtype in _DTYPES and 0 < size <= limit and size % _ALIGNMENT == 0
+
+
+def accelerate(comm: Communicator, device: torch.device, limit: int = CROSSOVER_BYTES) -> Communicator:
+    """`comm`, with symmetric memory for small messages where all ranks can have it. A collective.
+
+    Checks one sum against NCCL's before it trusts the hardware. limit: bytes, a multiple of 16; 0 turns it off.
+    """
+    if device.type != "cuda" or comm.world_size == 1 or limit <= 0 or not isinstance(comm, TorchComm):
+        return comm
+    buffer: SymmetricBuffer | None = None
+    try:
+        buffer = SymmetricBuffer(limit + _GATHER_BYTES, device, dist.group.WORLD.group_name)
+    except (RuntimeError, ImportError, AttributeError) as error:
+        logger.warning("rank %d has no symmetric memory, NCCL does it all: %s", comm.rank, error)
+    if not _unanimous(buffer is not None, comm, device) or buffer is None:
+        return comm
+    fast = SymmetricComm(comm, buffer, limit)
+    right = all(_sums_like(fast, comm, device, size) for size in (8, 4096, limit // 2))
+    if not _unanimous(right, comm, device):
+        logger.warning("symmetric memory gives wrong sums here: NCCL does it all")
+        return comm
+    return fast
+
+
+def _sums_like(fast: SymmetricComm, comm: Communicator, device: torch.device, size: int) -> bool:
+    """Small whole numbers, so that the order of the additions does not show."""
+    generator = torch.Generator(device).manual_seed(1 + comm.rank)
+    x = torch.randint(-8, 9, (size,), generator=generator, device=device).to(torch.bfloat16)
+    expected = comm.all_reduce(x.clone())
+    return torch.equal(fast.all_reduce(x.clone()), expected)
+
+
+def _unanimous(mine: bool, comm: Communicator, device: torch.device) -> bool:
+    votes = comm.all_reduce(torch.tensor([float(mine)], device=device))
+    return int(votes.item()) == comm.world_size
+
+
+def _view(storage: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return storage[: torch.Size(shape).numel() * dtype.itemsize].view(dtype).view(shape)

@@ -1,0 +1,50 @@
+"""Triton on whatever is there: the GPU, or Triton's interpreter on the CPU. To be imported before any kernel."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is declared
+
+pytest.importorskip("triton")
+
+
+def _mend_interpreter() -> None:
+    """What Triton 3.6's interpreter gets wrong.
+
+    It makes loop bounds of one-element arrays in a way that NumPy 2.4 refuses. It keeps bfloat16 as bits in uint16:
+    matrix products multiply those bits as integers, and conversions from float32 round toward zero.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, builder = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def narrowing_cast(self: Any, source: Any, goal: Any) -> Any:
+        if source.dtype.scalar == tl.float32 and goal.scalar == tl.bfloat16:
+            bits = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.uint16).numpy()
+            return interpreter.TensorHandle(bits, tl.bfloat16)
+        return cast(self, source, goal)
+
+    def wide_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = ((cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x) for x in (a, b))
+        return dot(self, a, b, *rest)
+
+    interpreter._patch_lang_tensor = patched
+    builder.cast_impl, builder.create_dot = narrowing_cast, wide_dot
+
+
+if DEVICE.type == "cpu":
+    _mend_interpreter()
