@@ -83,10 +83,12 @@ def test_shapes_of_heads(heads: tuple[int, int, int]) -> None:
     check_prefill(PagedRows([(37, 37), (50, 8)], heads, 16, torch.float32, DEVICE), None)
 
 
+@pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("splits", [1, 8, 40])
-def test_combining_many_parts(splits: int) -> None:
+def test_combining_many_parts(splits: int, fused: bool) -> None:
     """More parts than are combined at a time, rows that have fewer, and one that has no keys at all."""
-    check_decode(PagedRows([(1300, 1), (129, 1), (0, 1)], (2, 1, 16), 16, torch.float32, DEVICE), None, splits)
+    rows = PagedRows([(1300, 1), (129, 1), (0, 1)], (3, 1, 16), 16, torch.float32, DEVICE)
+    check_decode(rows, None, splits, DecodeConfig(32, 4, 2, fused))
 
 
 def test_rows_without_context_give_zeros() -> None:
@@ -111,8 +113,8 @@ def test_large_scores_do_not_overflow() -> None:
 
 
 def test_other_tiles_give_the_same() -> None:
-    rows = PagedRows([(200, 1), (33, 1)], (4, 1, 64), 16, torch.bfloat16, DEVICE)
-    for config in (DecodeConfig(16, 2, 2), DecodeConfig(32, 4, 4), DecodeConfig(128, 8, 2)):
+    rows = PagedRows([(300, 1), (33, 1)], (4, 1, 64), 16, torch.bfloat16, DEVICE)
+    for config in (DecodeConfig(16, 2, 2), DecodeConfig(32, 4, 4), DecodeConfig(128, 8, 2), DecodeConfig(64, 4, 3, False)):
         check_decode(rows, None, 2, config)
     rows = PagedRows([(90, 70), (20, 20)], (4, 1, 64), 16, torch.bfloat16, DEVICE)
     for tile in (PrefillConfig(16, 16, 2, 2), PrefillConfig(64, 32, 4, 3), PrefillConfig(128, 64, 8, 2)):

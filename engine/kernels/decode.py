@@ -1,8 +1,8 @@
 """Attention of one query per row over paged keys and values: bound by reading them, once.
 
 A program takes one row, one KV head with all query heads that share it, and one part of the context. Parts ("splits")
-fill the GPU when rows are few (Flash-Decoding, Dao et al. 2023). The part of a row that finishes last combines them, so
-that there is never a second launch.
+fill the GPU when rows are few (Flash-Decoding, Dao et al. 2023). They are combined by the part of a row that finishes
+last, or by a second launch; what is best for how many rows is measured and noted in `shapes`.
 """
 
 from __future__ import annotations
@@ -15,34 +15,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .pages import page_of, page_place, widen
-from .shapes import ceil_div, dot_precision, power_of_two
+from .shapes import (
+    DECODE_PROGRAMS_PER_SM,
+    DecodeConfig,
+    ceil_div,
+    decode_config,
+    dependent_launch,
+    dot_precision,
+    power_of_two,
+    sm_count,
+    wait_for_inputs,
+)
 
-# What choose_splits aims at, in programs per multiprocessor, and what it never splits further.
-_PROGRAMS_PER_SM = 4
+__all__ = ["DecodeConfig", "DecodeWorkspace", "choose_splits", "decode_config", "decode_workspace", "paged_decode"]
+
+# A part has at least so many keys, or it would cost more than it saves: while it helps to fill the GPU, and after that,
+# when a second part only keeps one long row from finishing long after the others.
+_FEW_KEYS = 128
+_MANY_KEYS = 2048
 _MAX_SPLITS = 64
-_MIN_KEYS = 128
-# With the GPU full anyway, a second part keeps one long row from finishing long after the others.
-_LONG_CONTEXT = 2048
 # rows * splits of a workspace: more rows than this are never split.
 _WORKSPACE_PARTS = 2048
-# Parts that are combined at a time.
+# Partial results that are read at a time.
 _COMBINE = 8
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How the kernel is compiled: keys per iteration, warps, depth of the software pipeline."""
-
-    keys: int
-    warps: int
-    stages: int
-
-
-def decode_config(dim: int, dtype: torch.dtype) -> DecodeConfig:
-    """The static choice for heads of `dim` elements."""
-    if dtype is torch.float32:
-        return DecodeConfig(32, 4, 2)
-    return DecodeConfig(64, 4, 3) if dim > 64 else DecodeConfig(128, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +73,27 @@ def choose_splits(rows: int, kv_heads: int, max_context: int, num_sms: int) -> i
     and the programs without a part of it leave at once.
     """
     programs = max(rows * kv_heads, 1)
-    splits = min(_PROGRAMS_PER_SM * num_sms // programs, _MAX_SPLITS, ceil_div(max_context, _MIN_KEYS))
-    if splits < 2 and max_context > _LONG_CONTEXT:
+    splits = min(DECODE_PROGRAMS_PER_SM * num_sms // programs, _MAX_SPLITS, ceil_div(max_context, _FEW_KEYS))
+    if splits < 2 and max_context > _MANY_KEYS:
         splits = 2
     return max(min(splits, _WORKSPACE_PARTS // max(rows, 1)), 1)
+
+
+def _least_keys(rows: int, kv_heads: int, num_sms: int) -> int:
+    """What a part has at least."""
+    return _FEW_KEYS if DECODE_PROGRAMS_PER_SM * num_sms // max(rows * kv_heads, 1) > 1 else _MANY_KEYS
+
+
+@triton.jit
+def _cut(context, window, splits, MIN_KEYS: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
+    """The first key that is looked at, how many keys a part has, and how many parts there are, at least one."""
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(context - window, 0) // KEYS * KEYS
+    span = context - first
+    wanted = tl.maximum(tl.minimum(tl.cdiv(span, MIN_KEYS), splits), 1)
+    tiles = tl.maximum(tl.cdiv(tl.cdiv(span, wanted), KEYS), 1)
+    return first, tiles * KEYS, tl.maximum(tl.cdiv(span, tiles * KEYS), 1)
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows", "context_lens"])
@@ -116,29 +128,27 @@ def _decode_kernel(
     PRECISION: tl.constexpr,
     COMBINE: tl.constexpr,
     GROUP_POW2: tl.constexpr,
+    FUSED: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Program (h, r, s): KV head h of row r, part s of its context."""
+    wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     kv_heads = tl.num_programs(0)
     r = tl.program_id(1)
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
     context = tl.load(context_lens + r)
-    first = 0
-    if WINDOWED:
-        first = tl.maximum(context - window, 0) // KEYS * KEYS
+    first, part, parts = _cut(context, window, splits, MIN_KEYS, KEYS, WINDOWED)
     begin = first
     end = context
-    parts = 1
     if SPLIT:
-        split = tl.program_id(2)
-        splits = tl.num_programs(2)
-        span = context - first
-        part = tl.cdiv(tl.cdiv(span, splits), KEYS) * KEYS
-        part = tl.maximum(part, MIN_KEYS)
-        parts = tl.maximum(tl.cdiv(span, part), 1)
         if split >= parts:
             return
         begin = first + split * part
         end = tl.minimum(begin + part, context)
+    else:
+        parts = 1
 
     pages = table + tl.load(rows + r).to(tl.int64) * table_stride
     member = tl.arange(0, GROUP_PAD)[:, None]
@@ -191,12 +201,13 @@ def _decode_kernel(
             tl.store(partial + (slot + member).to(tl.int64) * DIM + column, result, mask=queries)
             each = tl.arange(0, GROUP_PAD)
             tl.store(logsum + slot + each, top + tl.log2(total), mask=each < GROUP)
-            # All threads have written before one announces it; the atomic orders that for the whole GPU.
-            tl.debug_barrier()
-            if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == parts - 1:
-                tl.store(arrived + group, 0)
-                slot = group * splits * GROUP
-                _combine(partial, logsum, out_row, slot, parts, GROUP, GROUP_POW2, DIM, DIM_PAD, COMBINE)
+            if FUSED:
+                # All threads have written before one announces it; the atomic orders that for the whole GPU.
+                tl.debug_barrier()
+                if tl.atomic_add(arrived + group, 1, sem="acq_rel", scope="gpu") == parts - 1:
+                    tl.store(arrived + group, 0)
+                    slot = group * splits * GROUP
+                    _combine(partial, logsum, out_row, slot, parts, GROUP, GROUP, GROUP_POW2, DIM, DIM_PAD, COMBINE)
 
 
 @triton.jit
@@ -206,36 +217,74 @@ def _combine(
     out_row,
     slot,
     parts,
-    GROUP: tl.constexpr,
-    GROUP_POW2: tl.constexpr,
+    HEADS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HEADS_POW2: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     COMBINE: tl.constexpr,
 ):
-    """The mean of `parts` partial results from `slot` on, weighted by their sums; read past the L1 cache."""
-    part = tl.arange(0, COMBINE)[:, None]
-    member = tl.arange(0, GROUP_POW2)
-    column = tl.arange(0, DIM_PAD)
-    top = tl.full((GROUP_POW2,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP_POW2,), tl.float32)
-    mixed = tl.zeros((GROUP_POW2, DIM_PAD), tl.float32)
-    for first in range(0, parts, COMBINE):
-        there = (first + part < parts) & (member < GROUP)[None, :]
-        index = slot + (first + part) * GROUP + member[None, :]
-        logs = tl.load(logsum + index, mask=there, other=float("-inf"), cache_modifier=".cg")
-        inside = there[:, :, None] & (column < DIM)[None, None, :]
-        address = index.to(tl.int64)[:, :, None] * DIM + column[None, None, :]
-        values = tl.load(partial + address, mask=inside, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(logs, 0))
-        new_top = tl.where(member < GROUP, new_top, 0.0)
-        fade = tl.exp2(top - new_top)
-        weights = tl.exp2(logs - new_top[None, :])
-        total = total * fade + tl.sum(weights, 0)
-        mixed = mixed * fade[:, None] + tl.sum(values * weights[:, :, None], 0)
-        top = new_top
-    result = mixed / tl.where(total > 0, total, 1.0)[:, None]
-    inside = (member < GROUP)[:, None] & (column < DIM)[None, :]
-    tl.store(out_row + member[:, None] * DIM + column[None, :], result.to(out_row.dtype.element_ty), mask=inside)
+    """The mean of `parts` partial results of HEADS heads, weighted by their sums; read past the L1 cache.
+
+    They lie from `slot` on, STRIDE apart. In the order of the parts, whoever finished first.
+    """
+    head = tl.arange(0, HEADS_POW2)
+    column = tl.arange(0, DIM_PAD)[None, :]
+    heads = head < HEADS
+    inside = heads[:, None] & (column < DIM)
+    logs = logsum + slot + head
+    values = partial + (slot + head)[:, None].to(tl.int64) * DIM + column
+    top = tl.full((HEADS_POW2,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS_POW2,), tl.float32)
+    mixed = tl.zeros((HEADS_POW2, DIM_PAD), tl.float32)
+    for part in range(0, parts, COMBINE):
+        for ahead in tl.static_range(COMBINE):
+            there = part + ahead < parts
+            log = tl.load(logs + ahead * STRIDE, mask=heads & there, other=float("-inf"), cache_modifier=".cg")
+            if HEADS != HEADS_POW2:
+                log = tl.where(heads, log, 0.0)
+            place = values + ahead * (STRIDE * DIM)
+            value = tl.load(place, mask=inside & there, other=0.0, cache_modifier=".cg")
+            new_top = tl.maximum(top, log)
+            fade = tl.exp2(top - new_top)
+            weight = tl.exp2(log - new_top)
+            total = total * fade + weight
+            mixed = mixed * fade[:, None] + value * weight[:, None]
+            top = new_top
+        logs += COMBINE * STRIDE
+        values += COMBINE * STRIDE * DIM
+    result = mixed / total[:, None]
+    tl.store(out_row + head[:, None] * DIM + column, result.to(out_row.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=["context_lens"])
+def _combine_kernel(
+    context_lens,
+    out,
+    partial,
+    logsum,
+    out_stride,
+    window,
+    splits,
+    MIN_KEYS: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    COMBINE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Program (h, r): query head h of row r, if its context was split."""
+    wait_for_inputs(PDL)
+    head = tl.program_id(0)
+    r = tl.program_id(1)
+    _, _, parts = _cut(tl.load(context_lens + r), window, splits, MIN_KEYS, KEYS, WINDOWED)
+    if parts > 1:
+        group = r * (tl.num_programs(0) // GROUP) + head // GROUP
+        out_row = out + r.to(tl.int64) * out_stride + head * DIM
+        slot = group * splits * GROUP + head % GROUP
+        _combine(partial, logsum, out_row, slot, parts, 1, GROUP, 1, DIM, DIM_PAD, COMBINE)
 
 
 def paged_decode(
@@ -271,7 +320,18 @@ def paged_decode(
         scratch = (workspace.partial, workspace.logsum, workspace.arrived)
     else:
         scratch = (out, out, out)  # not touched
-    config = config or decode_config(dim, q.dtype)
+    sms = sm_count(q.device)
+    config = config or decode_config(dim, q.dtype, count * kv_heads, sms)
+    shape: dict[str, int | bool] = {
+        "MIN_KEYS": max(_least_keys(count, kv_heads, sms), config.keys),
+        "KEYS": config.keys,
+        "WINDOWED": window is not None,
+        "GROUP": group,
+        "DIM": dim,
+        "DIM_PAD": max(16, power_of_two(dim)),
+        "COMBINE": _COMBINE,
+        **dependent_launch(q.device),
+    }
     _decode_kernel[(kv_heads, count, num_splits)](
         q,
         k_cache,
@@ -289,18 +349,17 @@ def paged_decode(
         scale * 1.4426950408889634,
         window or 0,
         SPLIT=num_splits > 1,
-        MIN_KEYS=max(_MIN_KEYS, config.keys),
-        GROUP=group,
         GROUP_PAD=max(16, power_of_two(group)),
-        DIM=dim,
-        DIM_PAD=max(16, power_of_two(dim)),
         BLOCK_SIZE=block_size,
-        KEYS=config.keys,
         STAGES=config.stages,
-        WINDOWED=window is not None,
         PRECISION=dot_precision(q.dtype),
-        COMBINE=_COMBINE,
         GROUP_POW2=power_of_two(group),
+        FUSED=config.fused,
         num_warps=config.warps,
         num_stages=config.stages,
+        **shape,
     )
+    if num_splits > 1 and not config.fused:
+        _combine_kernel[(q_heads, count)](
+            context_lens, out, *scratch[:2], out.stride(0), window or 0, num_splits, num_warps=1, **shape
+        )

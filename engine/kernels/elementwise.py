@@ -10,7 +10,7 @@ from torch import Tensor
 from treadle.engine.ops import HeadLayout, KVSlots
 
 from .rope import rope_store
-from .shapes import ceil_div, power_of_two
+from .shapes import ceil_div, dependent_launch, power_of_two, wait_for_inputs
 
 __all__ = ["TritonOps", "add_rms_norm", "rms_norm", "rope_store", "silu_mul"]
 
@@ -22,8 +22,19 @@ _SILU_WARPS = 4
 
 
 @triton.jit
-def _rms_norm_kernel(x, residual, weight, out, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
+def _rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    eps,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    PDL: tl.constexpr,
+):
     """One program per row of [T, WIDTH]."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -40,8 +51,9 @@ def _rms_norm_kernel(x, residual, weight, out, eps, WIDTH: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Program (t, b): columns [b * BLOCK, (b + 1) * BLOCK) of row t."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -70,7 +82,10 @@ def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: 
         return
     block = power_of_two(width)
     warps = min(max(block // (32 * _PER_THREAD), _MIN_WARPS), _MAX_WARPS)
-    _rms_norm_kernel[(rows,)](x, residual, weight, out, eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=warps)
+    launch = dependent_launch(x.device)
+    _rms_norm_kernel[(rows,)](
+        x, residual, weight, out, eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=warps, **launch
+    )
 
 
 def silu_mul(gate_up: Tensor, *, block: int = _SILU_BLOCK, warps: int = _SILU_WARPS) -> Tensor:
@@ -78,7 +93,9 @@ def silu_mul(gate_up: Tensor, *, block: int = _SILU_BLOCK, warps: int = _SILU_WA
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
     if rows:
-        _silu_mul_kernel[(rows, ceil_div(width, block))](gate_up, out, WIDTH=width, BLOCK=block, num_warps=warps)
+        launch = dependent_launch(out.device)
+        grid = (rows, ceil_div(width, block))
+        _silu_mul_kernel[grid](gate_up, out, WIDTH=width, BLOCK=block, num_warps=warps, **launch)
     return out
 
 

@@ -31,9 +31,11 @@ def prefill_config(dim: int, dtype: torch.dtype, pairs: int) -> PrefillConfig:
     """The static choice for heads of `dim` elements; `pairs`: queries times group of the longest row."""
     if dtype is torch.float32:
         return PrefillConfig(32, 32, 4, 2)
+    if dim > 128:  # what fits into shared memory
+        return PrefillConfig(64, 32, 4, 2)
     if pairs <= 64:
         return PrefillConfig(64, 64, 4, 3)
-    return PrefillConfig(128, 128, 8, 2) if dim > 64 else PrefillConfig(128, 128, 8, 3)
+    return PrefillConfig(128, 128, 8, 3)
 
 
 @triton.jit
