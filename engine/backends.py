@@ -72,9 +72,18 @@ def _with_triton(request: Request, scale: float, window: int | None) -> Backends
         return Backends(TritonOps(), TorchAttention(scale, window))
     attention = TritonAttention(scale, window, request.max_rows)
     attention.prepare(request.shard.q_heads.size, request.config.head_dim, request.device)
-    if request.attention == "flashinfer":
+    if request.attention == "flashinfer" or (request.attention == "auto" and _flashinfer_is_built(request, window)):
         return Backends(TritonOps(), _with_flashinfer(request, attention, scale, window), graphs=True)
     return Backends(TritonOps(), attention, graphs=True)
+
+
+def _flashinfer_is_built(request: Request, window: int | None) -> bool:
+    """Whether its prefill for Hopper lies ready; nothing is compiled for "auto"."""
+    from .flashinfer.modules import flashinfer_serves, prebuilt
+
+    head_dim = request.config.head_dim
+    serves = flashinfer_serves(request.device, request.dtype, request.kv_dtype, head_dim, window)
+    return serves and prebuilt("fa3", head_dim) is not None
 
 
 def _with_flashinfer(request: Request, decode: AttentionBackend, scale: float, window: int | None) -> AttentionBackend:

@@ -86,7 +86,7 @@ class LocalGroup:
         **changes: object,
     ) -> None:
         self.configure = configure_for(model, shared_dir, world_size, **changes)
-        self._pool = ThreadPoolExecutor(world_size, initializer=_share_a_core)
+        self._pool = ThreadPoolExecutor(world_size)
         ranks = range(world_size)
         self._ranks: list[Loaded] = list(
             self._pool.map(lambda rank: load(self.configure, rank, emulate=emulate), ranks)
