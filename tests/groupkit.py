@@ -68,7 +68,9 @@ def core_for(configure: Configure, **changes: object) -> Core:
 
 def _share_a_core() -> None:
     """One thread at a time holds the interpreter's lock: on several cores the others would only wait more busily."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    os.sched_setaffinity(0, {cores[worker % len(cores)]})
 
 
 class LocalGroup:
@@ -86,7 +88,7 @@ class LocalGroup:
         **changes: object,
     ) -> None:
         self.configure = configure_for(model, shared_dir, world_size, **changes)
-        self._pool = ThreadPoolExecutor(world_size)
+        self._pool = ThreadPoolExecutor(world_size, initializer=_share_a_core)
         ranks = range(world_size)
         self._ranks: list[Loaded] = list(
             self._pool.map(lambda rank: load(self.configure, rank, emulate=emulate), ranks)
