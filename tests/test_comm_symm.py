@@ -11,7 +11,8 @@ from torch import Tensor
 
 from treadle.engine.comm import SingleComm
 from treadle.engine.comm_symm import SymmetricComm, accelerate
-from treadle.engine.layers import Linear, Placement, RowParallelLinear
+from treadle.engine.layers import RowParallelLinear
+from treadle.engine.linear import Placement, make_linear
 
 LIMIT = 1024
 
@@ -132,7 +133,7 @@ def test_a_row_parallel_product_is_computed_in_place() -> None:
     weights, inputs = [value(10 + rank, 8, 5) for rank in range(2)], [value(rank, 3, 5) for rank in range(2)]
 
     def task(comm: SymmetricComm) -> Tensor:
-        return RowParallelLinear(Linear(weights[comm.rank], None, placement), comm)(inputs[comm.rank])
+        return RowParallelLinear(make_linear(weights[comm.rank], None, placement), comm)(inputs[comm.rank])
 
     expected = inputs[0] @ weights[0].T + inputs[1] @ weights[1].T
     for outcome in world.run(task):
