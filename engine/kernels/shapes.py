@@ -1,8 +1,8 @@
 """Sizes that launches are made of, and how kernels are launched.
 
-The table of decode attention is from measurements: `scripts/bench_attention.py --only variants` prints one line per
-batch and context, the fastest variant last, each as `DecodeConfig` and programs per multiprocessor. Where one variant
-wins in most lines with few (or many) heads of rows, it belongs here.
+The table of decode attention, `_DECODE`, is for measurements: `scripts/bench_attention.py --only variants` prints a
+line for each number of rows and each length, with the `DecodeConfig` that was taken and the fastest one. Where another
+one wins by some percent for few (or for many) rows at most lengths, it takes the place of the one here.
 """
 
 from __future__ import annotations
@@ -19,21 +19,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 _SMS_OF_HOPPER = 132
 
 
+DECODE_PROGRAMS = 3
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How decode attention is compiled: keys per iteration, warps, depth of the software pipeline.
 
-    fused: the last part of a row combines all, else a second launch does.
+    fused: the last part of a row combines all, else a second launch does. programs: that splitting makes per
+    multiprocessor, at most; as many as are resident at a time leave no second wave.
     """
 
     keys: int
     warps: int
     stages: int
     fused: bool = True
+    programs: int = DECODE_PROGRAMS
 
 
-# Programs that are made by splitting, at most: as many as are resident at a time, so that there is no second wave.
-DECODE_PROGRAMS_PER_SM = 3
 # For 16-bit heads of more than 64 elements, by KV heads of all rows per multiprocessor: below the number, this one.
 _DECODE = (
     (0.25, DecodeConfig(128, 4, 2)),
