@@ -114,9 +114,8 @@ def test_large_scores_do_not_overflow() -> None:
 
 def test_other_tiles_give_the_same() -> None:
     rows = PagedRows([(300, 1), (33, 1)], (4, 1, 64), 16, torch.bfloat16, DEVICE)
-    configs = (DecodeConfig(16, 2, 2), DecodeConfig(32, 4, 4), DecodeConfig(128, 8, 2), DecodeConfig(64, 4, 3, False))
-    for config in configs:
-        check_decode(rows, None, 2, config)
+    for numbers in ((16, 2, 2), (32, 4, 4), (128, 8, 2), (64, 4, 3, False)):
+        check_decode(rows, None, 2, DecodeConfig(*numbers))
     rows = PagedRows([(90, 70), (20, 20)], (4, 1, 64), 16, torch.bfloat16, DEVICE)
     for tile in (PrefillConfig(16, 16, 2, 2), PrefillConfig(64, 32, 4, 3), PrefillConfig(128, 64, 8, 2)):
         check_prefill(rows, None, tile)

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from .pages import page_of, page_place, widen
 from .shapes import (
-    DECODE_PROGRAMS_PER_SM,
+    DECODE_PROGRAMS,
     DecodeConfig,
     ceil_div,
     decode_config,
-    dependent_launch,
     dot_precision,
     power_of_two,
     sm_count,
-    wait_for_inputs,
 )
 
 __all__ = ["DecodeConfig", "DecodeWorkspace", "choose_splits", "decode_config", "decode_workspace", "paged_decode"]
@@ -66,32 +64,32 @@ def decode_workspace(max_rows: int, hq: int, d: int, max_splits: int, device: to
     )
 
 
-def choose_splits(rows: int, kv_heads: int, max_context: int, num_sms: int) -> int:
+def choose_splits(rows: int, kv_heads: int, max_context: int, num_sms: int, per_sm: int = DECODE_PROGRAMS) -> int:
     """Into how many parts contexts of up to `max_context` keys are cut.
 
     `max_context` may be the model's limit, as in a captured graph: a row is cut only as far as its own length allows,
     and the programs without a part of it leave at once.
     """
     programs = max(rows * kv_heads, 1)
-    splits = min(DECODE_PROGRAMS_PER_SM * num_sms // programs, _MAX_SPLITS, ceil_div(max_context, _FEW_KEYS))
+    splits = min(per_sm * num_sms // programs, _MAX_SPLITS, ceil_div(max_context, _FEW_KEYS))
     if splits < 2 and max_context > _MANY_KEYS:
         splits = 2
     return max(min(splits, _WORKSPACE_PARTS // max(rows, 1)), 1)
 
 
-def _least_keys(rows: int, kv_heads: int, num_sms: int) -> int:
-    """What a part has at least."""
-    return _FEW_KEYS if DECODE_PROGRAMS_PER_SM * num_sms // max(rows * kv_heads, 1) > 1 else _MANY_KEYS
+def _least_keys(groups: int, num_sms: int, per_sm: int) -> int:
+    """What a part has at least, of `groups` rows times KV heads."""
+    return _FEW_KEYS if per_sm * num_sms // groups > 1 else _MANY_KEYS
 
 
 @triton.jit
-def _cut(context, window, splits, MIN_KEYS: tl.constexpr, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
+def _cut(context, window, splits, min_keys, KEYS: tl.constexpr, WINDOWED: tl.constexpr):
     """The first key that is looked at, how many keys a part has, and how many parts there are, at least one."""
     first = 0
     if WINDOWED:
         first = tl.maximum(context - window, 0) // KEYS * KEYS
     span = context - first
-    wanted = tl.maximum(tl.minimum(tl.cdiv(span, MIN_KEYS), splits), 1)
+    wanted = tl.maximum(tl.minimum(tl.cdiv(span, min_keys), splits), 1)
     tiles = tl.maximum(tl.cdiv(tl.cdiv(span, wanted), KEYS), 1)
     return first, tiles * KEYS, tl.maximum(tl.cdiv(span, tiles * KEYS), 1)
 
@@ -115,8 +113,8 @@ def _decode_kernel(
     out_stride,
     scale_log2,
     window,
+    min_keys,
     SPLIT: tl.constexpr,
-    MIN_KEYS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PAD: tl.constexpr,
     DIM: tl.constexpr,
@@ -129,17 +127,15 @@ def _decode_kernel(
     COMBINE: tl.constexpr,
     GROUP_POW2: tl.constexpr,
     FUSED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Program (h, r, s): KV head h of row r, part s of its context."""
-    wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     kv_heads = tl.num_programs(0)
     r = tl.program_id(1)
     split = tl.program_id(2)
     splits = tl.num_programs(2)
     context = tl.load(context_lens + r)
-    first, part, parts = _cut(context, window, splits, MIN_KEYS, KEYS, WINDOWED)
+    first, part, parts = _cut(context, window, splits, min_keys, KEYS, WINDOWED)
     begin = first
     end = context
     if SPLIT:
@@ -257,7 +253,7 @@ def _combine(
     tl.store(out_row + head[:, None] * DIM + column, result.to(out_row.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["context_lens"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["context_lens"])
 def _combine_kernel(
     context_lens,
     out,
@@ -265,21 +261,19 @@ def _combine_kernel(
     logsum,
     out_stride,
     window,
+    min_keys,
     splits,
-    MIN_KEYS: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     COMBINE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Program (h, r): query head h of row r, if its context was split."""
-    wait_for_inputs(PDL)
     head = tl.program_id(0)
     r = tl.program_id(1)
-    _, _, parts = _cut(tl.load(context_lens + r), window, splits, MIN_KEYS, KEYS, WINDOWED)
+    _, _, parts = _cut(tl.load(context_lens + r), window, splits, min_keys, KEYS, WINDOWED)
     if parts > 1:
         group = r * (tl.num_programs(0) // GROUP) + head // GROUP
         out_row = out + r.to(tl.int64) * out_stride + head * DIM
@@ -322,15 +316,14 @@ def paged_decode(
         scratch = (out, out, out)  # not touched
     sms = sm_count(q.device)
     config = config or decode_config(dim, q.dtype, count * kv_heads, sms)
+    min_keys = max(_least_keys(count * kv_heads, sms, config.programs), config.keys)
     shape: dict[str, int | bool] = {
-        "MIN_KEYS": max(_least_keys(count, kv_heads, sms), config.keys),
         "KEYS": config.keys,
         "WINDOWED": window is not None,
         "GROUP": group,
         "DIM": dim,
         "DIM_PAD": max(16, power_of_two(dim)),
         "COMBINE": _COMBINE,
-        **dependent_launch(q.device),
     }
     _decode_kernel[(kv_heads, count, num_splits)](
         q,
@@ -348,6 +341,7 @@ def paged_decode(
         out.stride(0),
         scale * 1.4426950408889634,
         window or 0,
+        min_keys,
         SPLIT=num_splits > 1,
         GROUP_PAD=max(16, power_of_two(group)),
         BLOCK_SIZE=block_size,
@@ -361,5 +355,5 @@ def paged_decode(
     )
     if num_splits > 1 and not config.fused:
         _combine_kernel[(q_heads, count)](
-            context_lens, out, *scratch[:2], out.stride(0), window or 0, num_splits, num_warps=1, **shape
+            context_lens, out, *scratch[:2], out.stride(0), window or 0, min_keys, num_splits, num_warps=1, **shape
         )

@@ -10,7 +10,7 @@ from torch import Tensor
 from treadle.engine.ops import HeadLayout, KVSlots
 
 from .rope import rope_store
-from .shapes import ceil_div, dependent_launch, power_of_two, wait_for_inputs
+from .shapes import ceil_div, power_of_two
 
 __all__ = ["TritonOps", "add_rms_norm", "rms_norm", "rope_store", "silu_mul"]
 
@@ -31,10 +31,8 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """One program per row of [T, WIDTH]."""
-    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * WIDTH
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -51,9 +49,8 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Program (t, b): columns [b * BLOCK, (b + 1) * BLOCK) of row t."""
-    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -82,10 +79,7 @@ def _launch_norm(x: Tensor, residual: Tensor, weight: Tensor, out: Tensor, eps: 
         return
     block = power_of_two(width)
     warps = min(max(block // (32 * _PER_THREAD), _MIN_WARPS), _MAX_WARPS)
-    launch = dependent_launch(x.device)
-    _rms_norm_kernel[(rows,)](
-        x, residual, weight, out, eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=warps, **launch
-    )
+    _rms_norm_kernel[(rows,)](x, residual, weight, out, eps, WIDTH=width, BLOCK=block, ADD=add, num_warps=warps)
 
 
 def silu_mul(gate_up: Tensor, *, block: int = _SILU_BLOCK, warps: int = _SILU_WARPS) -> Tensor:
@@ -93,9 +87,8 @@ def silu_mul(gate_up: Tensor, *, block: int = _SILU_BLOCK, warps: int = _SILU_WA
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((rows, width))
     if rows:
-        launch = dependent_launch(out.device)
         grid = (rows, ceil_div(width, block))
-        _silu_mul_kernel[grid](gate_up, out, WIDTH=width, BLOCK=block, num_warps=warps, **launch)
+        _silu_mul_kernel[grid](gate_up, out, WIDTH=width, BLOCK=block, num_warps=warps)
     return out
 
 

@@ -12,7 +12,7 @@ from treadle.engine.batch import ForwardBatch
 
 from .decode import DecodeWorkspace, choose_splits, decode_workspace, paged_decode
 from .prefill import paged_prefill
-from .shapes import sm_count
+from .shapes import decode_config, sm_count
 
 __all__ = [
     "DecodeWorkspace",
@@ -85,7 +85,9 @@ class TritonAttention:
         decode = plan.num_decode
         if decode:
             self.prepare(heads, dim, q.device)
-            splits = choose_splits(decode, k_cache.shape[1], plan.max_context, sm_count(q.device))
+            kv_heads, sms = k_cache.shape[1], sm_count(q.device)
+            config = decode_config(dim, q.dtype, decode * kv_heads, sms)
+            splits = choose_splits(decode, kv_heads, plan.max_context, sms, config.programs)
             paged_decode(
                 q[:decode],
                 k_cache,
@@ -98,6 +100,7 @@ class TritonAttention:
                 window=self._window,
                 num_splits=splits if decode <= self._max_rows else 1,
                 workspace=self._workspace,
+                config=config,
             )
         if decode < plan.rows.shape[0] and plan.query_starts is not None:
             paged_prefill(

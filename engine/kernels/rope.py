@@ -8,7 +8,7 @@ from torch import Tensor
 
 from treadle.engine.ops import HeadLayout, KVSlots
 
-from .shapes import ceil_div, dependent_launch, power_of_two, wait_for_inputs
+from .shapes import ceil_div, power_of_two
 
 # A program takes about this many elements of one token: enough for 16-byte accesses by every thread of two warps.
 _ELEMENTS = 1024
@@ -37,13 +37,11 @@ def _rope_store_kernel(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     NORM: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Program (t, b): HEADS heads of token t. The first blocks are of queries, then come keys, then values.
 
     Queries are written back where they were; a program reads all of its elements before it writes any.
     """
-    wait_for_inputs(PDL)
     half: tl.constexpr = DIM // 2
     q_blocks: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
     kv_blocks: tl.constexpr = (KV_HEADS + HEADS - 1) // HEADS
@@ -145,6 +143,5 @@ def rope_store(
         HEADS=heads,
         NORM=norm,
         num_warps=max(1, min(4, heads * half_pad // (32 * _PER_THREAD))),
-        **dependent_launch(qkv.device),
     )
     return queries

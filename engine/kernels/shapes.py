@@ -1,39 +1,38 @@
-"""Sizes that launches are made of, and how kernels are launched.
+"""Sizes that launches are made of.
 
-The table of decode attention is from measurements: `scripts/bench_attention.py --only variants` prints one line per
-batch and context, the fastest variant last, each as `DecodeConfig` and programs per multiprocessor. Where one variant
-wins in most lines with few (or many) heads of rows, it belongs here.
+The table of decode attention, `_DECODE`, is for measurements: `scripts/bench_attention.py --only variants` prints a
+line for each number of rows and each length, with the `DecodeConfig` that was taken and the fastest one. Where another
+one wins by some percent for few (or for many) rows at most lengths, it takes the place of the one here.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 _SMS_OF_HOPPER = 132
+
+
+DECODE_PROGRAMS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How decode attention is compiled: keys per iteration, warps, depth of the software pipeline.
 
-    fused: the last part of a row combines all, else a second launch does.
+    fused: the last part of a row combines all, else a second launch does. programs: that splitting makes per
+    multiprocessor, at most; as many as are resident at a time leave no second wave.
     """
 
     keys: int
     warps: int
     stages: int
     fused: bool = True
+    programs: int = DECODE_PROGRAMS
 
 
-# Programs that are made by splitting, at most: as many as are resident at a time, so that there is no second wave.
-DECODE_PROGRAMS_PER_SM = 3
 # For 16-bit heads of more than 64 elements, by KV heads of all rows per multiprocessor: below the number, this one.
 _DECODE = (
     (0.25, DecodeConfig(128, 4, 2)),
@@ -70,27 +69,3 @@ def sm_count(device: torch.device) -> int:
 def dot_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies: fp32 exactly (the default would round its operands to tf32), others as they are."""
     return "ieee" if dtype is torch.float32 else "tf32"
-
-
-# Launch the next kernel while the one before it still runs; it then waits for its inputs by itself. Off until measured.
-_DEPENDENT = os.environ.get("TREADLE_PDL", "0") != "0"
-
-
-@lru_cache(maxsize=16)
-def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """Arguments of a launch whose kernel begins with `wait_for_inputs(PDL)`: Hopper's programmatic dependent launch."""
-    if not _DEPENDENT or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
-
-
-@triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """To stand before a kernel's first access to memory.
-
-    The order matters: whoever starts early because of the second line knows that all before this kernel has finished,
-    so that waiting for this kernel is waiting for everything.
-    """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
