@@ -44,9 +44,9 @@ SERVICE_HELP: Mapping[str, str] = {
 }
 _SAMPLING_HELP: Mapping[str, str] = {
     "max_tokens": "most tokens of the answer; not given: up to the context limit",
-    "temperature": "0 always takes the likeliest token (default 1.0)",
+    "temperature": "0 always takes the likeliest token (default 0.7)",
     "top_k": "draw among the k likeliest tokens (default: all)",
-    "top_p": "draw among the likeliest tokens of this probability together (default 1.0)",
+    "top_p": "draw among the likeliest tokens of this probability together (default 0.95)",
     "min_p": "leave out tokens this much less likely than the likeliest (default 0.0)",
     "repetition_penalty": "above 1 discourages what was said before (default 1.0)",
     "seed": "the same seed gives the same answer (default: another one each time)",
@@ -87,10 +87,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
-    """Not checked yet. A person at a terminal wants the whole answer, so max_tokens is None when it is not given."""
+    """Not checked yet. A person at a terminal wants the whole answer, and one that a small model does not ramble in."""
     values = vars(options)
     given = {name: values[f"sampling_{name}"] for name in (*_SAMPLING_HELP, "stop")}
-    return SamplingParams(**{"max_tokens": None, **{k: v for k, v in given.items() if v is not None}})
+    defaults = {"max_tokens": None, "temperature": 0.7, "top_p": 0.95}
+    return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
 
 
 def flag(name: str) -> str:
