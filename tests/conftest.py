@@ -38,6 +38,9 @@ LONG_FILES = (
     "test_comm.py",
     "test_core_machine.py",
     "test_model.py",
+    "test_triton_runner.py",
+    "test_triton_attention.py",
+    "test_triton_sampling.py",
 )
 MOST_PROCESSES = 4
 
