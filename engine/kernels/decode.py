@@ -17,6 +17,7 @@ from torch import Tensor
 from .pages import page_of, page_place, widen
 from .shapes import (
     DECODE_PROGRAMS,
+    LOG2_E,
     DecodeConfig,
     ceil_div,
     decode_config,
@@ -339,7 +340,7 @@ def paged_decode(
         v_cache.stride(0),
         table.stride(0),
         out.stride(0),
-        scale * 1.4426950408889634,
+        scale * LOG2_E,
         window or 0,
         min_keys,
         SPLIT=num_splits > 1,

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .pages import page_of, page_place, widen
-from .shapes import ceil_div, dot_precision, power_of_two
+from .shapes import LOG2_E, ceil_div, dot_precision, power_of_two
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def paged_prefill(
         v_cache.stride(0),
         table.stride(0),
         out.stride(0),
-        scale * 1.4426950408889634,
+        scale * LOG2_E,
         window or 0,
         GROUP=group,
         PAIRS=pairs,

@@ -13,6 +13,8 @@ from functools import lru_cache
 import torch
 
 _SMS_OF_HOPPER = 132
+LOG2_E = 1.4426950408889634
+"""Goes into the scale of attention, so that its kernels can use exp2."""
 
 
 DECODE_PROGRAMS = 3
