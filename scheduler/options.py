@@ -71,7 +71,7 @@ def service_options(**values: object) -> ServiceOptions:
         raise ConfigError(f"options: {error}; known options: {known}") from error
     cores = len(os.sched_getaffinity(0))  # more threads than that wait for each other, and a step never ends
     for name, low, high in (
-        ("tensor_parallel_size", 1, 64),
+        ("tensor_parallel_size", 1, 1 << 16),
         ("block_size", 1, 1024),
         ("num_blocks", 0, 1 << 30),
         ("kv_cache_bytes", 0, 1 << 50),

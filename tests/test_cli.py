@@ -93,6 +93,7 @@ def test_launch_script_is_serve(tiny: Path, tmp_path: Path) -> None:
         (("serve", "nowhere", "--endpoint", "tcp://127.0.0.1:5"), "CURVE"),
         (("serve", "nowhere", "--endpoint", "smoke-signals"), "allowed are"),
         (("serve", "nowhere", "--pipeline-depth", "0"), "pipeline_depth=0"),
+        (("generate", "x", "--tensor-parallel-size", "99"), "at most 9 ranks"),
         (("serve", "nowhere", "--num-blocks", str(10**12)), "num_blocks=1000000000000: allowed is 0 to"),
         (("stats", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "ServerLost"),
         (("generate", "x", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "treadle serve MODEL"),
@@ -116,7 +117,8 @@ def test_errors_are_one_clear_line(arguments: tuple[str | bytes, ...], says: str
 
 def test_bad_flags_are_refused() -> None:
     assert treadle("generate", "x", "--max-tokens", "many").returncode == 2
-    assert "--bogus" in treadle("generate", "x", "--bogus", "1").stderr
+    unknown = treadle("generate", "x", "--bogus", "1")
+    assert unknown.returncode == 2 and unknown.stderr.startswith("treadle generate: unknown: --bogus 1")
     assert treadle("no-such-command").returncode == 2
 
 

@@ -30,7 +30,9 @@ _CONNECT_SECONDS = 10.0
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; typed errors become one clear line on standard error and exit code 2."""
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:  # said of the command, not of `treadle`, whose usage would not help
+        options.parser.exit(2, f"{options.parser.prog}: unknown: {' '.join(unknown)}; --help lists what there is\n")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -93,7 +95,9 @@ def _command(
 ) -> argparse.ArgumentParser:
     # abbreviations off: a script that used one would break with the next option that begins alike
     description = f"{does[0].upper()}{does[1:]}{', ' * bool(more)}{more}."
-    return commands.add_parser(name, help=does, description=description, allow_abbrev=False)
+    parser = commands.add_parser(name, help=does, description=description, allow_abbrev=False)
+    parser.set_defaults(parser=parser)
+    return parser
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
