@@ -26,7 +26,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
-    memory and checks the core after every step.
+    memory and checks the core after every step. event_log: file that gets every input and decision of the core, ""
+    for none; it holds token ids (docs/simulator.md).
     On "cuda": cuda_graphs, overlap: switches, for decode steps replayed from graphs and for steps that begin before the
     last one's tokens are back. gpu_memory_utilization: share of each GPU's memory that may be taken in all; what
     weights and a full step leave of it becomes the cache. attention_backend: "auto" is the fastest that is installed.
@@ -56,6 +57,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     random_weights: bool = False
     weights_seed: int = 0
     debug: bool = False
+    event_log: str = ""
     cuda_graphs: bool = True
     overlap: bool = True
     gpu_memory_utilization: float = 0.9

@@ -45,10 +45,13 @@ from treadle.transport.messages import (
 )
 from treadle.transport.params import check_params, check_submit
 
+from .config import CoreConfig
 from .core import Core
 from .delivery import Route, Sink, refusal
 from .engine_group import Death, EngineGroup
+from .event_log import EventWriter
 from .options import ModelFacts, ServiceOptions
+from .recording import RecordedCore
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
 from .setup import configure_message, core_config
@@ -86,7 +89,8 @@ class Service:
         self._leftovers = leftovers
         self._configure: Configure | None = None
         self._runtime: RuntimeDir | None = None
-        self._core: Core | None = None
+        self._core: Core | RecordedCore | None = None
+        self._event_log: EventWriter | None = None
         self._group: EngineGroup | None = None
         self._groups = 0
         self._state = "starting"
@@ -110,12 +114,14 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._runtime = RuntimeDir()
         try:
+            if self.options.event_log:
+                self._event_log = EventWriter(Path(self.options.event_log))
             self._configure = configure_message(self.facts, self.options, self._runtime.path)
             num_blocks = await self._start_group()
             # A later group must hold as many blocks as the core hands out, whatever is free by then.
             self._configure = msgspec.structs.replace(self._configure, num_blocks=num_blocks)
             config = core_config(self.facts, self.options, num_blocks, self._configure.max_model_len)
-            self._core = Core(config, draw_seed=lambda: secrets.randbits(64))
+            self._core = self._make_core(config)
         except BaseException:
             await self.close()
             raise
@@ -141,8 +147,15 @@ class Service:
         if self._group is not None:
             await self._group.stop(self.options.stop_timeout)
             self._group = None
+        if self._event_log is not None:
+            self._event_log.close()
         if self._runtime is not None:
             self._runtime.remove()
+
+    def _make_core(self, config: CoreConfig) -> Core | RecordedCore:
+        if self._event_log is not None:
+            return RecordedCore(config, _draw_seed, self._event_log)
+        return Core(config, _draw_seed)
 
     @property
     def engine_pids(self) -> list[int]:
@@ -399,7 +412,7 @@ class Service:
 
     # ── inside ──
 
-    def _accepting(self) -> Core:
+    def _accepting(self) -> Core | RecordedCore:
         if self._core is None or self._state in ("failed", "closed", "starting"):
             raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
         return self._core
@@ -416,6 +429,10 @@ class Service:
             vocab_size=self.facts.vocab_size,
             world_size=self.options.tensor_parallel_size,
         )
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(64)
 
 
 def _route(sequence: RequestSequence) -> Route:

@@ -23,6 +23,7 @@ from .flags import add_sampling_options, add_service_options, flag, sampling_par
 from .frontend import Frontend
 from .lines import Lines
 from .llm import LLM
+from .replaying import add_replay_options
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
@@ -75,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
+
+    again = _command(commands, "replay", "run an event log again through the scheduler and verify every decision")
+    add_replay_options(again)
 
     keys = _command(commands, "keys", "make a CURVE key file for tcp endpoints", "and print the public key for clients")
     keys.add_argument("file", type=Path, help="to make, readable only by you; an existing file is left alone")

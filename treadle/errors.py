@@ -18,6 +18,7 @@ client. The module imports nothing, so that every room may raise from it.
     │   └── DoesNotFit
     ├── ConfigError               an option is wrong (also a ValueError)
     │   └── EndpointInUse
+    ├── EventLogError             a file is not an event log, of another version, or damaged
     └── ServiceError              the service is not there
         ├── EngineStartFailed
         ├── ServiceClosed
@@ -101,6 +102,12 @@ class EndpointInUse(ConfigError):
     code = "endpoint_in_use"
 
 
+class EventLogError(TreadleError):
+    """An event log that cannot be read or continued; the message says whether it is another version or damaged."""
+
+    code = "event_log_error"
+
+
 class ServiceError(TreadleError):
     code = "service_error"
 
@@ -145,6 +152,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     DoesNotFit,
     ConfigError,
     EndpointInUse,
+    EventLogError,
     ServiceError,
     EngineStartFailed,
     ServiceClosed,

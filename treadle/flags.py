@@ -41,6 +41,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "attention_backend": f"on GPUs: {', '.join(ATTENTION_BACKENDS)}; auto is the fastest that is installed",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
+    "event_log": "file for every input and decision of the scheduler, for `treadle replay`; it holds token ids",
 }
 _SAMPLING_HELP: Mapping[str, str] = {
     "max_tokens": "most tokens of the answer; not given: up to the context limit",
