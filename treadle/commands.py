@@ -24,6 +24,7 @@ from .frontend import Frontend
 from .lines import Lines
 from .llm import LLM
 from .replaying import add_replay_options
+from .simulating import add_simulate_options
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
@@ -79,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
 
     again = _command(commands, "replay", "run an event log again through the scheduler and verify every decision")
     add_replay_options(again)
+
+    virtual = _command(commands, "simulate", "run the scheduler in virtual time and say how a workload would fare")
+    add_simulate_options(virtual)
 
     keys = _command(commands, "keys", "make a CURVE key file for tcp endpoints", "and print the public key for clients")
     keys.add_argument("file", type=Path, help="to make, readable only by you; an existing file is left alone")

@@ -38,7 +38,8 @@ class SimulatedEngine:
     def __init__(self, config: CoreConfig) -> None:
         self._computed: npt.NDArray[np.int64] = np.zeros(config.max_num_seqs, np.int64)
         self._known: dict[int, int] = {}
-        """Of rows whose tokens are not all computed yet: how many there are."""
+        """Of rows whose tokens are not all computed yet: how many there are. `_begun` is true for these rows."""
+        self._begun: npt.NDArray[np.bool_] = np.zeros(config.max_num_seqs, np.bool_)
         random = np.random.Generator(np.random.PCG64(0))
         self._pool = pack(random.integers(0, config.vocab_size, _POOL + config.max_num_seqs))
         self._at = 0
@@ -47,9 +48,11 @@ class SimulatedEngine:
         if plan.release:
             for row in unpack(plan.release).tolist():
                 self._known.pop(row, None)
+                self._begun[row] = False
         for start in plan.start:
             self._computed[start.row] = start.computed
             self._known[start.row] = len(start.tokens) // 4
+            self._begun[start.row] = True
         rows = unpack(plan.rows)
         prompts = 0
         if not self._known:
@@ -67,17 +70,15 @@ class SimulatedEngine:
     def _mixed(self, rows: Int32, counts: Int32) -> tuple[StepShape, int, int]:
         """The shape, rows whose prompt ends here, and rows that sample."""
         known = self._known
-        chunks = [i for i, row in enumerate(rows.tolist()) if row in known]
-        decoding = np.ones(rows.size, np.bool_)
-        decoding[chunks] = False
-        shape = self._decode(rows[decoding])
+        chunks = self._begun[rows]
+        shape = self._decode(rows[~chunks])
         sampled, prompts = shape.decode_rows, 0
-        for i in chunks:
-            row, count = int(rows[i]), int(counts[i])
+        for row, count in zip(rows[chunks].tolist(), counts[chunks].tolist(), strict=True):
             end = int(self._computed[row]) + count
             self._computed[row] = end
             shape = shape.with_chunk(count, end)
             if end == known[row]:
                 del known[row]
+                self._begun[row] = False
                 prompts += 1
         return shape, prompts, sampled + prompts
