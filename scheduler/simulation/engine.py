@@ -21,15 +21,16 @@ _POOL = 1 << 16
 
 @dataclass(slots=True)
 class Executed:
-    """What a step did. tokens: int32, one per row that sampled. prompts: of these, rows that have just caught up.
+    """What a step did. tokens: int32, one per row that sampled.
 
-    Their tokens are the last ones, since a plan names the rows that decode first.
+    recent: every row that has just caught up with its prompt, and so may have sampled its first token, is among the
+    last so many rows of the step.
     """
 
     step: int
     tokens: bytes
     shape: StepShape
-    prompts: int
+    recent: int
 
 
 class SimulatedEngine:
@@ -54,13 +55,12 @@ class SimulatedEngine:
             self._known[start.row] = len(start.tokens) // 4
             self._begun[start.row] = True
         rows = unpack(plan.rows)
-        prompts = 0
-        if not self._known:
-            shape, sampled = self._decode(rows), rows.size
+        if self._known:
+            shape, sampled, recent = self._mixed(rows, unpack(plan.counts))
         else:
-            shape, prompts, sampled = self._mixed(rows, unpack(plan.counts))
+            shape, sampled, recent = self._decode(rows), rows.size, 0
         self._at = (self._at + sampled) % _POOL
-        return Executed(plan.step, self._pool[4 * self._at : 4 * (self._at + sampled)], shape, prompts)
+        return Executed(plan.step, self._pool[4 * self._at : 4 * (self._at + sampled)], shape, recent)
 
     def _decode(self, rows: Int32) -> StepShape:
         computed = self._computed[rows] + 1
@@ -68,17 +68,19 @@ class SimulatedEngine:
         return StepShape(0, rows.size, int(computed.sum()))
 
     def _mixed(self, rows: Int32, counts: Int32) -> tuple[StepShape, int, int]:
-        """The shape, rows whose prompt ends here, and rows that sample."""
+        """The shape, how many rows sample, and `recent`."""
         known = self._known
         chunks = self._begun[rows]
         shape = self._decode(rows[~chunks])
-        sampled, prompts = shape.decode_rows, 0
-        for row, count in zip(rows[chunks].tolist(), counts[chunks].tolist(), strict=True):
+        sampled, recent = shape.decode_rows, 0
+        places = chunks.nonzero()[0].tolist()
+        for place, row, count in zip(places, rows[chunks].tolist(), counts[chunks].tolist(), strict=True):
             end = int(self._computed[row]) + count
             self._computed[row] = end
             shape = shape.with_chunk(count, end)
             if end == known[row]:
                 del known[row]
                 self._begun[row] = False
-                prompts += 1
-        return shape, prompts, sampled + prompts
+                sampled += 1
+                recent = recent or rows.size - place
+        return shape, sampled, recent

@@ -32,7 +32,7 @@ FINISHED = ("stop", "length")
 
 Progress = Callable[[float, int], None]
 """Simulated seconds, and requests that have come so far."""
-_PROGRESS_STEPS = 2048
+_PROGRESS_STEPS = 512
 
 
 class ReplicaResult(msgspec.Struct, array_like=True):
@@ -178,15 +178,15 @@ class Replica:
         if executed.shape.decode_rows:
             self._between.add(now - self._applied_at, executed.shape.decode_rows)
         self._applied_at = now
-        if executed.prompts:
+        if executed.recent:
             first = self._first
-            for sequence in outputs.sequences[-executed.prompts :]:  # those that decode stand before them
+            for sequence in outputs.sequences[-executed.recent :]:
                 index: int = sequence.request.context  # type: ignore[assignment]
                 if first[index] == NEVER:
                     first[index] = now
         if outputs.others:
             self._end(outputs.others, now)
-        if self._progress is not None and not self._steps % _PROGRESS_STEPS:
+        if self._progress is not None and not executed.step % _PROGRESS_STEPS:
             self._progress(now, self._next)
 
     def _end(self, outputs: list[Output], now: float) -> None:

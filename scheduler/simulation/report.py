@@ -65,6 +65,7 @@ def build_report(fleet: Fleet, workload: Workload, parts: Sequence[Part], goals:
     """Times in seconds, rates per second, shares from 0 to 1; see docs/simulator.md for each."""
     found = latencies(workload, parts)
     seconds = max(part.result.seconds for part in parts)
+    span = seconds or 1.0  # nothing that took time: every rate is 0
     ends: Counter[str] = Counter()
     for part in parts:
         ends.update(part.result.ends)
@@ -80,15 +81,15 @@ def build_report(fleet: Fleet, workload: Workload, parts: Sequence[Part], goals:
         "requests": {"offered": len(workload), "finished": int(finished.sum()), "ends": dict(sorted(ends.items()))},
         "seconds": seconds,
         "throughput": {
-            "requests": finished.sum() / seconds,
-            "input_tokens": workload.inputs[finished].sum() / seconds,
-            "output_tokens": sum(part.result.stats["generated_tokens"] for part in parts) / seconds,
+            "requests": finished.sum() / span,
+            "input_tokens": workload.inputs[finished].sum() / span,
+            "output_tokens": sum(part.result.stats["generated_tokens"] for part in parts) / span,
         },
         "ttft": spread(found.ttft),
         "tpot": spread(found.tpot),
         "end_to_end": spread(found.end_to_end),
         "between_tokens": _between(parts),
-        "goodput": goodput(found, goals, seconds),
+        "goodput": goodput(found, goals, span),
         "engine": _engine(parts),
         "cache": _cache(parts),
         "timeline": timeline(parts),
@@ -133,7 +134,7 @@ def _between(parts: Sequence[Part]) -> dict[str, float]:
 def _engine(parts: Sequence[Part]) -> dict[str, float]:
     """busy: share of the time until the last replica was done. rows: in a step, by its duration."""
     busy = sum(part.result.busy for part in parts)
-    whole = max(part.result.seconds for part in parts) * len(parts)
+    whole = (max(part.result.seconds for part in parts) or 1.0) * len(parts)
     return {
         "steps": sum(part.result.steps for part in parts),
         "busy": busy / whole,
@@ -160,11 +161,7 @@ def timeline(parts: Sequence[Part]) -> dict[str, Any]:
     width = max(part.result.width for part in parts)
     lines = [_at_width(part, width) for part in parts]
     length = max(len(line) for line in lines)
-    empty = [Moment(0, 0, 0, 0, 0)]
-    padded = [
-        line + [msgspec.structs.replace((line or empty)[-1], running=0, waiting=0, blocks=0)] * (length - len(line))
-        for line in lines
-    ]
+    padded = [line + [_end(part)] * (length - len(line)) for line, part in zip(lines, parts, strict=True)]
     blocks = parts[0].result.stats["blocks_total"] * len(parts)
     columns = list(zip(*padded, strict=True))
     return {
@@ -181,6 +178,10 @@ def _at_width(part: Part, width: float) -> list[Moment]:
     line = Timeline()
     line.width, line.moments = part.result.width, part.result.timeline
     return line.at_width(width)
+
+
+def _end(part: Part) -> Moment:
+    return Moment(0, 0, 0, part.result.stats["generated_tokens"], part.result.stats["preemptions"])
 
 
 def _tenants(workload: Workload, found: Latencies) -> dict[str, Any]:
