@@ -65,11 +65,15 @@ class Event(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Opened(Event, frozen=True, tag=0):
-    """A new core. at: seconds since 1970, so that the log can be found again in other logs. config: of the core."""
+    """A new core. at: seconds since 1970, so that the log can be found again in other logs. config: of the core.
+
+    own_policy: name of a policy that was not chosen by name but given as an object; "" for none.
+    """
 
     at: float
     protocol: int
     config: dict[str, Any]
+    own_policy: str = ""
 
 
 class Added(Event, frozen=True, tag=1):
@@ -98,8 +102,11 @@ class Planned(Event, frozen=True, tag=3):
 
 
 class Applied(Event, frozen=True, tag=4):
+    """seconds: that the step took, for the core's cost model."""
+
     now: float
     result: StepResult
+    seconds: float
     outputs: OutputDigest | None
     raised: str = ""
 

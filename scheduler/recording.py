@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from treadle.errors import ConfigError, EventLogError
+from treadle.errors import ConfigError, EventLogError, PolicyFailed
 from treadle.transport.messages import PROTOCOL_VERSION, Stats, StepPlan, StepResult, Submit
 
 from .config import CoreConfig
@@ -29,6 +29,7 @@ from .event_log import (
     Planned,
     WasReset,
 )
+from .policies import Policy
 from .request import Output, Outputs, Request
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -42,15 +43,21 @@ class EventSink(Protocol):
 
 
 class RecordedCore:
-    """The events of a `Core`, each written to `sink` once it is over, also when the core raises."""
+    """The events of a `Core`, each written to `sink` once it is over, also when the core raises.
 
-    def __init__(self, config: CoreConfig, draw_seed: Callable[[], int], sink: EventSink) -> None:
+    policy: as for the core; of an object only its name can be written down.
+    """
+
+    def __init__(
+        self, config: CoreConfig, draw_seed: Callable[[], int], sink: EventSink, policy: Policy | None = None
+    ) -> None:
         self.config = config
         self._sink = sink
         self._draw_seed = draw_seed
         self._drawn: list[int] = []
-        self._core = Core(config, self._draw)
-        sink.write(Opened(time.time(), PROTOCOL_VERSION, config_to_log(config)))
+        self._core = Core(config, self._draw, policy)
+        own_policy = "" if policy is None else policy.name
+        sink.write(Opened(time.time(), PROTOCOL_VERSION, config_to_log(config), own_policy))
 
     def add(self, submit: Submit, now: float) -> Request:
         self._drawn = []
@@ -80,13 +87,13 @@ class RecordedCore:
         self._sink.write(Planned(now, None if plan is None else plan_digest(plan)))
         return plan
 
-    def apply(self, result: StepResult, now: float) -> Outputs:
+    def apply(self, result: StepResult, now: float, seconds: float = 0.0) -> Outputs:
         try:
-            outputs = self._core.apply(result, now)
+            outputs = self._core.apply(result, now, seconds)
         except Exception as error:
-            self._sink.write(Applied(now, result, None, _told(error)))
+            self._sink.write(Applied(now, result, seconds, None, _told(error)))
             raise
-        self._sink.write(Applied(now, result, digest_of(outputs)))
+        self._sink.write(Applied(now, result, seconds, digest_of(outputs)))
         return outputs
 
     def reset(self, now: float) -> list[Output]:
@@ -128,6 +135,14 @@ class RecordedCore:
     @property
     def has_work(self) -> bool:
         return self._core.has_work
+
+    @property
+    def policy_errors(self) -> int:
+        return self._core.policy_errors
+
+    @property
+    def policy_error(self) -> PolicyFailed | None:
+        return self._core.policy_error
 
     def stats(self) -> Stats:
         return self._core.stats()

@@ -22,10 +22,12 @@ from treadle import LLM, SamplingParams
 from treadle.errors import ConfigError, EventLogError, Overloaded, ProtocolError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.event_log import Added, AnyEvent, Applied, Event, EventReader, EventWriter, Opened, Planned
+from treadle.scheduler.policies import Policy, Ticket
 from treadle.scheduler.recording import RecordedCore, config_to_log
 from treadle.scheduler.replay import replay
+from treadle.scheduler.request import Outputs
 from treadle.transport.codec import pack
-from treadle.transport.messages import Submit
+from treadle.transport.messages import StepResult, Submit
 
 from .conftest import OWN
 
@@ -91,7 +93,7 @@ def test_seeds_that_were_drawn_are_in_the_log(rig: RecordedRig) -> None:
         return msgspec.structs.replace(event, seeds=[]) if isinstance(event, Added) else event
 
     difference = replay(change(rig, without)).difference
-    assert difference is not None and str(difference) == "event 1: Added.seeds is [0], the log has []"
+    assert difference is not None and str(difference).startswith("event 1: Added.seeds is [0], the log has [];")
 
 
 def test_the_first_difference_is_named(rig: RecordedRig) -> None:
@@ -104,6 +106,7 @@ def test_the_first_difference_is_named(rig: RecordedRig) -> None:
 
     difference = replay(change(rig, other_tokens)).difference
     assert difference is not None and "Applied.outputs.tokens is " in difference.what
+    assert "a/0 [" in difference.decision and "b/0 [" in difference.decision
 
     def other_budget(event: AnyEvent) -> AnyEvent:
         if isinstance(event, Opened):
@@ -112,6 +115,7 @@ def test_the_first_difference_is_named(rig: RecordedRig) -> None:
 
     difference = replay(change(rig, other_budget)).difference
     assert difference is not None and "Planned.plan.start" in difference.what
+    assert difference.decision == "step 0, starts [row 0 with 3 tokens], tokens by row [0:2]"
 
     def no_refusal(event: AnyEvent) -> AnyEvent:
         return msgspec.structs.replace(event, raised="") if isinstance(event, Added) else event
@@ -198,6 +202,36 @@ RecordedMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestRecordedMachine = RecordedMachine.TestCase
+
+
+class Backwards(Policy):
+    """Last come, first served."""
+
+    name = "backwards"
+
+    def key(self, ticket: Ticket, now: float) -> float:
+        return -float(ticket.number)
+
+
+def test_a_policy_object_is_replayed_with_the_same_object_and_not_without(tmp_path: Path) -> None:
+    writer = EventWriter(tmp_path / "log")
+    core = RecordedCore(replace(CONFIG, max_num_seqs=1), lambda: 1, writer, Backwards())
+    for name in "abc":
+        core.add(Submit(id=name, tokens=pack([1, 2]), params=SamplingParams(max_tokens=1, seed=1)), 0.0)
+    while (plan := core.plan(0.0)) is not None:
+        core.apply(StepResult(plan.step, 0, 0, pack([5]), 0), 0.0, 0.25)
+    writer.close()
+    with pytest.raises(EventLogError, match="policy object, 'backwards'"):
+        replay(tmp_path / "log")
+    ends: list[str] = []
+
+    def note(event: AnyEvent, decision: object) -> None:
+        if isinstance(decision, Outputs):
+            ends.extend(output.sequence.request.id for output in decision.finished)
+
+    assert replay(tmp_path / "log", own_policy=Backwards, observer=note).good and ends == ["c", "b", "a"]
+    difference = replay(tmp_path / "log", own_policy=Policy).difference
+    assert difference is not None and str(difference).endswith("now it decides: a/0 [5] length")
 
 
 def command(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:

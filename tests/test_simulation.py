@@ -108,7 +108,13 @@ class Verified(SimulatedEngine):
 def test_the_simulated_engine_does_what_plans_say(seed: int) -> None:
     """With preemptions, shared prefixes, chunks; every request ends with all its tokens, the first one noted once."""
     chosen = config(
-        num_blocks=24, max_num_batched_tokens=20, max_prefill_chunk=[None, 3][seed % 2], pipeline_depth=1 + seed % 3
+        num_blocks=24,
+        max_num_batched_tokens=20,
+        max_prefill_chunk=[None, 3][seed % 2],
+        pipeline_depth=1 + seed % 3,
+        reserve_output="none",
+        watermark=0.0,
+        policy=["fair", "fcfs", "prefix"][seed % 3],
     )
     workload = random_work(seed, 60, 30, prefixes=(-1, 0, 1))
     replica = Replica(chosen, SECOND, workload, engine=Verified(chosen))

@@ -13,6 +13,7 @@ import pytest
 from treadle.commands import run
 from treadle.errors import ConfigError, ServiceError
 from treadle.scheduler.cost_model import StepCosts
+from treadle.scheduler.policies import Policy, Ticket
 from treadle.scheduler.simulation import Fleet, Goals, Workload, build_report, simulate
 from treadle.scheduler.simulation.plots import check_plots
 from treadle.scheduler.simulation.report import spread
@@ -128,6 +129,25 @@ def test_bad_fleets_are_refused(wrong: dict[str, int]) -> None:
         Fleet(config=CONFIG, costs=SECOND, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="goal for ttft"):
         Goals(ttft=-1)
+
+
+class ShortFirst(Policy):
+    """The shortest prompt first."""
+
+    name = "short-first"
+
+    def key(self, ticket: Ticket, now: float) -> float:
+        return float(ticket.prompt_tokens)
+
+
+def test_a_policy_of_ones_own_on_several_replicas() -> None:
+    workload = work((0.0, 4, 2), (0.1, 9, 1), (0.2, 3, 1), (0.0, 4, 2), (0.1, 9, 1), (0.2, 3, 1))
+    fleet = Fleet(config=config(max_num_seqs=1), costs=SECOND, replicas=2, jobs=2, policy=ShortFirst)
+    for part in simulate(fleet, workload):
+        first = np.frombuffer(part.result.first)
+        assert first[2] < first[1], "the short one waited behind the long one"
+    told = report(workload, config=config(max_num_seqs=1, policy="fcfs"))
+    assert told["model"]["config"]["policy"] == "fcfs"  # type: ignore[index]
 
 
 # ── the command ──

@@ -9,6 +9,7 @@ client. The module imports nothing, so that every room may raise from it.
     │   └── InvalidParameter
     ├── RequestFailed             the request was accepted and could not be finished
     │   ├── DeadlineExceeded
+    │   │   └── DeadlineUnreachable
     │   └── EngineFailed
     ├── Overloaded                no room now; `retry_after` seconds is the estimate
     ├── ModelError                the model cannot be used
@@ -24,6 +25,7 @@ client. The module imports nothing, so that every room may raise from it.
         ├── ServiceClosed
         ├── ServerLost
         ├── HandshakeFailed
+        ├── PolicyFailed
         └── ProtocolError
 """
 
@@ -54,6 +56,12 @@ class RequestFailed(TreadleError):
 
 class DeadlineExceeded(RequestFailed):
     code = "deadline_exceeded"
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """Refused before its deadline: even begun now and alone, the request could not end in time (docs/policies.md)."""
+
+    code = "deadline_unreachable"
 
 
 class EngineFailed(RequestFailed):
@@ -130,6 +138,12 @@ class HandshakeFailed(ServiceError):
     code = "handshake_failed"
 
 
+class PolicyFailed(ServiceError):
+    """A scheduling policy raised or answered nonsense; the step went on first come, first served."""
+
+    code = "policy_failed"
+
+
 class ProtocolError(ServiceError):
     """The other side speaks another protocol, or a frame could not be decoded."""
 
@@ -143,6 +157,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     InvalidParameter,
     RequestFailed,
     DeadlineExceeded,
+    DeadlineUnreachable,
     EngineFailed,
     Overloaded,
     ModelError,
@@ -158,6 +173,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     ServiceClosed,
     ServerLost,
     HandshakeFailed,
+    PolicyFailed,
     ProtocolError,
 )
 _BY_CODE = {cls.code: cls for cls in _ALL}

@@ -11,6 +11,7 @@ import numpy as np
 from treadle.errors import ConfigError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.cost_model import StepCosts
+from treadle.scheduler.policies import Policy
 
 from .parallel import run_parallel
 from .replica import Replica, ReplicaResult
@@ -25,7 +26,8 @@ FleetProgress = Callable[[int, float, int], None]
 class Fleet:
     """What is simulated. routing: a name in `ROUTING`. overhead: seconds of the scheduler between steps.
 
-    jobs: processes that simulate; the results are the same whatever their number.
+    jobs: processes that simulate; the results are the same whatever their number. policy: makes a policy of your own
+    for each replica, instead of the one that the configuration names; then all are simulated in this process.
     """
 
     config: CoreConfig
@@ -34,6 +36,7 @@ class Fleet:
     routing: str = "least-loaded"
     overhead: float = 0.0
     jobs: int = 1
+    policy: Callable[[], Policy] | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -58,7 +61,7 @@ def simulate(fleet: Fleet, workload: Workload, progress: FleetProgress | None = 
     chosen = route(workload, fleet.replicas, fleet.routing, fleet.config, fleet.costs)
     order = np.argsort(chosen, kind="stable")
     indices = np.split(order, np.cumsum(np.bincount(chosen, minlength=fleet.replicas))[:-1])
-    if min(fleet.jobs, fleet.replicas) > 1:
+    if min(fleet.jobs, fleet.replicas) > 1 and fleet.policy is None:
         results = run_parallel(fleet.config, fleet.costs, fleet.overhead, workload, indices, fleet.jobs, progress)
     else:
         results = [
@@ -67,6 +70,7 @@ def simulate(fleet: Fleet, workload: Workload, progress: FleetProgress | None = 
                 fleet.costs,
                 workload.take(mine),
                 overhead=fleet.overhead,
+                policy=None if fleet.policy is None else fleet.policy(),
                 progress=None if progress is None else partial(progress, i),
             ).run()
             for i, mine in enumerate(indices)

@@ -64,10 +64,14 @@ class _Collector:
         if not self._offered:
             raise ConfigError(f"{path}: no requests in its last run")
         begin = self._offered[0].at
+        names = dict.fromkeys(offered.submit.tenant for offered in self._offered)
+        tenants = {name: number for number, name in enumerate(names)}
         return make_workload(
             [offered.at - begin for offered in self._offered],
             [len(offered.submit.tokens) // 4 for offered in self._offered],
             [max(1, offered.tokens) for offered in self._offered],
+            tenant=[tenants[offered.submit.tenant] for offered in self._offered],
+            tenants=tuple(tenants),
             priority=[offered.submit.priority for offered in self._offered],
             timeout=[offered.submit.timeout for offered in self._offered],
             prompts=[offered.submit.tokens for offered in self._offered],

@@ -17,6 +17,7 @@ from treadle.errors import TreadleError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
 from treadle.scheduler.cost_model import CostModel, StepCosts
+from treadle.scheduler.policies import Policy
 from treadle.scheduler.request import Output, Outputs
 from treadle.transport.messages import SamplingParams, StepResult, Submit
 
@@ -56,7 +57,10 @@ class ReplicaResult(msgspec.Struct, array_like=True):
 
 
 class Replica:
-    """Runs a workload to its end. overhead: seconds of the scheduler between a result and the next plan's departure."""
+    """Runs a workload to its end. overhead: seconds of the scheduler between a result and the next plan's departure.
+
+    policy: instead of the one that the configuration names. The core learns costs from the steps, as in a service.
+    """
 
     def __init__(
         self,
@@ -65,10 +69,11 @@ class Replica:
         workload: Workload,
         *,
         overhead: float = 0.0,
+        policy: Policy | None = None,
         engine: SimulatedEngine | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.core = Core(config, draw_seed=lambda: 0)
+        self.core = Core(config, draw_seed=lambda: 0, policy=policy)
         self._config = config
         self._costs = CostModel(costs)
         self._engine = SimulatedEngine(config) if engine is None else engine
@@ -132,7 +137,7 @@ class Replica:
         result = StepResult(executed.step, 0, 0, executed.tokens, round(cost * 1e6))
         if self._flights:
             self._events.push(self._flights[0][2], Kind.RESULT)
-        outputs = self.core.apply(result, now)
+        outputs = self.core.apply(result, now, cost)
         self._pump(now, self._overhead)
         self._note(executed, outputs, now)
 
@@ -170,6 +175,7 @@ class Replica:
             params=params,
             timeout=float(workload.timeout[index]),
             priority=int(workload.priority[index]),
+            tenant=workload.tenants[workload.tenant[index]],
         )
 
     # ── what is remembered ──
