@@ -30,10 +30,10 @@ from .event_log import (
     WasReset,
 )
 from .policies import Policy
-from .request import Output, Outputs, Request
+from .request import Output, Outputs, Request, Sequence
 
 _encode = msgspec.msgpack.Encoder().encode
-_admission = attrgetter("admission")
+_order = attrgetter("order")
 
 
 class EventSink(Protocol):
@@ -55,6 +55,7 @@ class RecordedCore:
         self._sink = sink
         self._draw_seed = draw_seed
         self._drawn: list[int] = []
+        self._digester = OutputDigester()
         self._core = Core(config, self._draw, policy)
         own_policy = "" if policy is None else policy.name
         sink.write(Opened(time.time(), PROTOCOL_VERSION, config_to_log(config), own_policy))
@@ -75,7 +76,7 @@ class RecordedCore:
         except Exception as error:
             self._sink.write(Aborted(now, request_id, index, None, _told(error)))
             raise
-        self._sink.write(Aborted(now, request_id, index, digest_of(Outputs(others=outputs))))
+        self._sink.write(Aborted(now, request_id, index, self._digester.of_list(outputs)))
         return outputs
 
     def plan(self, now: float) -> StepPlan | None:
@@ -93,7 +94,7 @@ class RecordedCore:
         except Exception as error:
             self._sink.write(Applied(now, result, seconds, None, _told(error)))
             raise
-        self._sink.write(Applied(now, result, seconds, digest_of(outputs)))
+        self._sink.write(Applied(now, result, seconds, self._digester.of(outputs)))
         return outputs
 
     def reset(self, now: float) -> list[Output]:
@@ -102,7 +103,7 @@ class RecordedCore:
         except Exception as error:
             self._sink.write(WasReset(now, None, _told(error)))
             raise
-        self._sink.write(WasReset(now, digest_of(Outputs(others=outputs))))
+        self._sink.write(WasReset(now, self._digester.of_list(outputs)))
         return outputs
 
     def expire(self, now: float) -> list[Output]:
@@ -111,7 +112,7 @@ class RecordedCore:
         except Exception as error:
             self._sink.write(Expired(now, None, _told(error)))
             raise
-        self._sink.write(Expired(now, digest_of(Outputs(others=outputs))))
+        self._sink.write(Expired(now, self._digester.of_list(outputs)))
         return outputs
 
     def fail_all(self, code: str, message: str, now: float) -> list[Output]:
@@ -120,7 +121,7 @@ class RecordedCore:
         except Exception as error:
             self._sink.write(FailedAll(now, code, message, None, _told(error)))
             raise
-        self._sink.write(FailedAll(now, code, message, digest_of(Outputs(others=outputs))))
+        self._sink.write(FailedAll(now, code, message, self._digester.of_list(outputs)))
         return outputs
 
     # ── what changes nothing is not recorded ──
@@ -168,16 +169,31 @@ def plan_digest(plan: StepPlan) -> PlanDigest:
     )
 
 
-def digest_of(outputs: Outputs) -> OutputDigest:
-    """Who got a plain token is told by admission numbers: those who got one have a row."""
-    others = outputs.others
-    return OutputDigest(
-        len(outputs.tokens),
-        zlib.crc32(_encode(list(map(_admission, outputs.sequences)))),
-        zlib.crc32(_encode(outputs.tokens)),
-        sum(bool(output.finish) for output in others) if others else 0,
-        _others_digest(others) if others else 0,
-    )
+class OutputDigester:
+    """Digests outputs. In most steps the same sequences get a token as in the last: comparing is cheaper than listing.
+
+    A sequence is told by its number of arrival.
+    """
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+        self._digest = zlib.crc32(_encode([]))
+
+    def of_list(self, others: list[Output]) -> OutputDigest:
+        return self.of(Outputs(others=others))
+
+    def of(self, outputs: Outputs) -> OutputDigest:
+        others = outputs.others
+        if outputs.sequences != self._sequences:
+            self._sequences = outputs.sequences
+            self._digest = zlib.crc32(_encode(list(map(_order, outputs.sequences))))
+        return OutputDigest(
+            len(outputs.tokens),
+            self._digest,
+            zlib.crc32(_encode(outputs.tokens)),
+            sum(bool(output.finish) for output in others) if others else 0,
+            _others_digest(others) if others else 0,
+        )
 
 
 def _others_digest(others: Iterable[Output]) -> int:
