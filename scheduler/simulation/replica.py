@@ -59,7 +59,7 @@ class ReplicaResult(msgspec.Struct, array_like=True):
 class Replica:
     """Runs a workload to its end. overhead: seconds of the scheduler between a result and the next plan's departure.
 
-    policy: instead of the one that the configuration names. The core learns costs from the steps, as in a service.
+    policy: instead of the one that the configuration names. The core knows the costs, which a service has to learn.
     """
 
     def __init__(
@@ -73,9 +73,8 @@ class Replica:
         engine: SimulatedEngine | None = None,
         progress: Progress | None = None,
     ) -> None:
-        self.core = Core(config, draw_seed=lambda: 0, policy=policy)
-        self._config = config
         self._costs = CostModel(costs)
+        self.core = Core(config, draw_seed=lambda: 0, policy=policy, costs=self._costs)
         self._engine = SimulatedEngine(config) if engine is None else engine
         self._workload = workload
         self._prompts = Prompts(workload, config.vocab_size)
@@ -137,7 +136,7 @@ class Replica:
         result = StepResult(executed.step, 0, 0, executed.tokens, round(cost * 1e6))
         if self._flights:
             self._events.push(self._flights[0][2], Kind.RESULT)
-        outputs = self.core.apply(result, now, cost)
+        outputs = self.core.apply(result, now)
         self._pump(now, self._overhead)
         self._note(executed, outputs, now)
 
