@@ -18,24 +18,23 @@ _STEPS = 8
 """Classes per doubling of the length."""
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
 
 
 class OutputLengths:
     """For each tenant a histogram of the lengths of finished outputs, in classes of about a tenth, with forgetting.
 
-    What is asked of it is how much is still to come from an output that has reached a certain length: the mean of
-    those that got at least as far, less what is there. With long tails that is more the longer it has been going on.
+    What is asked of it is how likely an output that has reached a certain length is to go on so much longer: the share
+    of those that got at least as far. With long tails that is likelier the longer it has been going on.
     slot: number of a tenant's statistics; the tenants heard of last have one, the others share that of everybody.
     """
 
     def __init__(self, max_len: int) -> None:
-        lengths = np.arange(max_len + 1)
-        self._class = _classes(lengths)
+        self._max_len = max_len
+        self._class = _classes(np.arange(max_len + 1))
         size = int(self._class[-1]) + 1
         self._counts: Floats = np.zeros((_TENANTS, size))
-        self._sums: Floats = np.zeros((_TENANTS, size))
-        self._mean: Floats = np.zeros((_TENANTS, size))
-        self._middle = np.bincount(self._class, lengths) / np.maximum(np.bincount(self._class), 1)
+        self._reach: Floats = np.zeros((_TENANTS, size))
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._changed: set[int] = set()
         self._add(OVERALL, min(_FIRST_GUESS, max_len))
@@ -52,38 +51,35 @@ class OutputLengths:
         for number in (OVERALL, slot):
             self._add(number, length)
 
-    def remaining(self, slots: npt.NDArray[np.intp], lengths: npt.NDArray[np.int32]) -> Floats:
-        """Tokens still to come of outputs that have these lengths."""
+    def survival(self, slots: npt.NDArray[np.intp], lengths: Ints, ahead: Ints) -> Floats:
+        """[horizons, outputs]: how likely each, of its present length, is to get `ahead` tokens further."""
         for slot in self._changed:
             self._renew(slot)
         self._changed.clear()
-        mean: Floats = self._mean[slots, self._class[lengths]]
-        return np.maximum(mean - lengths, 1.0)
+        then = np.minimum(lengths + ahead[:, None], self._max_len)
+        share: Floats = self._reach[slots, self._class[then]] / self._reach[slots, self._class[lengths]]
+        return share
 
     def _add(self, slot: int, length: int) -> None:
         self._counts[slot] *= 1 - 1 / _MEMORY
-        self._sums[slot] *= 1 - 1 / _MEMORY
-        at = self._class[length]
-        self._counts[slot, at] += 1
-        self._sums[slot, at] += length
+        self._counts[slot, self._class[length]] += 1
         self._changed.add(slot)
 
     def _renew(self, slot: int) -> None:
-        """The mean length of those that reach each class. Past the longest ever seen: as long again."""
-        counts, sums = self._counts[slot], self._sums[slot]
+        """How many reach each class. Beyond the longest ever seen: half as many with each doubling."""
+        counts = self._counts[slot]
         if slot != OVERALL:
-            share = _PRIOR / self._counts[OVERALL].sum()
-            counts, sums = counts + share * self._counts[OVERALL], sums + share * self._sums[OVERALL]
-        reach, total = counts[::-1].cumsum()[::-1], sums[::-1].cumsum()[::-1]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            self._mean[slot] = np.where(reach > 1e-3, total / reach, 2 * self._middle)
+            counts = counts + _PRIOR / self._counts[OVERALL].sum() * self._counts[OVERALL]
+        reach = counts[::-1].cumsum()[::-1]
+        tail = 0.5 ** (np.arange(reach.size) / _STEPS) * 1e-3
+        self._reach[slot] = reach + tail * counts.sum()
 
     def _new_slot(self, tenant: str) -> int:
         if len(self._slots) < _TENANTS - 1:
             slot = len(self._slots) + 1
         else:
             _, slot = self._slots.popitem(last=False)  # of the tenant that ended something longest ago
-        self._counts[slot] = self._sums[slot] = 0.0
+        self._counts[slot] = 0.0
         self._slots[tenant] = slot
         return slot
 
