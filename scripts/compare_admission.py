@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What admission keeps for outputs to come, compared: nothing, everything, or what the tenants' outputs let expect.
 
-    compare_admission.py [--json] [--requests 600] [--blocks 501] [--seed 0]
+    compare_admission.py [--json] [--requests 200] [--blocks 301] [--seed 0]
 
 The scheduler core and the fake engine in virtual time, so the same seed gives the same numbers on every machine. All
 requests wait from the start; output lengths are log-normal (tenant "chat") or Pareto with a heavy tail (tenant
@@ -59,9 +59,9 @@ def workload(requests: int, seed: int) -> list[Submit]:
     submits = []
     for i in range(requests):
         tenant = "report" if random.random() < 0.3 else "chat"
-        drawn = 60 * (1 + random.pareto(1.3)) if tenant == "report" else random.lognormal(3.7, 0.9)
+        drawn = 200 * (1 + random.pareto(1.3)) if tenant == "report" else random.lognormal(4.5, 0.9)
         length = int(np.clip(drawn, 1, MAX_TOKENS))
-        prompt = random.integers(1, VOCAB, int(np.clip(random.lognormal(4.1, 0.8), 1, MAX_PROMPT)))
+        prompt = random.integers(1, VOCAB, int(np.clip(random.lognormal(3.5, 0.8), 1, MAX_PROMPT)))
         params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, seed=length)
         submits.append(Submit(id=str(i), tokens=pack(prompt), params=params, tenant=tenant))
     return submits
@@ -115,8 +115,8 @@ def compare(requests: int, blocks: int, seed: int) -> dict[str, Outcome]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--requests", type=int, default=600)
-    parser.add_argument("--blocks", type=int, default=501, help="of 16 tokens; one of them is the null block")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--blocks", type=int, default=301, help="of 16 tokens; one of them is the null block")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     outcomes = compare(options.requests, options.blocks, options.seed)

@@ -100,9 +100,7 @@ def test_priority_ages() -> None:
 
 @given(arrivals, st.lists(st.sampled_from([0.0, 3.0, 30.0, 300.0]), min_size=14, max_size=14))
 @quick
-def test_deadline_goes_by_the_earliest(
-    requests: list[tuple[float, int, int, int, int]], timeouts: list[float]
-) -> None:
+def test_deadline_goes_by_the_earliest(requests: list[tuple[float, int, int, int, int]], timeouts: list[float]) -> None:
     rig, policy = Rig(SMALL, DeadlinePolicy(patience=20.0)), DeadlinePolicy(patience=20.0)
     add = rig.add
     rig.add = lambda name, prompt, **more: add(name, prompt, timeout=timeouts[int(name)], **more)  # type: ignore
