@@ -23,7 +23,7 @@ from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Su
 
 from .admission import Admission
 from .config import CoreConfig
-from .cost_model import CostModel
+from .cost_model import CostModel, StepShape
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
 from .ordered_queue import OrderedQueue
@@ -194,6 +194,11 @@ class Core:
     def in_flight(self) -> int:
         """Plans whose result has not come."""
         return len(self._flights)
+
+    @property
+    def last_shape(self) -> StepShape:
+        """Of the newest plan in flight; an empty one when there is none."""
+        return self._flights[-1].shape if self._flights else StepShape(0, 0, 0)
 
     @property
     def has_work(self) -> bool:

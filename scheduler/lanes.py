@@ -79,14 +79,21 @@ class Lanes:
 
     def _first(self) -> str | None:
         """The open lane of the least key. Each is asked at most once, whatever the policy makes up."""
-        heap, opened = self._heap, self._opened
-        for _ in range(len(heap)):
-            key, number, lane = heap[0]
-            if opened.get(lane) != number:
-                heapq.heappop(heap)
-                continue
+        for _ in range(len(self._heap)):
+            head = self._head()
+            if head is None:
+                return None
+            key, number, lane = head
             fresh = self._guard.lane_key(lane)
             if fresh is None or fresh <= key:
                 break
-            heapq.heapreplace(heap, (fresh, number, lane))
-        return heap[0][2] if heap else None
+            heapq.heapreplace(self._heap, (fresh, number, lane))
+        head = self._head()
+        return None if head is None else head[2]
+
+    def _head(self) -> tuple[float, int, str] | None:
+        """The first entry that is of an open lane; those before it are thrown away."""
+        heap, opened = self._heap, self._opened
+        while heap and opened.get(heap[0][2]) != heap[0][1]:
+            heapq.heappop(heap)
+        return heap[0] if heap else None

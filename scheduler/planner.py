@@ -203,6 +203,7 @@ class Planner:
         kills the engine is found alone.
         """
         self._running.ledger.settle()
+        self._running.reservation.begin()
         while self._running.rows.free and self._room(batch, 0):
             sequence = self._waiting.first(now)
             if sequence is None or sequence.in_flight or not self._may_stand_trial(sequence.request):

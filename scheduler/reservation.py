@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from treadle.kvcache import BlockPool
 
 from .config import CoreConfig
-from .output_lengths import Floats, OutputLengths
+from .output_lengths import Floats, Ints, Outlook, OutputLengths, Slots
 from .request import Sequence
-from .rows import Rows, Rows1D
+from .rows import Rows
+
+_CAUTION = 1.0
+
+
+@dataclass(slots=True)
+class _Load:
+    """Blocks that are expected to be in use at each horizon."""
+
+    outlook: Outlook
+    mean: Floats
+    variance: Floats
 
 
 class Reservation:
@@ -20,9 +33,10 @@ class Reservation:
     what the outputs of the tenant's requests tell.
 
     The estimate is of the *peak* over time, not of the sum of all needs, since those who end give back what they have
-    before others need it (Gong et al.: Past-Future Scheduler for LLM Serving under SLA Guarantees, ASPLOS 2025). With
-    rows by what is still to come, the longest first, and a token a step each, the i-th ends after r_i steps; by then
-    the first i rows hold what they hold now and i · r_i tokens more.
+    before others need it (Gong et al.: Past-Future Scheduler for LLM Serving under SLA Guarantees, ASPLOS 2025). Some
+    steps ahead, a row holds what it holds now and what it will have grown by then, if it still runs; how likely it
+    does, the outputs that have ended tell. The sum over rows has a mean and a deviation at each of some horizons, and
+    one more is admitted while the mean and `_CAUTION` deviations fit.
     """
 
     def __init__(self, config: CoreConfig, rows: Rows, pool: BlockPool) -> None:
@@ -33,6 +47,9 @@ class Reservation:
         self._pool = pool
         self._slot = np.zeros(config.max_num_seqs, np.intp)
         self._prompt = np.zeros(config.max_num_seqs, np.int32)
+        self._row_blocks = config.max_blocks_per_row
+        self._horizons = np.array([1 << i for i in range(2, config.max_model_len.bit_length())] or [1], np.int32)
+        self._load: _Load | None = None
         self.lengths = OutputLengths(config.max_model_len)
 
     @property
@@ -48,32 +65,56 @@ class Reservation:
         self._slot[row] = self.lengths.slot(sequence.request.tenant)
         self._prompt[row] = sequence.request.prompt_len
 
-    def allows(self, sequence: Sequence, blocks: int) -> bool:
-        """One more may run, that takes so many blocks out of what is available now."""
-        if self._mode == "none" or not self._rows.count:
-            return True
-        live = self._rows.admission.nonzero()[0]
-        if self._mode == "full":
-            return self._sum_fits(live, sequence, blocks)
-        return self._peak_fits(live, sequence, blocks)
+    def begin(self) -> None:
+        """A step begins to admit: what was reckoned in an earlier one holds no longer."""
+        self._load = None
 
-    def _sum_fits(self, live: Rows1D, sequence: Sequence, blocks: int) -> bool:
+    def allows(self, sequence: Sequence, blocks: int) -> bool:
+        """One more may run, that takes so many blocks out of what is available now. If so, it counts from now on."""
+        running = self._rows.count
+        if self._mode == "none" or not running or (running + 1) * self._row_blocks + blocks <= self._pool.available:
+            return True
+        return self._sum_fits(sequence, blocks) or (self._mode == "estimate" and self._peak_fits(sequence, blocks))
+
+    def _sum_fits(self, sequence: Sequence, blocks: int) -> bool:
+        """Everybody may grow to the limit."""
         rows, size = self._rows, self._block_size
+        live = rows.admission.nonzero()[0]
         growth = int((-(-rows.limit[live] // size) - rows.nblocks[live]).sum())
         own = -(-sequence.request.limit // size) - -(-sequence.known // size)
         return blocks + own + growth + self._watermark <= self._pool.available
 
-    def _peak_fits(self, live: Rows1D, sequence: Sequence, blocks: int) -> bool:
+    def _peak_fits(self, sequence: Sequence, blocks: int) -> bool:
+        slot = self.lengths.slot(sequence.request.tenant)
+        load = self._load
+        if load is None or slot not in load.outlook.kinds:
+            load = self._load = self._running_load(slot)
+        request = sequence.request
+        one = np.array([sequence.known], np.int32)
+        mean, variance = self._expect(
+            load.outlook, np.array([slot]), one, one - request.prompt_len, np.array([request.limit]), np.array([blocks])
+        )
+        mean, variance = load.mean + mean, load.variance + variance
+        if float((mean + _CAUTION * np.sqrt(variance)).max()) + self._watermark > self._pool.total:
+            return False
+        load.mean, load.variance = mean, variance
+        return True
+
+    def _running_load(self, slot: int) -> _Load:
         """Shared blocks count once: each row's part of what is in use, by the length of its table."""
-        rows, pool = self._rows, self._pool
-        tables = rows.nblocks[live]
-        held = np.append(tables * (pool.used / max(1, int(tables.sum()))), blocks)
-        known = np.append(rows.known[live], sequence.known)
-        limit = np.append(rows.limit[live], sequence.request.limit)
-        prompt = np.append(self._prompt[live], sequence.request.prompt_len)
-        slot = np.append(self._slot[live], self.lengths.slot(sequence.request.tenant))
-        coming: Floats = np.minimum(self.lengths.remaining(slot, known - prompt), limit - known)
-        order = np.argsort(-coming, kind="stable")
-        ahead = np.arange(1, order.size + 1)
-        peak = np.cumsum(held[order]) + ahead * (coming[order] / self._block_size)
-        return float(peak.max()) + self._watermark <= pool.total
+        rows = self._rows
+        live = rows.admission.nonzero()[0]
+        tables, known = rows.nblocks[live], rows.known[live]
+        slots, output = self._slot[live], known - self._prompt[live]
+        held = tables * (self._pool.used / max(1, int(tables.sum())))
+        outlook = self.lengths.outlook(np.append(slots, slot), np.append(output, np.int32(0)))
+        return _Load(outlook, *self._expect(outlook, slots, known, output, rows.limit[live], held))
+
+    def _expect(
+        self, outlook: Outlook, slots: Slots, known: Ints, output: Ints, limit: Ints, held: Floats
+    ) -> tuple[Floats, Floats]:
+        """Mean and variance of the blocks that these hold, at each horizon."""
+        ahead = self._horizons[:, None]
+        alive = outlook.survival(slots, output, self._horizons) * (known + ahead < limit)
+        then = held + ahead / self._block_size
+        return (alive * then).sum(axis=1), (alive * (1 - alive) * then * then).sum(axis=1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
-from treadle.scheduler.cost_model import CostModel
+from treadle.scheduler.cost_model import CostModel, chunk_pairs
 from treadle.scheduler.fake_engine import Expected, FakeEngine, expected_output
 from treadle.scheduler.policies import Policy
 from treadle.scheduler.request import Output, Outputs, Request
@@ -84,9 +84,20 @@ class Rig:
         self.core.check()
         if plan is not None:
             assert sum(counts(plan).values()) <= self.config.max_num_batched_tokens
+            self._check_shape(plan)
             self.plans.append(plan)
             self.engine.submit(self._codec.encode(plan))
         return plan
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        """What the plan says it costs is what it computes: decodes first, chunks after."""
+        shape, computed = self.core.last_shape, self.core._running.rows.computed
+        ends = [(count, int(computed[row])) for row, count in counts(plan).items()]
+        chunks = ends[shape.decode_rows :]
+        assert all(count == 1 for count, _ in ends[: shape.decode_rows])
+        assert shape.context_tokens == sum(end for _, end in ends[: shape.decode_rows])
+        assert shape.prefill_tokens == sum(count for count, _ in chunks)
+        assert shape.chunk_pairs == sum(chunk_pairs(count, end) for count, end in chunks)
 
     def must_plan(self) -> StepPlan:
         plan = self.plan()
