@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Container
 from math import isfinite
 
@@ -13,40 +13,47 @@ from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import SamplingParams, Submit
 
 from .config import CoreConfig
+from .policies.interface import LEAST_OUTPUT, Ticket
+from .rates import Rate
 from .request import Request, Sequence, derive_seed
-from .waiting import Waiting
+from .waiting import Load, Waiting
 
 MAX_PRIORITY = 1 << 20
-_ARRIVALS = 1 << 40
-
-_RECENT = 64
-_MIN_RETRY, _MAX_RETRY, _UNKNOWN_RETRY = 0.05, 60.0, 1.0
+_MOST_TENANTS = 1024
 
 
 class Admission:
-    """Numbers arrivals. A lower `priority` goes first, as in vLLM; among equals the one that came first."""
+    """Numbers arrivals, and refuses what is over the bounds: of everybody together, and of each tenant."""
 
     def __init__(self, config: CoreConfig, draw_seed: Callable[[], int]) -> None:
         self._config = config
         self._draw_seed = draw_seed
         self._eos = frozenset(config.eos_token_ids)
         self._arrivals = 0
-        self._ends: deque[float] = deque(maxlen=_RECENT)
+        self._rate = Rate()
+        self._rates: OrderedDict[str, Rate] = OrderedDict()
+        self._by_tenant = config.max_tenant_requests is not None or config.max_tenant_tokens is not None
         self.refused = 0
 
     def accept(self, submit: Submit, now: float, waiting: Waiting, in_use: Container[str]) -> Request:
         """The request with its sequences; raises InvalidRequest and its kinds, or Overloaded."""
         try:
             length = self._check(submit, in_use)
-            self._check_load(submit.params.n, length, now, waiting)
+            self._check_load(submit, length, now, waiting)
         except (InvalidRequest, Overloaded):
             self.refused += 1
             raise
         return self._make(submit, length, now)
 
-    def note_end(self, now: float) -> None:
+    def note_end(self, request: Request, now: float) -> None:
         """A sequence has ended; the rate of these is what a retry-after estimate goes by."""
-        self._ends.append(now)
+        self._rate.note(now, request.prompt_len)
+        if self._by_tenant:
+            rate = self._rates.setdefault(request.tenant, Rate())
+            self._rates.move_to_end(request.tenant)
+            rate.note(now, request.prompt_len)
+            if len(self._rates) > _MOST_TENANTS:
+                self._rates.popitem(last=False)
 
     def _check(self, submit: Submit, in_use: Container[str]) -> int:
         tokens, config = unpack(submit.tokens), self._config
@@ -72,25 +79,42 @@ class Admission:
             raise InvalidParameter(f"timeout={submit.timeout}: it must be a number of seconds, 0 for none")
         return tokens.size
 
-    def _check_load(self, count: int, length: int, now: float, waiting: Waiting) -> None:
+    def _check_load(self, submit: Submit, length: int, now: float, waiting: Waiting) -> None:
         """A request is taken when nothing waits, whatever its size; else it must fit under both bounds."""
-        requests = len(waiting) + count - self._config.max_waiting_requests
-        tokens = waiting.tokens + count * length - self._config.max_waiting_tokens
-        if len(waiting) and (requests > 0 or tokens > 0):
-            retry_after = self._retry_after(max(1, requests), now)
-            raise Overloaded(
-                f"{len(waiting)} requests with {waiting.tokens} tokens are waiting; at most "
-                f"{self._config.max_waiting_requests} and {self._config.max_waiting_tokens} are allowed; "
-                f"try again in {retry_after:.2f} s",
-                retry_after,
-            )
+        config, count = self._config, submit.params.n
+        everybody = Load(len(waiting), waiting.tokens)
+        self._check_bounds(
+            "", everybody, count, length, config.max_waiting_requests, config.max_waiting_tokens, self._rate, now
+        )
+        own = waiting.tenants.get(submit.tenant)
+        if own is not None and self._by_tenant:
+            whose, rate = f" of tenant {submit.tenant!r}", self._rates.get(submit.tenant, self._rate)
+            most, most_tokens = config.max_tenant_requests, config.max_tenant_tokens
+            self._check_bounds(whose, own, count, length, most, most_tokens, rate, now)
 
-    def _retry_after(self, places: int, now: float) -> float:
-        """Seconds until so many have ended, at the rate of the last few."""
-        if len(self._ends) < 2 or now <= self._ends[0]:
-            return _UNKNOWN_RETRY
-        seconds = places * (now - self._ends[0]) / len(self._ends)
-        return min(max(seconds, _MIN_RETRY), _MAX_RETRY)
+    def _check_bounds(
+        self,
+        whose: str,
+        load: Load,
+        count: int,
+        length: int,
+        most: int | None,
+        most_tokens: int | None,
+        rate: Rate,
+        now: float,
+    ) -> None:
+        """Raises Overloaded; None is no bound."""
+        requests = 0 if most is None else load.requests + count - most
+        tokens = 0 if most_tokens is None else load.tokens + count * length - most_tokens
+        if not load.requests or (requests <= 0 and tokens <= 0):
+            return
+        retry_after = rate.seconds(requests, tokens, now)
+        allowed = [f"{most} requests"] * (most is not None) + [f"{most_tokens} tokens"] * (most_tokens is not None)
+        raise Overloaded(
+            f"{load.requests} requests{whose} with {load.tokens} tokens are waiting; at most "
+            f"{' and '.join(allowed)} are allowed; try again in {retry_after:.2f} s",
+            retry_after,
+        )
 
     def _make(self, submit: Submit, length: int, now: float) -> Request:
         params, config = submit.params, self._config
@@ -107,15 +131,31 @@ class Admission:
             ban=pack(sorted(stop_ids)) if params.min_tokens > 0 else b"",
             deadline=now + submit.timeout if submit.timeout and isfinite(submit.timeout) else None,
             unfinished=params.n,
+            tenant=submit.tenant,
         )
         seed = self._draw_seed() if params.seed is None else params.seed
-        first = submit.priority * _ARRIVALS + self._arrivals
-        self._arrivals += params.n
-        request.sequences = [
-            Sequence(request, index, derive_seed(seed, index), first + index, submit.tokens)
-            for index in range(params.n)
-        ]
+        for index in range(params.n):
+            ticket = self._ticket(request, submit, index, now)
+            sequence = Sequence(request, index, derive_seed(seed, index), ticket.number, submit.tokens, ticket)
+            request.sequences.append(sequence)
         return request
+
+    def _ticket(self, request: Request, submit: Submit, index: int, now: float) -> Ticket:
+        self._arrivals += 1
+        most = request.limit - request.prompt_len
+        surely = most if not request.stop_ids else max(LEAST_OUTPUT, submit.params.min_tokens)
+        return Ticket(
+            number=self._arrivals,
+            request_id=request.id,
+            index=index,
+            tenant=submit.tenant,
+            priority=submit.priority,
+            arrival=now,
+            deadline=request.deadline,
+            prompt_tokens=request.prompt_len,
+            least_tokens=min(surely, most),
+            most_tokens=most,
+        )
 
     def _stop_ids(self, params: SamplingParams) -> frozenset[int]:
         """Ids that end the output. One outside the vocabulary cannot be sampled and so ends nothing."""

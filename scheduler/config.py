@@ -6,6 +6,12 @@ from dataclasses import dataclass
 
 from treadle.errors import ConfigError
 
+from .policies import check_policy_name
+
+RESERVE_OUTPUT = ("estimate", "none", "full")
+MOST_WATERMARK = 0.5
+MOST_TARGET_SECONDS = 3600.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreConfig:
@@ -16,6 +22,10 @@ class CoreConfig:
     vocab_size: token ids are in [0, vocab_size). pipeline_depth: plans in flight; 1 is synchronous.
     max_prefill_chunk: most tokens of one prompt in one step; None is what the budget leaves.
     max_waiting_requests, max_waiting_tokens: over these `add` raises Overloaded; a continuation counts as one.
+    max_tenant_requests, max_tenant_tokens: the same for each tenant, None is no bound of its own.
+    policy: one of `scheduler.policies.POLICIES`. target_tpot: seconds that a step with decodes may take (`pace.py`),
+    None for most throughput. watermark: share of the blocks that admission leaves free while anything runs.
+    reserve_output: what admission keeps for outputs to come: "estimate", "none" or "full" (`reservation.py`).
     max_engine_failures: a request in flight at that many engine deaths, with no token in between, fails.
     """
 
@@ -32,6 +42,12 @@ class CoreConfig:
     max_waiting_tokens: int = 8 << 20
     eos_token_ids: tuple[int, ...] = ()
     max_engine_failures: int = 2
+    policy: str = "priority"
+    max_tenant_requests: int | None = None
+    max_tenant_tokens: int | None = None
+    target_tpot: float | None = None
+    watermark: float = 0.01
+    reserve_output: str = "estimate"
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -48,6 +64,13 @@ class CoreConfig:
         ):
             if value < least:
                 raise ConfigError(f"{name}={value}: it must be at least {least}")
+        check_service_levels(self.policy, self.target_tpot, self.watermark, self.reserve_output)
+        for name, bound in (
+            ("max_tenant_requests", self.max_tenant_requests),
+            ("max_tenant_tokens", self.max_tenant_tokens),
+        ):
+            if bound is not None and bound < 1:
+                raise ConfigError(f"{name}={bound}: it must be at least 1, or None")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
             raise ConfigError(f"max_prefill_chunk={self.max_prefill_chunk}: it must be at least 1, or None")
         if self.capacity < 2:
@@ -61,3 +84,16 @@ class CoreConfig:
     @property
     def max_blocks_per_row(self) -> int:
         return -(-self.max_model_len // self.block_size)
+
+
+def check_service_levels(policy: str, target_tpot: float | None, watermark: float, reserve_output: str) -> None:
+    """Raises ConfigError that names what is wrong and what is allowed."""
+    check_policy_name(policy)
+    if target_tpot is not None and not 0 < target_tpot <= MOST_TARGET_SECONDS:
+        raise ConfigError(
+            f"target_tpot={target_tpot}: allowed are None and seconds above 0 and up to {MOST_TARGET_SECONDS:g}"
+        )
+    if not 0 <= watermark <= MOST_WATERMARK:
+        raise ConfigError(f"watermark={watermark}: allowed is a share of the blocks from 0 to {MOST_WATERMARK:g}")
+    if reserve_output not in RESERVE_OUTPUT:
+        raise ConfigError(f"reserve_output={reserve_output!r}: allowed are {', '.join(RESERVE_OUTPUT)}")

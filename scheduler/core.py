@@ -2,7 +2,7 @@
 
     core.add(submit, now)        a request begins to wait
     core.plan(now)               the next step, or None
-    core.apply(result, now)      what that step brought; results come in the order of the plans
+    core.apply(result, now, s)   what that step brought, in s seconds; results come in the order of the plans
     core.abort(id, now)          at any time
     core.reset(now)              the engine died; everything unfinished will be computed again
     core.expire(now)             deadlines, at `next_deadline()`
@@ -17,16 +17,19 @@ from collections.abc import Callable
 
 import numpy as np
 
-from treadle.errors import EngineFailed, ProtocolError, RequestFailed
+from treadle.errors import DeadlineUnreachable, EngineFailed, PolicyFailed, ProtocolError, RequestFailed
 from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Submit, TokenLogprobs
 
 from .admission import Admission
 from .config import CoreConfig
+from .cost_model import CostModel, StepShape
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
 from .ordered_queue import OrderedQueue
 from .planner import Flight, Planner
+from .policies import Policy, make_policy
+from .policies.guard import Guard
 from .request import NO_ROW, Output, Outputs, Request, Sequence
 from .rows import Int64, Rows1D
 from .running import Running
@@ -37,13 +40,25 @@ Details = dict[Sequence, Output]
 
 
 class Core:
-    """One scheduler. draw_seed: an unsigned 64-bit seed for a request that brings none."""
+    """One scheduler. draw_seed: an unsigned 64-bit seed for a request that brings none.
 
-    def __init__(self, config: CoreConfig, draw_seed: Callable[[], int]) -> None:
+    policy: instead of the one that `config.policy` names; the core is its only user. costs: of a step, learned already.
+    Raises ConfigError for an object that is no policy.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        draw_seed: Callable[[], int],
+        policy: Policy | None = None,
+        costs: CostModel | None = None,
+    ) -> None:
         self.config = config
-        self._running = Running(config)
-        self._waiting = Waiting()
-        self._planner = Planner(config, self._running, self._waiting)
+        self.costs = CostModel() if costs is None else costs
+        self._guard = Guard(make_policy(config.policy) if policy is None else policy)
+        self._running = Running(config, self._guard)
+        self._waiting = Waiting(config, self._guard, self._running, self.costs)
+        self._planner = Planner(config, self._running, self._waiting, self._guard, self.costs)
         self._admission = Admission(config, draw_seed)
         self._requests: dict[str, Request] = {}
         self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
@@ -61,12 +76,17 @@ class Core:
         """A request begins to wait. `submit.params` has been checked by `check_params`.
 
         Raises InvalidRequest and its kinds (empty prompt, ids out of range, a prompt that can never fit, an id that
-        is in use), and Overloaded. Nothing has changed then.
+        is in use), Overloaded, and DeadlineUnreachable where the policy knows. Nothing has changed then.
         """
         request = self._admission.accept(submit, now, self._waiting, self._requests)
-        self._requests[request.id] = request
         for sequence in request.sequences:
-            self._waiting.push(sequence)
+            self._waiting.enter(sequence, now)
+        if any(sequence.latest < now for sequence in request.sequences):
+            for sequence in request.sequences:
+                self._waiting.remove(sequence)
+            self._admission.refused += 1
+            raise DeadlineUnreachable(_unreachable(request, now))
+        self._requests[request.id] = request
         if request.deadline is not None:
             self._deadlines.push(_deadline_key(request), request)
         self._stop_ids.add(request.stop_ids)
@@ -88,8 +108,12 @@ class Core:
         return [output for request in requests for output in self._end_request(request, "error", now, code, message)]
 
     def expire(self, now: float) -> list[Output]:
-        """Ends the requests whose deadline has passed, and hands out what `plan` found so."""
+        """Ends requests whose deadline has passed or cannot be met any more, and hands out what `plan` found so."""
         outputs, self._unsaid = self._unsaid, []
+        for sequence in self._waiting.too_late(now):
+            error = _unreachable(sequence.request, now)
+            failed = Output(sequence, error_code=DeadlineUnreachable.code, error=error)
+            outputs.append(self._end(failed, "error", now))
         while (key := self._deadlines.first_key()) is not None and key[0] <= now:
             request = self._deadlines.first()
             if request is not None:
@@ -100,8 +124,10 @@ class Core:
         """When to call `expire`; a time that has passed means now."""
         if self._unsaid:
             return 0.0
-        key = self._deadlines.first_key()
-        return None if key is None else key[0]
+        key, latest = self._deadlines.first_key(), self._waiting.next_latest()
+        if key is None:
+            return None
+        return key[0] if latest is None else min(key[0], latest)
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -110,7 +136,7 @@ class Core:
         if len(self._flights) >= self.config.pipeline_depth:
             return None
         self._unsaid = self.expire(now)
-        composed = self._planner.compose(self._step)
+        composed = self._planner.compose(self._step, now)
         if composed is None:
             return None
         plan, flight = composed
@@ -118,8 +144,8 @@ class Core:
         self._step += 1
         return plan
 
-    def apply(self, result: StepResult, now: float) -> Outputs:
-        """Commits what the oldest step in flight brought.
+    def apply(self, result: StepResult, now: float, seconds: float = 0.0) -> Outputs:
+        """Commits what the oldest step in flight brought. seconds: that it took, for the cost model; 0 is not known.
 
         A sequence that has ended meanwhile gets nothing: its token is discarded. One that was preempted meanwhile
         gets its token. Raises ProtocolError, before anything has changed, for a result that does not fit the plan.
@@ -128,6 +154,7 @@ class Core:
         rows, admissions = flight.sampled()
         tokens = self._read_tokens(result, rows)
         self._flights.popleft()
+        self.costs.observe(flight.shape, seconds)
         outputs = Outputs(others=self.expire(now))
         for fault in result.faults:
             self._fail_row(flight, fault, outputs, now)
@@ -169,9 +196,24 @@ class Core:
         return len(self._flights)
 
     @property
+    def last_shape(self) -> StepShape:
+        """Of the newest plan in flight; an empty one when there is none."""
+        return self._flights[-1].shape if self._flights else StepShape(0, 0, 0)
+
+    @property
     def has_work(self) -> bool:
         """Some request is unfinished."""
         return bool(self._requests)
+
+    @property
+    def policy_errors(self) -> int:
+        """How often the policy failed."""
+        return self._guard.errors
+
+    @property
+    def policy_error(self) -> PolicyFailed | None:
+        """The last time that it did."""
+        return self._guard.error
 
     def stats(self) -> Stats:
         pool = self._running.cache.pool
@@ -190,11 +232,14 @@ class Core:
             blocks_used=pool.used,
             blocks_cached=pool.cached,
             evictions=pool.evictions,
+            policy_errors=self._guard.errors,
+            recomputed_tokens=self._running.recomputed_tokens,
         )
 
     def check(self) -> None:
         """Raises CoreInvariantError with what is wrong. Slow; for tests and debugging, after any event."""
-        check_core(self.config, self._running, self._waiting, self._flights, self._requests, self._stop_ids)
+        in_order = self._guard.name in ("fcfs", "priority") and not self._guard.errors
+        check_core(self.config, self._running, self._waiting, self._flights, self._requests, self._stop_ids, in_order)
 
     # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -243,6 +288,7 @@ class Core:
             if sequence is None:
                 continue
             self._waiting.extend(sequence, pack([token]))
+            self._running.ledger.owe(sequence.lane, 1)
             self._generated += 1
             sequence.request.failures = 0
             sequence.in_flight -= 1
@@ -327,6 +373,8 @@ class Core:
     def _end(self, output: Output, finish: str, now: float) -> Output:
         """The one way out: a sequence ends here, once, and gives back all it has."""
         sequence, request = output.sequence, output.sequence.request
+        if finish in ("stop", "length"):
+            self._running.note_length(sequence)
         if sequence.row != NO_ROW:
             self._running.stop(sequence)
         else:
@@ -335,7 +383,7 @@ class Core:
         sequence.tokens = b""
         sequence.finish = output.finish = finish
         request.unfinished -= 1
-        self._admission.note_end(now)
+        self._admission.note_end(request, now)
         if not request.unfinished:
             self._forget(request)
         return output
@@ -346,6 +394,11 @@ class Core:
             self._deadlines.remove(_deadline_key(request))
         self._stop_ids.remove(request.stop_ids)
         self._finished += 1
+
+
+def _unreachable(request: Request, now: float) -> str:
+    left = (request.deadline or now) - now
+    return f"{left:.3g} s are left until the deadline, and this request takes longer even if it begins now, alone"
 
 
 def _deadline_key(request: Request) -> tuple[float, int]:

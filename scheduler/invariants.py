@@ -26,11 +26,14 @@ def check_core(
     flights: Ordered[Flight],
     requests: Mapping[str, Request],
     stop_ids: StopIds,
+    in_order: bool,
 ) -> None:
-    """Raises CoreInvariantError with the first broken promise."""
+    """Raises CoreInvariantError with the first broken promise. in_order: equals start in order of arrival."""
     require(len(flights) <= config.pipeline_depth, "more plans in flight than pipeline_depth")
     _check_places(running, waiting, requests)
-    _check_order(running, waiting)
+    waiting.check()
+    if in_order:
+        _check_order(running, waiting)
     _check_blocks(running)
     for sequence in running.sequences():
         _check_row(config, running, sequence)
@@ -57,10 +60,10 @@ def _check_order(running: Running, waiting: Waiting) -> None:
     """First come, first served: within a priority nobody who waits came before one who runs."""
     first_waiting: dict[int, int] = {}
     for sequence in waiting:
-        priority = sequence.order >> 40
+        priority = sequence.ticket.priority
         first_waiting[priority] = min(sequence.order, first_waiting.get(priority, sequence.order))
     for sequence in running.sequences():
-        earliest = first_waiting.get(sequence.order >> 40)
+        earliest = first_waiting.get(sequence.ticket.priority)
         require(earliest is None or sequence.order < earliest, f"{sequence.request.id} runs before its turn")
 
 

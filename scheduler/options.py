@@ -9,6 +9,8 @@ import msgspec
 
 from treadle.errors import ConfigError
 
+from .config import MOST_WATERMARK, check_service_levels
+
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch")
@@ -23,10 +25,15 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_num_seqs: rows. max_num_batched_tokens: budget of a step. max_prefill_chunk: of one request in a step, None is
     the budget. max_model_len: tokens of prompt and output, 0 is the model's own.
     pipeline_depth: steps in flight, 1 is synchronous. prefix_cache, native: switches. threads: of each rank.
-    max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
+    max_waiting_requests, max_waiting_tokens: bounds of the queue. max_tenant_requests, max_tenant_tokens: of each
+    tenant's part of it, None for none. policy: name of the scheduling policy (docs/policies.md). target_tpot: seconds
+    between tokens that prompts may not push steps over, None for most throughput. watermark: share of the blocks that
+    admission leaves free. reserve_output: what it keeps for outputs to come, "estimate", "none" or "full".
+    start_timeout, step_timeout, stop_timeout: seconds.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
-    memory and checks the core after every step.
+    memory and checks the core after every step. event_log: file that gets every input and decision of the core, ""
+    for none; it holds token ids (docs/simulator.md).
     On "cuda": cuda_graphs, overlap: switches, for decode steps replayed from graphs and for steps that begin before the
     last one's tokens are back. gpu_memory_utilization: share of each GPU's memory that may be taken in all; what
     weights and a full step leave of it becomes the cache. attention_backend: "auto" is the fastest that is installed.
@@ -49,6 +56,12 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     threads: int = 1
     max_waiting_requests: int = 4096
     max_waiting_tokens: int = 4_000_000
+    max_tenant_requests: int | None = None
+    max_tenant_tokens: int | None = None
+    policy: str = "priority"
+    target_tpot: float | None = None
+    watermark: float = 0.01
+    reserve_output: str = "estimate"
     start_timeout: float = 600.0
     step_timeout: float = 120.0
     stop_timeout: float = 5.0
@@ -56,6 +69,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     random_weights: bool = False
     weights_seed: int = 0
     debug: bool = False
+    event_log: str = ""
     cuda_graphs: bool = True
     overlap: bool = True
     gpu_memory_utilization: float = 0.9
@@ -82,6 +96,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("threads", 1, cores),
         ("max_waiting_requests", 1, 1 << 30),
         ("max_waiting_tokens", 1, 1 << 40),
+        ("watermark", 0.0, MOST_WATERMARK),
         ("start_timeout", 0.1, 86_400),
         ("step_timeout", 0.1, 86_400),
         ("stop_timeout", 0.0, 3_600),
@@ -95,6 +110,13 @@ def service_options(**values: object) -> ServiceOptions:
             raise ConfigError(f"{name}={value!r}: allowed is {low} to {high}")
     if options.max_prefill_chunk is not None and options.max_prefill_chunk < 1:
         raise ConfigError(f"max_prefill_chunk={options.max_prefill_chunk}: allowed is None or at least 1")
+    for name, bound in (
+        ("max_tenant_requests", options.max_tenant_requests),
+        ("max_tenant_tokens", options.max_tenant_tokens),
+    ):
+        if bound is not None and bound < 1:
+            raise ConfigError(f"{name}={bound!r}: allowed is None or at least 1")
+    check_service_levels(options.policy, options.target_tpot, options.watermark, options.reserve_output)
     if options.num_blocks == 1:
         raise ConfigError("num_blocks=1: the first block is kept empty, so at least 2 are needed (0 is automatic)")
     if options.device not in DEVICES:

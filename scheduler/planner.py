@@ -3,11 +3,13 @@
 One idea: a sequence has tokens known and tokens computed, and each step the second catches up with the first under a
 budget of tokens. Decodes come first (one token each, and a stream waits for it), then prompts that have begun, in
 order, then new ones, in order, while rows, budget and blocks allow. Prefill, chunked prefill, decode, resumption
-after a preemption and recovery after a crash are all the same thing.
+after a preemption and recovery after a crash are all the same thing. Which order it is, who gives way when blocks run
+out and how much of a step prompts get is the policy's to say (`policies/interface.py`); it is asked where rows change.
 
-Why it never deadlocks: `CoreConfig.capacity` lets any one sequence fit alone, only the youngest is ever preempted, and
-so the oldest always gets its block. Why it never starves: order is fixed at arrival, nobody overtakes in the queue,
-and a preempted sequence has its old place again.
+Why it never deadlocks: `CoreConfig.capacity` lets any one sequence fit alone. Blocks are taken away only for a row that
+decodes, and whoever is admitted has samples at least once before it needs a further block. So between two preemptions
+of a sequence it or another has got a token, whoever the policy chooses to give way, and tokens are never taken back.
+Why nobody starves is the policy's promise: each says its bound.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from treadle.transport.codec import pack
 from treadle.transport.messages import RowStart, StepPlan
 
 from .config import CoreConfig
+from .cost_model import CostModel, StepShape, chunk_pairs
+from .pace import Pace
+from .policies.guard import Guard
 from .request import Request, Sequence
 from .rows import Int64, Rows1D
 from .running import Running
@@ -31,13 +36,14 @@ class Flight:
     """A plan on its way: what is needed to understand its result.
 
     rows, admissions: of all rows of the step, in plan order. A row whose admission is another one by then has ended
-    or was preempted meanwhile. sampling: indices of those that sample, None for all.
+    or was preempted meanwhile. sampling: indices of those that sample, None for all. shape: what it costs by.
     """
 
     step: int
     rows: Rows1D
     admissions: Int64
     sampling: Rows1D | None
+    shape: StepShape
 
     def sampled(self) -> tuple[Rows1D, Int64]:
         """Rows and admissions in the order of the result's tokens."""
@@ -49,20 +55,28 @@ class Flight:
 class _Batch:
     """A step while it is being put together."""
 
-    def __init__(self, budget: int, decode: Rows1D) -> None:
+    def __init__(self, budget: int, decode: Rows1D, context: int) -> None:
         self.left = budget - decode.size
         self.decode = decode
+        self._context = context
+        self._pairs = 0
+        self._chunk_tokens = 0
         self.starts: list[RowStart] = []
         self.chunk_rows: list[int] = []
         self.chunk_counts: list[int] = []
         self.samples: list[int] = []
 
-    def add_chunk(self, row: int, count: int, samples: bool) -> None:
+    def add_chunk(self, row: int, count: int, end: int, samples: bool) -> None:
         if samples:
             self.samples.append(self.decode.size + len(self.chunk_rows))
         self.chunk_rows.append(row)
         self.chunk_counts.append(count)
         self.left -= count
+        self._chunk_tokens += count
+        self._pairs += chunk_pairs(count, end)
+
+    def shape(self) -> StepShape:
+        return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs)
 
     def rows(self) -> Rows1D:
         return np.concatenate((self.decode, np.array(self.chunk_rows, np.intp))) if self.chunk_rows else self.decode
@@ -79,29 +93,38 @@ class _Batch:
 class Planner:
     """Composes steps from what runs and what waits. trial: see `_admit`."""
 
-    def __init__(self, config: CoreConfig, running: Running, waiting: Waiting) -> None:
+    def __init__(self, config: CoreConfig, running: Running, waiting: Waiting, guard: Guard, costs: CostModel) -> None:
         self._budget = config.max_num_batched_tokens
         self._chunk = config.max_prefill_chunk or config.max_num_batched_tokens
         self._block_size = config.block_size
         self._running = running
         self._waiting = waiting
+        self._guard = guard
+        self._pace = Pace(config.target_tpot, costs, config.block_size)
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
         self.trial: Request | None = None
         self.preemptions = 0
 
-    def compose(self, step: int) -> tuple[StepPlan, Flight] | None:
+    def compose(self, step: int, now: float) -> tuple[StepPlan, Flight] | None:
         """The next step, already entered into the rows as planned; None when nothing can run.
 
         Rows that were released stay on the list for the plan that can carry them.
         """
         preemptions = self.preemptions
-        decode, growing = self._decode()
+        self._guard.broken = False
+        decode, growing, context = self._decode(now)
         blocks = self._running.grow(growing)
         self._running.rows.advance(decode)
-        batch = _Batch(self._budget, decode)
-        self._continue_prefills(batch)
-        if preemptions == self.preemptions:
-            self._admit(batch)
+        batch = _Batch(self._budget, decode, context)
+        arrays = self._running.rows
+        prefills = (arrays.frontier - arrays.computed > 1).nonzero()[0]
+        admits = preemptions == self.preemptions and len(self._waiting) > 0 and len(arrays.free) > 0
+        if prefills.size or admits:
+            self._limit(batch, now)
+            if prefills.size:
+                self._continue_prefills(batch, prefills)
+            if admits:
+                self._admit(batch, now)
         rows = batch.rows()
         if not rows.size:
             return None
@@ -115,10 +138,11 @@ class Planner:
             self._ones[: 4 * decode.size] + batch.counts(),
         )
         self._running.released.clear()
-        return plan, Flight(step, rows, self._running.rows.admission[rows], batch.sampling())
+        return plan, Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape())
 
-    def _decode(self) -> tuple[Rows1D, Rows1D]:
-        """Rows that compute one token and sample the next, and those among them that need one more block for it.
+    def _decode(self, now: float) -> tuple[Rows1D, Rows1D, int]:
+        """Rows that compute one token and sample the next, those among them that need one more block for it, and the
+        K/V positions that they read.
 
         They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
         """
@@ -126,36 +150,62 @@ class Planner:
         ready = (rows.frontier - rows.computed == 1) & (rows.frontier < rows.limit)
         decode = ready.nonzero()[0]
         if not decode.size:
-            return decode, decode
-        growing = decode[rows.computed[decode] == rows.nblocks[decode] * self._block_size]
+            return decode, decode, 0
+        computed = rows.computed[decode]
+        context = int(computed.sum()) + decode.size
+        growing = decode[computed == rows.nblocks[decode] * self._block_size]
         while growing.size > self._running.cache.pool.available:
-            victim = self._running.youngest()
+            victim = self._victim(now)
+            context -= int(rows.computed[victim.row]) + 1 if (decode == victim.row).any() else 0
             decode, growing = decode[decode != victim.row], growing[growing != victim.row]
             self._preempt(victim)
-        return decode, growing
+        return decode, growing, context
+
+    def _victim(self, now: float) -> Sequence:
+        """Whom the policy names; by default, and when it fails, the last in its order."""
+        if not self._guard.has_victim or self._guard.broken:
+            return self._running.last()
+        sequences = self._running.sequences()
+        named = self._guard.victim(tuple(s.ticket for s in sequences), self._waiting.view(now))
+        return next((s for s in sequences if s.ticket is named), None) or self._running.last()
+
+    def _limit(self, batch: _Batch, now: float) -> None:
+        """What the policy leaves of the budget to prompts."""
+        if self._guard.has_budget and batch.left and not self._guard.broken:
+            left = self._guard.budget(batch.shape(), batch.left, self._waiting.view(now))
+            batch.left = batch.left if left is None else left
+
+    def _room(self, batch: _Batch, start: int) -> int:
+        """Tokens of a chunk that begins at this position, under the budget and the service level."""
+        if not (self._pace.bounds and batch.decode.size and batch.left):
+            return batch.left
+        return min(batch.left, self._pace.room(batch.shape(), start))
 
     def _preempt(self, victim: Sequence) -> None:
         self._running.preempt(victim)
         self._waiting.push(victim)
         self.preemptions += 1
 
-    def _continue_prefills(self, batch: _Batch) -> None:
+    def _continue_prefills(self, batch: _Batch, prefills: Rows1D) -> None:
         rows = self._running.rows
-        prefills = (rows.frontier - rows.computed > 1).nonzero()[0]
-        for row in prefills[rows.order[prefills].argsort()].tolist() if prefills.size else ():
-            if not batch.left:
+        in_order = np.lexsort((rows.order[prefills], rows.key[prefills]))
+        for row in prefills[in_order].tolist():
+            room = self._room(batch, int(rows.computed[row]))
+            if not room:
                 return
-            self._advance(row, batch)
+            self._advance(row, batch, room)
 
-    def _admit(self, batch: _Batch) -> None:
+    def _admit(self, batch: _Batch, now: float) -> None:
         """New sequences, strictly in order: whoever cannot start keeps all behind it waiting.
 
         One with tokens still in flight has to see them first. Requests that were in flight when the engine died are
         suspects until they bring a token again; no more than one of them is on trial at a time, so that the one that
         kills the engine is found alone.
         """
-        while batch.left and self._running.rows.free:
-            sequence = self._waiting.first()
+        self._running.ledger.settle()
+        self._running.reservation.begin()
+        while self._running.rows.free and self._room(batch, 0):
+            sequence = self._waiting.first(now)
             if sequence is None or sequence.in_flight or not self._may_stand_trial(sequence.request):
                 return
             start = self._running.admit(sequence)
@@ -163,7 +213,8 @@ class Planner:
                 return
             self._waiting.remove(sequence)
             batch.starts.append(start)
-            self._advance(start.row, batch)
+            room = max(1, self._room(batch, start.computed))  # it has a row, so it is to do something
+            self._advance(start.row, batch, room)
 
     def _may_stand_trial(self, request: Request) -> bool:
         if not request.failures:
@@ -174,13 +225,14 @@ class Planner:
         self.trial = request
         return True
 
-    def _advance(self, row: int, batch: _Batch) -> None:
+    def _advance(self, row: int, batch: _Batch, room: int) -> None:
         """Plans the row's next chunk; when that reaches the last known token, the row samples."""
         rows = self._running.rows
-        count = min(int(rows.frontier[row] - rows.computed[row]), batch.left, self._chunk)
+        count = min(int(rows.frontier[row] - rows.computed[row]), room, self._chunk)
         rows.computed[row] += count
-        samples = bool(rows.computed[row] == rows.frontier[row])
+        end = int(rows.computed[row])
+        samples = end == int(rows.frontier[row])
         if samples:
             rows.frontier[row] += 1
-        batch.add_chunk(row, count, samples)
+        batch.add_chunk(row, count, end, samples)
         self._running.publish_prefill(row)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 from treadle.transport.messages import Row, SamplingParams, TokenLogprobs
+
+from .policies.interface import Ticket
 
 NO_ROW = Row(-1)
 _MASK = (1 << 64) - 1
@@ -32,6 +35,7 @@ class Request:
     deadline: absolute time, None is none. stop_ids: token ids that end a continuation, EOS among them.
     limit: tokens, prompt included, at which a continuation ends. floor: stop ids do not count below it.
     failures: engine deaths in a row that found it in flight. running: how many of its sequences have a row.
+    tenant: on whose account.
     """
 
     id: str
@@ -48,13 +52,15 @@ class Request:
     unfinished: int = 0
     running: int = 0
     failures: int = 0
+    tenant: str = ""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One continuation. It waits, or runs (has a row), or has ended (`finish` says why).
 
-    order: lower goes first; unique.
+    order: number of its arrival. ticket: what policies see of it. lane, key: its place in the policy's order, once
+    `placed`. latest: when it is too late for it to begin.
     tokens: int32 bytes, prompt and committed output; while it runs, as they were when it started.
     admission: number of its latest admission.
     in_flight: tokens of that admission that are still to come back after it was preempted.
@@ -68,6 +74,11 @@ class Sequence:
     seed: int
     order: int
     tokens: bytes
+    ticket: Ticket
+    lane: str = ""
+    key: float = 0.0
+    placed: bool = False
+    latest: float = inf
     row: Row = NO_ROW
     admission: int = 0
     in_flight: int = 0

@@ -14,53 +14,71 @@ from treadle.transport.codec import Int32
 from treadle.transport.messages import Row, RowStart
 
 from .config import CoreConfig
+from .ledger import Ledger
+from .policies.guard import Guard
 from .request import NO_ROW, Sequence
+from .reservation import Reservation
 from .rows import WIRE_INT, Rows, Rows1D
 
 
 class Running:
     """rows: the arrays. cache: the blocks. parked: preempted sequences by admission whose tokens are still in flight.
 
-    released: rows given back since the last plan.
+    released: rows given back since the last plan. ledger: who was served what. reservation: what is still to come.
+    recomputed_tokens: K/V that had been there before a preemption or the engine's death.
     """
 
-    def __init__(self, config: CoreConfig) -> None:
+    def __init__(self, config: CoreConfig, guard: Guard) -> None:
         self._config = config
+        self._guard = guard
         self._block_size = config.block_size
         self._admissions = 0
         self._last_block = np.arange(-config.block_size, 0, dtype=np.intp)
         self.rows = Rows(config.max_num_seqs, config.max_model_len, config.max_blocks_per_row)
         self.cache = PrefixCache(config.num_blocks, config.block_size)
+        self.reservation = Reservation(config, self.rows, self.cache.pool)
+        self.ledger = Ledger(self.rows, guard)
+        self._stops = 0
+        self._held: tuple[int, int] | None = None
         self.parked: dict[int, Sequence] = {}
         self.released: list[int] = []
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
+        self.recomputed_tokens = 0
 
     # ── in and out ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def admit(self, sequence: Sequence) -> RowStart | None:
         """Takes a row and blocks for every known token; None, and nothing taken, when blocks are missing.
 
-        Needs a free row. Every row that runs keeps one spare block in the pool, or a new sequence would be admitted
-        only to be preempted by the growth of the others in the next steps.
+        Needs a free row. Some blocks stay spare, and those that running outputs are expected to need, or a new sequence
+        would be admitted only to be preempted by the growth of the others (`reservation.py`). One that was held back
+        for that is looked at again when somebody has stopped.
         """
-        pool, running = self.cache.pool, self.rows.count
-        if running and pool.available < sequence.wanted + running:
+        pool, spare = self.cache.pool, self.reservation.spare
+        if (spare and pool.available < sequence.wanted + spare) or self._held == (sequence.order, self._stops):
             return None
         available = pool.available
         hit, parent = self._lookup(sequence)
         pool.share(hit)
         missing = blocks_for_tokens(sequence.known, self._block_size) - len(hit)
-        fresh = pool.allocate(missing) if pool.available >= missing + running else None
-        if fresh is None:
-            sequence.wanted = missing + available - pool.available
+        wanted = missing + available - pool.available
+        if wanted + spare > available:
+            sequence.wanted = wanted
             pool.release(hit)
             return None
+        if not self.reservation.allows(sequence, wanted):
+            self._held = sequence.order, self._stops
+            pool.release(hit)
+            return None
+        fresh = pool.allocate(missing) or []
         return self._start(sequence, hit + fresh, len(hit) * self._block_size, parent)
 
     def stop(self, sequence: Sequence) -> None:
         """The sequence has ended: its row and its references on blocks are given back."""
         row = sequence.row
+        self._stops += 1
+        self.ledger.leave(row)
         self.cache.pool.release(self.rows.blocks_of(row))
         self.rows.vacate(row)
         self.released.append(row)
@@ -88,15 +106,27 @@ class Running:
         self.cache.clear()
         return sequences
 
+    def note_length(self, sequence: Sequence) -> None:
+        """Its output is complete; all of it is known."""
+        known = sequence.known if sequence.row == NO_ROW else int(self.rows.known[sequence.row])
+        self.reservation.lengths.note(sequence.request.tenant, known - sequence.request.prompt_len)
+
     # ── while it runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def sequences(self) -> list[Sequence]:
         return [sequence for sequence in self.rows.owner if sequence is not None]
 
-    def youngest(self) -> Sequence:
-        """The one that gives way when blocks run out."""
-        sequence: Sequence = self.rows.owner[self.rows.order.argmax()]
+    def last(self) -> Sequence:
+        """Of those that run, the last in the policy's order: the one that gives way when blocks run out."""
+        live = self.rows.admission.nonzero()[0]
+        keys = self.rows.key[live]
+        live = live[keys == keys.max()]
+        sequence: Sequence = self.rows.owner[live[self.rows.order[live].argmax()]]
         return sequence
+
+    def cached_tokens(self, sequence: Sequence) -> int:
+        """Tokens that `admit` would find cached now."""
+        return len(self._lookup(sequence)[0]) * self._block_size
 
     def grow(self, rows: Rows1D) -> Int32:
         """Appends one block to each row's table; so many are available."""
@@ -160,10 +190,18 @@ class Running:
         if self._config.prefix_cache:
             self.rows.chain[row] = parent
             self.rows.publish_at[row] = computed + self._block_size
+        self.ledger.enter(row, sequence.lane)
+        self.reservation.enter(row, sequence)
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = min(computed, request.prompt_len)
             self.prompt_tokens += request.prompt_len
             self.cached_prompt_tokens += sequence.cached_tokens
+            if self._guard.has_charge:
+                self._guard.charge(sequence.lane, request.prompt_len - sequence.cached_tokens, 0)
+        else:
+            self.recomputed_tokens += sequence.known - computed
+        if self._guard.has_admitted:
+            self._guard.admitted(sequence.ticket)
         sequence.row, sequence.admission, sequence.wanted = Row(row), self._admissions, 0
         request.running += 1
         return RowStart(

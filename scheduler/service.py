@@ -2,6 +2,11 @@
 
 One step's way: `core.plan` → encode once → the same bytes to every rank → results of all ranks → digests agree →
 `core.apply` → the next plan is sent → deltas go to their sinks. Up to `pipeline_depth` steps are on their way at once.
+
+The cost model is told how long a step took from the later of "its plan was sent" and "the result before it was here".
+With a full pipeline the second holds, and it is the right one: the engine begins a step when it has ended the one
+before, so what lies between two results is a step, and it is also what a stream waits for its next token. From sending
+to receiving would count the step before it, too; the engine's own `elapsed_us` leaves out the way and the scheduler.
 """
 
 from __future__ import annotations
@@ -45,15 +50,20 @@ from treadle.transport.messages import (
 )
 from treadle.transport.params import check_params, check_submit
 
+from .config import CoreConfig
 from .core import Core
 from .delivery import Route, Sink, refusal
 from .engine_group import Death, EngineGroup
+from .event_log import EventWriter
 from .options import ModelFacts, ServiceOptions
+from .policies import Policy
+from .recording import RecordedCore
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
 from .setup import configure_message, core_config
 
 logger = logging.getLogger("treadle")
+_POLICY_LOG_SECONDS = 10.0
 _BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0)
 
 
@@ -68,7 +78,10 @@ class _Flight:
 
 
 class Service:
-    """All methods run on the loop that called `start`. Requests come with the sink that their deltas go to."""
+    """All methods run on the loop that called `start`. Requests come with the sink that their deltas go to.
+
+    policy: of this service alone, instead of the one that the options name.
+    """
 
     def __init__(
         self,
@@ -76,6 +89,7 @@ class Service:
         options: ServiceOptions,
         tokenizer_info: Callable[[], TokenizerInfo | None],
         leftovers: Sequence[Path] = (),
+        policy: Policy | None = None,
     ) -> None:
         self.facts = facts
         self.options = options
@@ -84,9 +98,14 @@ class Service:
         self.failed = asyncio.Event()
         self._tokenizer_info = tokenizer_info
         self._leftovers = leftovers
+        self._policy = policy
+        self._policy_errors = 0
+        self._policy_logged_at = -_POLICY_LOG_SECONDS
+        self._last_result_at = 0.0
         self._configure: Configure | None = None
         self._runtime: RuntimeDir | None = None
-        self._core: Core | None = None
+        self._core: Core | RecordedCore | None = None
+        self._event_log: EventWriter | None = None
         self._group: EngineGroup | None = None
         self._groups = 0
         self._state = "starting"
@@ -110,12 +129,14 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._runtime = RuntimeDir()
         try:
+            if self.options.event_log:
+                self._event_log = EventWriter(Path(self.options.event_log))
             self._configure = configure_message(self.facts, self.options, self._runtime.path)
             num_blocks = await self._start_group()
             # A later group must hold as many blocks as the core hands out, whatever is free by then.
             self._configure = msgspec.structs.replace(self._configure, num_blocks=num_blocks)
             config = core_config(self.facts, self.options, num_blocks, self._configure.max_model_len)
-            self._core = Core(config, draw_seed=lambda: secrets.randbits(64))
+            self._core = self._make_core(config)
         except BaseException:
             await self.close()
             raise
@@ -141,8 +162,15 @@ class Service:
         if self._group is not None:
             await self._group.stop(self.options.stop_timeout)
             self._group = None
+        if self._event_log is not None:
+            self._event_log.close()
         if self._runtime is not None:
             self._runtime.remove()
+
+    def _make_core(self, config: CoreConfig) -> Core | RecordedCore:
+        if self._event_log is not None:
+            return RecordedCore(config, _draw_seed, self._event_log, self._policy)
+        return Core(config, _draw_seed, self._policy)
 
     @property
     def engine_pids(self) -> list[int]:
@@ -203,7 +231,10 @@ class Service:
 
     def health(self) -> Health:
         age = self._loop.time() - self._flights[0].sent_at if self._flights else 0.0
-        return Health(state=self._state, detail=self._detail, step=self._steps, step_age=age)
+        detail = self._detail
+        if not detail and self._core is not None and self._core.policy_error is not None:
+            detail = f"{self._core.policy_errors} times; the last: {self._core.policy_error}"
+        return Health(state=self._state, detail=detail, step=self._steps, step_age=age)
 
     # ── the step ──
 
@@ -217,7 +248,19 @@ class Service:
             if self._state != "ready":
                 return
         self._check_core()
+        self._look_at_policy(self._core)
         self._arm_timers()
+
+    def _look_at_policy(self, core: Core | RecordedCore) -> None:
+        """A policy that fails is logged, and not at every step."""
+        if core.policy_errors == self._policy_errors:
+            return
+        now = self._loop.time()
+        if now < self._policy_logged_at + _POLICY_LOG_SECONDS:
+            return
+        self._policy_logged_at = now
+        logger.error("%s (%d new)", core.policy_error, core.policy_errors - self._policy_errors)
+        self._policy_errors = core.policy_errors
 
     def _on_result(self, result: StepResult) -> None:
         if self._state != "ready":
@@ -240,8 +283,10 @@ class Service:
             if answer.digest != digest:
                 self._on_death(Death(rank, flight.step, EngineFailed(f"rank {rank} disagrees at step {flight.step}")))
                 return
+        now = self._loop.time()
+        seconds, self._last_result_at = now - max(flight.sent_at, self._last_result_at), now
         try:
-            outputs = self._core.apply(result, self._loop.time())
+            outputs = self._core.apply(result, now, seconds)
         except ProtocolError as error:
             self._on_death(Death(0, flight.step, error))
             return
@@ -399,7 +444,7 @@ class Service:
 
     # ── inside ──
 
-    def _accepting(self) -> Core:
+    def _accepting(self) -> Core | RecordedCore:
         if self._core is None or self._state in ("failed", "closed", "starting"):
             raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
         return self._core
@@ -416,6 +461,10 @@ class Service:
             vocab_size=self.facts.vocab_size,
             world_size=self.options.tensor_parallel_size,
         )
+
+
+def _draw_seed() -> int:
+    return secrets.randbits(64)
 
 
 def _route(sequence: RequestSequence) -> Route:

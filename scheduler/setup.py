@@ -64,6 +64,12 @@ def core_config(facts: ModelFacts, options: ServiceOptions, num_blocks: int, max
         max_prefill_chunk=options.max_prefill_chunk,
         max_waiting_requests=options.max_waiting_requests,
         max_waiting_tokens=options.max_waiting_tokens,
+        max_tenant_requests=options.max_tenant_requests,
+        max_tenant_tokens=options.max_tenant_tokens,
+        policy=options.policy,
+        target_tpot=options.target_tpot,
+        watermark=options.watermark,
+        reserve_output=options.reserve_output,
         eos_token_ids=facts.eos_token_ids,
     )
 

@@ -6,14 +6,22 @@ from dataclasses import replace
 
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
+from treadle.scheduler.cost_model import CostModel, chunk_pairs
 from treadle.scheduler.fake_engine import Expected, FakeEngine, expected_output
+from treadle.scheduler.policies import Policy
 from treadle.scheduler.request import Output, Outputs, Request
 from treadle.transport.codec import pack, rank_codec, unpack
 from treadle.transport.messages import SamplingParams, StepPlan, StepResult, Submit
 
 DRAWN_SEED = 7
 CONFIG = CoreConfig(
-    num_blocks=65, block_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=64, vocab_size=100
+    num_blocks=65,
+    block_size=4,
+    max_num_seqs=8,
+    max_num_batched_tokens=64,
+    max_model_len=64,
+    vocab_size=100,
+    reserve_output="none",  # admission that looks ahead has tests of its own; here blocks are to run out
 )
 
 
@@ -29,9 +37,11 @@ def counts(plan: StepPlan) -> dict[int, int]:
 class Rig:
     """Checks the core after every event and remembers, by (request id, index), what came out and how it ended."""
 
-    def __init__(self, config: CoreConfig = CONFIG) -> None:
+    def __init__(
+        self, config: CoreConfig = CONFIG, policy: Policy | None = None, costs: CostModel | None = None
+    ) -> None:
         self.config = config
-        self.core = Core(config, lambda: DRAWN_SEED)
+        self.core = Core(config, lambda: DRAWN_SEED, policy, costs)
         self.engine = FakeEngine(config)
         self.now = 0.0
         self.plans: list[StepPlan] = []
@@ -48,11 +58,18 @@ class Rig:
         timeout: float = 0.0,
         priority: int = 0,
         salt: str = "",
+        tenant: str = "",
         **params: object,
     ) -> Request:
         chosen = SamplingParams(**params)  # type: ignore[arg-type]
         submit = Submit(
-            id=name, tokens=pack(prompt), params=chosen, timeout=timeout, priority=priority, cache_salt=salt
+            id=name,
+            tokens=pack(prompt),
+            params=chosen,
+            timeout=timeout,
+            priority=priority,
+            cache_salt=salt,
+            tenant=tenant,
         )
         request = self.core.add(submit, self.now)
         self.core.check()
@@ -67,9 +84,20 @@ class Rig:
         self.core.check()
         if plan is not None:
             assert sum(counts(plan).values()) <= self.config.max_num_batched_tokens
+            self._check_shape(plan)
             self.plans.append(plan)
             self.engine.submit(self._codec.encode(plan))
         return plan
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        """What the plan says it costs is what it computes: decodes first, chunks after."""
+        shape, computed = self.core.last_shape, self.core._running.rows.computed
+        ends = [(count, int(computed[row])) for row, count in counts(plan).items()]
+        chunks = ends[shape.decode_rows :]
+        assert all(count == 1 for count, _ in ends[: shape.decode_rows])
+        assert shape.context_tokens == sum(end for _, end in ends[: shape.decode_rows])
+        assert shape.prefill_tokens == sum(count for count, _ in chunks)
+        assert shape.chunk_pairs == sum(chunk_pairs(count, end) for count, end in chunks)
 
     def must_plan(self) -> StepPlan:
         plan = self.plan()
@@ -79,8 +107,8 @@ class Rig:
     def execute(self) -> StepResult:
         return self.engine.step()[0]
 
-    def apply(self, result: StepResult | None = None) -> Outputs:
-        outputs = self.core.apply(self.execute() if result is None else result, self.now)
+    def apply(self, result: StepResult | None = None, seconds: float = 0.0) -> Outputs:
+        outputs = self.core.apply(self.execute() if result is None else result, self.now, seconds)
         self.core.check()
         self.plans.pop(0)
         seen = [(output.sequence.request.id, output.sequence.index) for output in outputs.each()]

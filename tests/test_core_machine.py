@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.corekit import Rig, counts
-from treadle.errors import Overloaded, PromptTooLong
-from treadle.scheduler.config import CoreConfig
+from tests.policykit import ChaosPolicy
+from treadle.errors import DeadlineUnreachable, Overloaded, PromptTooLong
+from treadle.scheduler.config import RESERVE_OUTPUT, CoreConfig
+from treadle.scheduler.policies import POLICIES
 from treadle.scheduler.request import Output
 from treadle.transport.messages import RowFault, StepResult
 
@@ -29,6 +31,12 @@ configs = st.builds(
     max_prefill_chunk=st.sampled_from([None, 1, 2, 5]),
     max_waiting_requests=st.sampled_from([3, 100, 100]),
     eos_token_ids=st.sampled_from([(), (0,)]),
+    policy=st.sampled_from(sorted(POLICIES)),
+    max_tenant_requests=st.sampled_from([None, None, 2]),
+    max_tenant_tokens=st.sampled_from([None, None, 12]),
+    target_tpot=st.sampled_from([None, 0.01, 0.1]),
+    watermark=st.sampled_from([0.0, 0.01, 0.4]),
+    reserve_output=st.sampled_from(RESERVE_OUTPUT),
 )
 prompts = st.one_of(
     st.integers(1, 14).map(lambda length: PREFIX[:length]),
@@ -51,9 +59,9 @@ params = st.fixed_dictionaries(
 
 
 class CoreMachine(RuleBasedStateMachine):
-    @initialize(config=configs)
-    def begin(self, config: CoreConfig) -> None:
-        self.rig = Rig(config)
+    @initialize(config=configs, chaos=st.sampled_from([None, None, None, 1, 2, 3]))
+    def begin(self, config: CoreConfig, chaos: int | None) -> None:
+        self.rig = Rig(config, None if chaos is None else ChaosPolicy(chaos))
         self.serial = 0
         self.logprobs: dict[tuple[str, int], list[int]] = {}
 
@@ -63,20 +71,28 @@ class CoreMachine(RuleBasedStateMachine):
         salt=st.sampled_from(["", "", "a"]),
         timeout=st.sampled_from([0.0, 0.0, 0.0, 1.0, 5.0]),
         priority=st.sampled_from([0, 0, 0, 1]),
+        tenant=st.sampled_from(["", "a", "b"]),
     )
-    def add(self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int) -> None:
-        self._add(prompt, chosen, salt, timeout, priority)
+    def add(
+        self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int, tenant: str
+    ) -> None:
+        self._add(prompt, chosen, salt, timeout, priority, tenant)
 
     @rule(several=st.lists(st.tuples(prompts, params), min_size=2, max_size=5))
     def burst(self, several: list[tuple[list[int], dict[str, object]]]) -> None:
         for prompt, chosen in several:
-            self._add(prompt, chosen, "", 0.0, 0)
+            self._add(prompt, chosen, "", 0.0, 0, "ab"[self.serial % 2])
 
-    def _add(self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int) -> None:
+    def _add(
+        self, prompt: list[int], chosen: dict[str, object], salt: str, timeout: float, priority: int, tenant: str
+    ) -> None:
         self.serial += 1
         before = self.rig.core.stats()
+        more = {"salt": salt, "timeout": timeout, "priority": priority, "tenant": tenant}
         try:
-            self.rig.add(str(self.serial), prompt, salt=salt, timeout=timeout, priority=priority, **chosen)
+            self.rig.add(str(self.serial), prompt, **more, **chosen)  # type: ignore[arg-type]
+        except DeadlineUnreachable:
+            assert timeout
         except PromptTooLong:
             assert len(prompt) >= self.rig.config.capacity
         except Overloaded as error:
@@ -152,7 +168,9 @@ class CoreMachine(RuleBasedStateMachine):
         return self.rig.core.next_deadline() == 0.0
 
     def _apply(self, result: StepResult) -> None:
-        for output in self.rig.apply(result).others:
+        """Steps take so long that prompts are held back under some targets, and deadlines become unreachable."""
+        seconds = 0.001 * (1 + sum(counts(self.rig.plans[0]).values()))
+        for output in self.rig.apply(result, seconds).others:
             self._check_logprobs(output)
 
     def _check_logprobs(self, output: Output) -> None:

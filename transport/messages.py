@@ -219,6 +219,7 @@ class Submit(Message, frozen=True, kw_only=True):
     """A request. tokens: int32 prompt. timeout: seconds from acceptance to the end, 0 is none.
 
     cache_salt: requests share cached prefixes only within one salt. With `params.n` > 1 the outputs carry `index`.
+    tenant: on whose account, for policies and bounds by tenant.
     """
 
     id: str
@@ -227,6 +228,7 @@ class Submit(Message, frozen=True, kw_only=True):
     timeout: float = 0.0
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
 
 
 class Abort(Message, frozen=True):
@@ -300,7 +302,10 @@ class TokenizerInfo(Message, frozen=True, kw_only=True):
 
 
 class Stats(Message, frozen=True, kw_only=True):
-    """Counters since start, and the present. Times in seconds, sizes in tokens or blocks."""
+    """Counters since start, and the present. Times in seconds, sizes in tokens or blocks.
+
+    policy_errors: wrong answers of the scheduling policy. recomputed_tokens: K/V that was there before a preemption.
+    """
 
     id: str = ""
     step: int = 0
@@ -318,6 +323,8 @@ class Stats(Message, frozen=True, kw_only=True):
     blocks_cached: int = 0
     evictions: int = 0
     bad_frames: int = 0
+    policy_errors: int = 0
+    recomputed_tokens: int = 0
 
     @property
     def hit_rate(self) -> float:

@@ -23,6 +23,7 @@ MAX_BIAS = 100.0
 MAX_TOKEN_IDS = 1 << 18
 MAX_ID_LENGTH = 256
 MAX_SALT = 1024
+MAX_TENANT = 256
 MAX_TIMEOUT = 1e9
 MAX_PRIORITY = 1 << 20
 _INT32_MAX = (1 << 31) - 1
@@ -43,8 +44,12 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> None:
 
 
 def check_submit(message: Submit) -> None:
-    """Raises InvalidParameter for what surrounds the parameters of a request: id, timeout, priority, salt."""
-    for name, value, limit in (("request_id", message.id, MAX_ID_LENGTH), ("cache_salt", message.cache_salt, MAX_SALT)):
+    """Raises InvalidParameter for what surrounds the parameters of a request: id, timeout, priority, salt, tenant."""
+    for name, value, limit in (
+        ("request_id", message.id, MAX_ID_LENGTH),
+        ("cache_salt", message.cache_salt, MAX_SALT),
+        ("tenant", message.tenant, MAX_TENANT),
+    ):
         if type(value) is not str or len(value) > limit or not _is_text(value):
             raise _wrong(name, value, f"must be text of at most {limit} characters")
     _number("timeout", message.timeout, 0.0, MAX_TIMEOUT)

@@ -23,6 +23,8 @@ from .flags import add_sampling_options, add_service_options, flag, sampling_par
 from .frontend import Frontend
 from .lines import Lines
 from .llm import LLM
+from .replaying import add_replay_options
+from .simulating import add_simulate_options
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
@@ -78,6 +80,12 @@ def _parser() -> argparse.ArgumentParser:
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
 
+    again = _command(commands, "replay", "run an event log again through the scheduler and verify every decision")
+    add_replay_options(again)
+
+    virtual = _command(commands, "simulate", "run the scheduler in virtual time and say how a workload would fare")
+    add_simulate_options(virtual)
+
     keys = _command(commands, "keys", "make a CURVE key file for tcp endpoints", "and print the public key for clients")
     keys.add_argument("file", type=Path, help="to make, readable only by you; an existing file is left alone")
     keys.set_defaults(run=_keys)
@@ -104,6 +112,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--endpoint", help=f"of a running server: {_ENDPOINT}, or `default`")
     _add_connection(parser)
     parser.add_argument("--model", help=f"without --endpoint: {_MODEL} (default {DEFAULT_MODEL})")
+    parser.add_argument("--tenant", default="", metavar="NAME", help="on whose account, for the server's policy")
 
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:
@@ -143,12 +152,12 @@ def _generate(options: argparse.Namespace) -> int:
     prompt = _standard_input() if options.prompt == "-" else _text(options.prompt, "the prompt")
     if not prompt:
         raise InvalidRequest("the prompt is empty: give some text")
-    return asyncio.run(_stream(_open(options), prompt, _params(options)))
+    return asyncio.run(_stream(_open(options), prompt, _params(options), options.tenant))
 
 
-async def _stream(frontend: Frontend, prompt: str, params: SamplingParams) -> int:
+async def _stream(frontend: Frontend, prompt: str, params: SamplingParams, tenant: str) -> int:
     async with frontend as llm:
-        async for output in llm.generate(prompt, params):
+        async for output in llm.generate(prompt, params, tenant=tenant):
             print(output.delta, end="", flush=True)
     print()
     return 0
@@ -156,10 +165,10 @@ async def _stream(frontend: Frontend, prompt: str, params: SamplingParams) -> in
 
 def _chat(options: argparse.Namespace) -> int:
     system = None if options.system is None else _text(options.system, "--system")
-    return asyncio.run(_converse(_open(options), system, _params(options)))
+    return asyncio.run(_converse(_open(options), system, _params(options), options.tenant))
 
 
-async def _converse(frontend: Frontend, system: str | None, params: SamplingParams) -> int:
+async def _converse(frontend: Frontend, system: str | None, params: SamplingParams, tenant: str) -> int:
     messages: list[dict[str, object]] = []
     if system is not None:
         messages.append({"role": "system", "content": system})
@@ -171,16 +180,16 @@ async def _converse(frontend: Frontend, system: str | None, params: SamplingPara
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": await _answer(llm, messages, params)})
+                messages.append({"role": "assistant", "content": await _answer(llm, messages, params, tenant)})
             except (InvalidRequest, RequestFailed, Overloaded) as error:
                 messages.pop()  # as if it had not been said: the conversation goes on
                 print(f"treadle: {type(error).__name__}: {error}", file=sys.stderr)
     return 0
 
 
-async def _answer(llm: Frontend, messages: list[dict[str, object]], params: SamplingParams) -> str:
+async def _answer(llm: Frontend, messages: list[dict[str, object]], params: SamplingParams, tenant: str) -> str:
     text = ""
-    async for output in llm.chat(messages, params):
+    async for output in llm.chat(messages, params, tenant=tenant):
         print(output.delta, end="", flush=True)
         text = output.text
     print()

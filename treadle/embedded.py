@@ -10,6 +10,7 @@ from collections.abc import Callable
 from treadle.errors import ServiceClosed, ServiceError, TreadleError
 from treadle.scheduler.delivery import Sink, refusal
 from treadle.scheduler.options import ModelFacts, ServiceOptions
+from treadle.scheduler.policies import Policy
 from treadle.scheduler.service import Service
 from treadle.transport.messages import (
     Abort,
@@ -34,10 +35,15 @@ class EmbeddedBackend:
     """
 
     def __init__(
-        self, facts: ModelFacts, options: ServiceOptions, tokenizer_info: Callable[[], TokenizerInfo | None]
+        self,
+        facts: ModelFacts,
+        options: ServiceOptions,
+        tokenizer_info: Callable[[], TokenizerInfo | None],
+        policy: Policy | None = None,
     ) -> None:
         self._facts = facts
         self._options = options
+        self._policy = policy
         self._tokenizer_info = tokenizer_info
         self._thread: LoopThread | None = None
         self._service: Service | None = None
@@ -53,7 +59,7 @@ class EmbeddedBackend:
         if self._thread is not None:
             raise ServiceError("already started")
         self._thread = LoopThread("treadle-scheduler")
-        self._service = Service(self._facts, self._options, self._tokenizer_info)
+        self._service = Service(self._facts, self._options, self._tokenizer_info, policy=self._policy)
         try:
             await self._thread.submit(self._service.start())
         except BaseException:

@@ -9,6 +9,7 @@ client. The module imports nothing, so that every room may raise from it.
     │   └── InvalidParameter
     ├── RequestFailed             the request was accepted and could not be finished
     │   ├── DeadlineExceeded
+    │   │   └── DeadlineUnreachable
     │   └── EngineFailed
     ├── Overloaded                no room now; `retry_after` seconds is the estimate
     ├── ModelError                the model cannot be used
@@ -18,11 +19,13 @@ client. The module imports nothing, so that every room may raise from it.
     │   └── DoesNotFit
     ├── ConfigError               an option is wrong (also a ValueError)
     │   └── EndpointInUse
+    ├── EventLogError             a file is not an event log, of another version, or damaged
     └── ServiceError              the service is not there
         ├── EngineStartFailed
         ├── ServiceClosed
         ├── ServerLost
         ├── HandshakeFailed
+        ├── PolicyFailed
         └── ProtocolError
 """
 
@@ -53,6 +56,12 @@ class RequestFailed(TreadleError):
 
 class DeadlineExceeded(RequestFailed):
     code = "deadline_exceeded"
+
+
+class DeadlineUnreachable(DeadlineExceeded):
+    """Refused before its deadline: even begun now and alone, the request could not end in time (docs/policies.md)."""
+
+    code = "deadline_unreachable"
 
 
 class EngineFailed(RequestFailed):
@@ -101,6 +110,12 @@ class EndpointInUse(ConfigError):
     code = "endpoint_in_use"
 
 
+class EventLogError(TreadleError):
+    """An event log that cannot be read or continued; the message says whether it is another version or damaged."""
+
+    code = "event_log_error"
+
+
 class ServiceError(TreadleError):
     code = "service_error"
 
@@ -123,6 +138,12 @@ class HandshakeFailed(ServiceError):
     code = "handshake_failed"
 
 
+class PolicyFailed(ServiceError):
+    """A scheduling policy raised or answered nonsense; the step went on first come, first served."""
+
+    code = "policy_failed"
+
+
 class ProtocolError(ServiceError):
     """The other side speaks another protocol, or a frame could not be decoded."""
 
@@ -136,6 +157,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     InvalidParameter,
     RequestFailed,
     DeadlineExceeded,
+    DeadlineUnreachable,
     EngineFailed,
     Overloaded,
     ModelError,
@@ -145,11 +167,13 @@ _ALL: tuple[type[TreadleError], ...] = (
     DoesNotFit,
     ConfigError,
     EndpointInUse,
+    EventLogError,
     ServiceError,
     EngineStartFailed,
     ServiceClosed,
     ServerLost,
     HandshakeFailed,
+    PolicyFailed,
     ProtocolError,
 )
 _BY_CODE = {cls.code: cls for cls in _ALL}

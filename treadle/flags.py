@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from treadle.errors import ConfigError
+from treadle.scheduler.config import RESERVE_OUTPUT
 from treadle.scheduler.options import ATTENTION_BACKENDS, DEVICES, DTYPES, ServiceOptions
+from treadle.scheduler.policies import POLICIES
 from treadle.transport.messages import SamplingParams
 
 SERVICE_HELP: Mapping[str, str] = {
@@ -30,6 +32,12 @@ SERVICE_HELP: Mapping[str, str] = {
     "threads": "CPU threads of each rank",
     "max_waiting_requests": "waiting requests; more are refused as Overloaded",
     "max_waiting_tokens": "waiting tokens; more are refused as Overloaded",
+    "max_tenant_requests": "waiting requests of one tenant; not given: no bound of its own",
+    "max_tenant_tokens": "waiting tokens of one tenant; not given: no bound of its own",
+    "policy": f"who goes first: {', '.join(POLICIES)}",
+    "target_tpot": "seconds between tokens that prompts may not push steps over; not given: most throughput",
+    "watermark": "share of the cache that admission leaves free",
+    "reserve_output": f"what admission keeps for answers to come: {', '.join(RESERVE_OUTPUT)}",
     "start_timeout": "seconds until the engines must be ready",
     "step_timeout": "seconds until a step must be finished, or the engines are restarted",
     "stop_timeout": "seconds to end in order, before engines are killed",
@@ -41,6 +49,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "attention_backend": f"on GPUs: {', '.join(ATTENTION_BACKENDS)}; auto is the fastest that is installed",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
+    "event_log": "file for every input and decision of the scheduler, for `treadle replay`; it holds token ids",
 }
 _SAMPLING_HELP: Mapping[str, str] = {
     "max_tokens": "most tokens of the answer; not given: up to the context limit",

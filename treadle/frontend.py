@@ -47,11 +47,13 @@ class Frontend:
         timeout: float | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> Stream:
         """Starts a request and returns its stream at once.
 
         prompt: text, or token ids. timeout: seconds until the request fails with DeadlineExceeded. cache_salt: cached
-        prefixes are shared only among requests of the same salt. Must be called on a running event loop.
+        prefixes are shared only among requests of the same salt. priority: the lower number goes first. tenant: on
+        whose account the request is, for fairness and bounds. Must be called on a running event loop.
 
         Raises InvalidRequest here for what can be judged here; what only the service can judge (PromptTooLong,
         Overloaded, …) is raised by the stream.
@@ -70,6 +72,7 @@ class Frontend:
             timeout=0.0 if timeout is None else timeout,
             priority=priority,
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         check_submit(message)
         label = self._new_label(request_id or message.id)
@@ -92,13 +95,20 @@ class Frontend:
         timeout: float | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> Stream:
         """Like `generate`, for a conversation: a list of {"role": …, "content": …} put through the chat template."""
         self._must_be_open()
         tokenizer = self._needs_tokenizer("chat")
         tokens = tokenizer.encode(tokenizer.apply_chat_template(messages), add_special_tokens=False)
         return self.generate(
-            tokens, params, request_id=request_id, timeout=timeout, priority=priority, cache_salt=cache_salt
+            tokens,
+            params,
+            request_id=request_id,
+            timeout=timeout,
+            priority=priority,
+            cache_salt=cache_salt,
+            tenant=tenant,
         )
 
     def generate_sync(

@@ -6,7 +6,10 @@ import asyncio
 import logging
 from pathlib import Path
 
+from treadle.errors import ConfigError
 from treadle.scheduler.options import service_options
+from treadle.scheduler.policies import Policy
+from treadle.scheduler.policies.guard import Guard
 
 from .backend import Backend
 from .embedded import EmbeddedBackend
@@ -28,6 +31,8 @@ class LLM(Frontend):
 
     model: "smollm2-135m", a directory with config.json and safetensors, a GGUF file, or "org/name" from the hub.
     in_process: False puts the scheduler into a process of its own, for programs that hold the interpreter lock.
+    policy: the name of a scheduling policy, or an object of your own (docs/policies.md), for this LLM alone; objects
+    only with the scheduler in this process.
     options: fields of `treadle.scheduler.options.ServiceOptions`.
 
     The scheduler runs on a thread of its own and the engine ranks are processes of their own; no signal handler, loop
@@ -41,11 +46,17 @@ class LLM(Frontend):
         *,
         in_process: bool = True,
         cache_dir: Path | None = None,
+        policy: str | Policy | None = None,
         **options: object,
     ) -> None:
         self._model = model
         self._in_process = in_process
         self._cache_dir = cache_dir
+        self._policy: Policy | None = None
+        if isinstance(policy, str):
+            options["policy"] = policy
+        elif policy is not None:
+            self._policy = _own_policy(policy, in_process)
         self._options = service_options(**options)
         self._raw_options = options
         super().__init__()
@@ -74,5 +85,14 @@ class LLM(Frontend):
 
     def _make_backend(self, located: Located) -> Backend:
         if self._in_process:
-            return EmbeddedBackend(located.facts, self._options, lambda: None)  # its readers have the tokenizer
+            # its readers have the tokenizer
+            return EmbeddedBackend(located.facts, self._options, lambda: None, self._policy)
         return ServerProcess(str(located.path), self._raw_options, self._options.start_timeout)
+
+
+def _own_policy(policy: Policy, in_process: bool) -> Policy:
+    """The same. Raises ConfigError for what is no policy, and where the scheduler could not reach it."""
+    Guard(policy)
+    if not in_process:
+        raise ConfigError(f"policy={policy.name!r}: an object works only with in_process=True; give a name, or that")
+    return policy

@@ -1,0 +1,189 @@
+"""What a step costs: a linear model of its shape, learned while it runs.
+
+    seconds ≈ step + prefill_token · T + decode_row · R + context_token · C + chunk_pair · P
+
+T tokens in chunks of prompts, R rows that decode, C positions of K/V that those rows read, P pairs of a chunk's query
+and a key that it attends to. Decodes and chunks attend at very different prices (one is bound by memory, the other by
+arithmetic), so each has a term of its own.
+
+The model has no clock. Whoever measures steps calls `observe`; the same observations give the same coefficients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from treadle.errors import ConfigError
+
+Vector = npt.NDArray[np.float64]
+
+_MEMORY = 512
+"""Observations after which one counts a third: the forgetting factor is 1 − 1/512."""
+_EAGER, _BATCH = 64, 16
+"""The first 64 observations are learned from one by one, later ones 16 at a time: solving costs more than appending."""
+_HOLD = 1e-4
+"""How strongly a coefficient stays where it was, as a share of what the observations say about it."""
+_SIZE = 5
+
+
+@dataclass(slots=True, frozen=True)
+class StepShape:
+    """What a step computes, as far as its duration depends on it.
+
+    prefill_tokens: of all chunks. decode_rows: rows that compute one token and sample. context_tokens: positions of
+    K/V that the decode rows read, their own included. chunk_pairs: sum of `chunk_pairs` over the chunks.
+    """
+
+    prefill_tokens: int
+    decode_rows: int
+    context_tokens: int
+    chunk_pairs: int = 0
+
+    def with_chunk(self, count: int, end: int) -> StepShape:
+        """The shape with one more chunk of `count` tokens that ends at a context of `end` tokens."""
+        pairs = self.chunk_pairs + chunk_pairs(count, end)
+        return StepShape(self.prefill_tokens + count, self.decode_rows, self.context_tokens, pairs)
+
+
+def chunk_pairs(count: int, end: int) -> int:
+    """Query–key pairs of a causal chunk of `count` tokens whose last one sees `end` tokens: about count · end."""
+    return count * end - count * (count - 1) // 2
+
+
+class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Coefficients of the model, in seconds; see the head of this file. Zero is "costs nothing"."""
+
+    step: float = 0.0
+    prefill_token: float = 0.0
+    decode_row: float = 0.0
+    context_token: float = 0.0
+    chunk_pair: float = 0.0
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> StepCosts:
+        """Raises ConfigError for what is not an object of the five names with numbers from 0."""
+        try:
+            costs = msgspec.json.decode(data, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"step costs: {error}; known are {', '.join(cls.__struct_fields__)}") from error
+        return check_costs(costs)
+
+
+def check_costs(costs: StepCosts) -> StepCosts:
+    """The same costs. Raises ConfigError when one is not a number of seconds from 0."""
+    for name, value in msgspec.structs.asdict(costs).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (isfinite(value) and value >= 0):
+            raise ConfigError(f"step costs: {name}={value!r}: a finite number of seconds from 0 is allowed")
+    return costs
+
+
+class CostModel:
+    """Recursive least squares with forgetting, in information form, over coefficients that are not negative.
+
+    What is minimised is the *relative* error, Σ ((predicted − seconds) / scale)², scale being the greater of what was
+    measured and what was predicted: short steps count as much as long ones, a step that took a hundred times its time
+    (a page fault, a compilation) pulls hardly at all, and so does a result that was read in one go with the last one.
+    Where the observations say nothing of a coefficient (no prefill for a while), it stays as it was: a small term
+    holds each coefficient near its last value, which also settles what a single shape cannot tell apart.
+    """
+
+    def __init__(self, coefficients: StepCosts | None = None) -> None:
+        self._costs = StepCosts() if coefficients is None else check_costs(coefficients)
+        self._values = np.array(msgspec.structs.astuple(self._costs), np.float64)
+        self._information: Vector = np.zeros((_SIZE, _SIZE))
+        self._target: Vector = np.zeros(_SIZE)
+        self._pending: list[tuple[StepShape, float]] = []
+        self.observations = 0
+
+    @property
+    def coefficients(self) -> StepCosts:
+        return self._costs
+
+    @property
+    def known(self) -> bool:
+        """Something was given or learned; before that every prediction is 0."""
+        return bool(self._values.any())
+
+    def predict(self, shape: StepShape) -> float:
+        """Seconds that such a step takes. An empty shape costs what a step costs at least."""
+        costs = self._costs
+        return (
+            costs.step
+            + costs.prefill_token * shape.prefill_tokens
+            + costs.decode_row * shape.decode_rows
+            + costs.context_token * shape.context_tokens
+            + costs.chunk_pair * shape.chunk_pairs
+        )
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """A step of this shape took so long. What is not a positive, finite time is ignored."""
+        if not 0.0 < seconds < float("inf"):
+            return
+        self._pending.append((shape, seconds))
+        self.observations += 1
+        if self.observations <= _EAGER or len(self._pending) >= _BATCH:
+            self._learn()
+
+    def _learn(self) -> None:
+        shapes = np.array([_features(shape) for shape, _ in self._pending])
+        seconds = np.array([seconds for _, seconds in self._pending])
+        age = np.arange(len(seconds) - 1, -1, -1)
+        weights = (1 - 1 / _MEMORY) ** age / np.maximum(seconds, shapes @ self._values) ** 2
+        weighted = shapes * weights[:, None]
+        self._information *= (1 - 1 / _MEMORY) ** len(seconds)
+        self._target *= (1 - 1 / _MEMORY) ** len(seconds)
+        self._information += weighted.T @ shapes
+        self._target += weighted.T @ seconds
+        self._pending.clear()
+        self._solve()
+
+    def _solve(self) -> None:
+        """The new coefficients, in units in which each feature's information is 1, so that numbers stay near 1."""
+        scale = np.sqrt(np.diag(self._information))
+        seen = scale > 0
+        unit = np.where(seen, scale, 1.0)
+        matrix = self._information / np.outer(unit, unit) + np.diag(np.where(seen, _HOLD, 1.0))
+        held = np.where(seen, _HOLD, 1.0) * self._values * unit
+        self._values = solve_non_negative(matrix, self._target / unit + held) / unit
+        self._costs = StepCosts(**dict(zip(StepCosts.__struct_fields__, self._values.tolist(), strict=True)))
+
+
+def solve_non_negative(matrix: Vector, target: Vector) -> Vector:
+    """The x ≥ 0 with the least xᵀMx/2 − xᵀt, for a positive definite M, exactly.
+
+    The active-set method of Lawson and Hanson (Solving Least Squares Problems, 1974, chapter 23), on normal equations.
+    """
+    x = np.zeros_like(target)
+    passive = np.zeros(target.size, np.bool_)
+    for _ in range(8 * target.size):
+        gain = np.where(passive, -np.inf, target - matrix @ x)
+        best = int(gain.argmax())
+        if gain[best] <= 1e-12:
+            break
+        passive[best] = True
+        while True:
+            trial = np.zeros_like(x)
+            trial[passive] = np.linalg.solve(matrix[np.ix_(passive, passive)], target[passive])
+            blocked = passive & (trial <= 0)
+            if not blocked.any():
+                x = trial
+                break
+            share = (x[blocked] / (x[blocked] - trial[blocked])).min()
+            x = x + share * (trial - x)
+            passive &= x > 1e-15
+            x[~passive] = 0.0
+            if not passive.any():
+                break
+    return x
+
+
+def _features(shape: StepShape) -> tuple[float, ...]:
+    return (1.0, shape.prefill_tokens, shape.decode_rows, shape.context_tokens, shape.chunk_pairs)

@@ -1,0 +1,111 @@
+"""How long answers are, learned by tenant while they end."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import numpy as np
+import numpy.typing as npt
+
+OVERALL = 0
+_TENANTS = 256
+_MEMORY = 256
+"""Ends after which one counts a third."""
+_PRIOR = 8.0
+"""Ends of everybody that a tenant's own are mixed with."""
+_FIRST_GUESS = 128
+_STEPS = 8
+"""Classes per doubling of the length."""
+_DOUBT = 0.1
+"""Weight, in ends, of "half of them end with each doubling", which is all there is beyond the longest ever seen."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int32]
+Slots = npt.NDArray[np.intp]
+
+
+class OutputLengths:
+    """For each tenant a histogram of the lengths of finished outputs, in classes of about a tenth, with forgetting.
+
+    What is asked of it is how likely an output that has reached a certain length is to go on so much longer
+    (`Outlook`). slot: number of a tenant's statistics; the tenants heard of last have one, the others share that of
+    everybody.
+    """
+
+    def __init__(self, max_len: int) -> None:
+        self._max_len = max_len
+        self._class = _classes(np.arange(max_len + 1))
+        self._counts: Floats = np.zeros((_TENANTS, int(self._class[-1]) + 1))
+        self._slots: OrderedDict[str, int] = OrderedDict()
+        self._add(OVERALL, min(_FIRST_GUESS, max_len))
+
+    def slot(self, tenant: str) -> int:
+        return self._slots.get(tenant, OVERALL)
+
+    def note(self, tenant: str, length: int) -> None:
+        """An output of the tenant has ended by itself, with so many tokens."""
+        slot = self._slots.get(tenant)
+        if slot is None:
+            slot = self._new_slot(tenant)
+        self._slots.move_to_end(tenant)
+        for number in (OVERALL, slot):
+            self._add(number, length)
+
+    def outlook(self, slots: Slots, lengths: Ints) -> Outlook:
+        """What can be expected, given that outputs of these lengths are still going on.
+
+        Those count, too: at first only short ones have ended, and who asks the ended alone expects too little. So it
+        is the share that ends in each class of all that were ever seen to get there (Kaplan, Meier: Nonparametric
+        Estimation from Incomplete Observations, 1958).
+        """
+        kinds, at = np.unique(slots, return_inverse=True)
+        overall = self._counts[OVERALL]
+        ended = self._counts[kinds] + (kinds != OVERALL)[:, None] * (_PRIOR / overall.sum() * overall)
+        running = np.zeros_like(ended)
+        np.add.at(running, (at, self._class[lengths]), 1.0)
+        reached = _from_the_end(ended) + _from_the_end(running) - running
+        ending = (ended + _DOUBT * (1 - 0.5 ** (1 / _STEPS))) / (reached + _DOUBT)
+        reach = np.cumprod(1 - ending, axis=1)
+        reach = np.concatenate((np.ones((kinds.size, 1)), reach[:, :-1]), axis=1)
+        return Outlook(kinds, reach, self._class, self._max_len)
+
+    def _add(self, slot: int, length: int) -> None:
+        self._counts[slot] *= 1 - 1 / _MEMORY
+        self._counts[slot, self._class[length]] += 1
+
+    def _new_slot(self, tenant: str) -> int:
+        if len(self._slots) < _TENANTS - 1:
+            slot = len(self._slots) + 1
+        else:
+            _, slot = self._slots.popitem(last=False)  # of the tenant that ended something longest ago
+        self._counts[slot] = 0.0
+        self._slots[tenant] = slot
+        return slot
+
+
+class Outlook:
+    """Survival of outputs as of one moment. kinds: the slots that it knows, rising."""
+
+    def __init__(self, kinds: Slots, reach: Floats, classes: Slots, max_len: int) -> None:
+        self.kinds = kinds
+        self._reach = reach
+        self._class = classes
+        self._max_len = max_len
+
+    def survival(self, slots: Slots, lengths: Ints, ahead: Ints) -> Floats:
+        """[horizons, outputs]: how likely each, of its present length, is to get `ahead` tokens further."""
+        at = np.searchsorted(self.kinds, slots)
+        then = np.minimum(lengths + ahead[:, None], self._max_len)
+        share: Floats = self._reach[at, self._class[then]] / self._reach[at, self._class[lengths]]
+        return share
+
+
+def _from_the_end(counts: Floats) -> Floats:
+    """How many are in each class or in a later one."""
+    return counts[:, ::-1].cumsum(axis=1)[:, ::-1]
+
+
+def _classes(lengths: npt.NDArray[np.int_]) -> Slots:
+    """0 to 16 stand alone; above, `_STEPS` classes for each doubling."""
+    rough = 16 + np.floor(_STEPS * np.log2(np.maximum(lengths, 16) / 16))
+    return np.where(lengths < 16, lengths, rough).astype(np.intp)
