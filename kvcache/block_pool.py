@@ -84,20 +84,22 @@ class BlockPool:
 
         They are freed from the tail, so that a continuation is evicted before the prefix it hangs on.
         """
-        refs, labels, queue, blank = self.refs, self.labels, self._queue, self._blank
+        refs, labels, queue, blank, cached = self.refs, self.labels, self._queue, self._blank, 0
+        before = len(queue)
         for block in reversed(blocks):
             left = refs[block] - 1
             refs[block] = left
-            if left:
-                continue
-            if labels[block] is None:
-                blank.append(block)
-                continue
-            self.cached += 1
-            if block in queue:
-                queue.move_to_end(block)
-            else:
-                queue[block] = None
+            if not left:
+                if labels[block] is None:
+                    blank.append(block)
+                else:
+                    queue[block] = None
+                    cached += 1
+        self.cached += cached
+        if len(queue) < before + cached:  # some were shared out of the queue and have their old places there
+            for block in reversed(blocks):
+                if block in queue and not refs[block]:
+                    queue.move_to_end(block)
 
     def withdraw(self, block: BlockId) -> None:
         """Its content is not to be served again. Owners keep it; an idle block becomes blank."""
