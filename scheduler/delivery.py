@@ -12,7 +12,8 @@ class Sink:
     """Base of receivers. `name` is unique in a service: request ids only need to be unique within their sink.
 
     After each step the service calls `put_token` or `put` once for each continuation that got something, and `flush`
-    once for every sink that did: `flush` sends what `take` gives. `open` counts the unfinished continuations by request id.
+    once for every sink that did: `flush` sends what `take` gives. `open` counts the unfinished continuations by request
+    id.
     """
 
     def __init__(self, name: str) -> None:
