@@ -84,13 +84,20 @@ class PrefixCache:
         else:
             node = parent
         nodes, homes, labels = self._nodes, self._homes, self.pool.labels
-        for key, block in zip(keys, blocks, strict=True):
+        pairs = zip(keys, blocks, strict=True)
+        for key, block in pairs:
             there = node.setdefault(key, block)
             if there == block:
-                labels[block] = key
-                homes[block] = node
-                nodes[block] = {}
+                break
             node = nodes[there]
+        else:
+            return node
+        labels[block], homes[block] = key, node
+        for key, following in pairs:  # nothing can be there behind a new block
+            nodes[block] = node = {key: following}
+            labels[following], homes[following] = key, node
+            block = following
+        nodes[block] = node = {}
         return node
 
     def publish_each(self, parents: Sequence[Parent], tokens: bytes, blocks: Sequence[BlockId]) -> list[Parent]:
