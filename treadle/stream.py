@@ -71,13 +71,15 @@ class Stream:
             return
         if not 0 <= delta.index < len(self._parts):
             return
-        if self._parts[delta.index].feed(delta, self._eos):
+        part = self._parts[delta.index]
+        if part.feed(delta, self._eos):
             self._abort(Abort(self.wire_id, delta.index))
         if delta.finish == "deadline":
             self.fail(DeadlineExceeded(f"request {self.request_id} did not finish within its timeout"))
             return
         self._unread = True
-        self._ended = all(part.finished for part in self._parts)
+        if part.finished:
+            self._ended = all(other.finished for other in self._parts)
         if self._ended or not self._only_end:
             self._news.set()
 
