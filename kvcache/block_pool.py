@@ -9,55 +9,54 @@ from typing import NewType
 from .invariant import require
 
 BlockId = NewType("BlockId", int)
-Label = tuple[int | str, bytes]
+Label = bytes | tuple[str, bytes]
+"""The tokens of a block; of the first of a sequence, with its salt."""
 
 
 class BlockPool:
     """Blocks with reference counts. A block is always in exactly one of three places:
 
     - blank: in `_blank`, content worthless;
-    - cached: in `_idle`, unreferenced but labelled, so somebody may want its content again; evicted least recently
-      used first, and only when no blank block is left;
+    - cached: unreferenced but labelled, so somebody may want its content again; evicted least recently used first, and
+      only when no blank block is left;
     - owned: `refs` says by how many block tables.
 
+    `_queue` has every cached block in the order of eviction. A cached block that is owned again keeps its place there,
+    to be skipped at eviction or moved to the end when it is released, whichever comes first: sharing a prefix is the
+    hot path, and so it only counts references.
+
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
-    `num_blocks - 1`. `on_evict` is told the label of every block whose content is given up.
+    `num_blocks - 1`. `on_evict` is told the blocks whose content is given up, while they still have their labels.
+    `cached` counts the cached ones.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[Label], object]) -> None:
+    def __init__(self, num_blocks: int, on_evict: Callable[[Sequence[BlockId]], object]) -> None:
         self.total = num_blocks - 1
         self.evictions = 0
         self._on_evict = on_evict
         self.clear()
 
     def clear(self) -> None:
-        """Every block is blank again: the memory behind the pool is gone. No label is reported as evicted."""
+        """Every block is blank again: the memory behind the pool is gone. No block is reported as evicted."""
         self._blank = [BlockId(block) for block in range(self.total, 0, -1)]
-        self._idle: OrderedDict[BlockId, None] = OrderedDict()
+        self._queue: OrderedDict[BlockId, None] = OrderedDict()
+        self.cached = 0
         self.refs = [0] * (self.total + 1)
         self.labels: list[Label | None] = [None] * (self.total + 1)
 
     @property
     def available(self) -> int:
         """Blocks that `allocate` can give now."""
-        return len(self._blank) + len(self._idle)
-
-    @property
-    def cached(self) -> int:
-        """Unreferenced blocks with content that may be asked for again."""
-        return len(self._idle)
+        return len(self._blank) + self.cached
 
     @property
     def used(self) -> int:
         return self.total - self.available
 
-    def is_idle(self, block: BlockId) -> bool:
-        return self.refs[block] == 0
-
     def allocate(self, count: int) -> list[BlockId] | None:
         """`count` blocks, each with one reference that the caller now owns; None, and nothing taken, if too few."""
         missing = count - len(self._blank)
-        if missing > len(self._idle):
+        if missing > self.cached:
             return None
         if missing > 0:
             self._evict(missing)
@@ -72,20 +71,21 @@ class BlockPool:
 
     def share(self, blocks: Iterable[BlockId]) -> None:
         """One more reference on each, owned by the caller. The blocks are owned or cached, not blank."""
-        refs, idle = self.refs, self._idle
+        refs, cached = self.refs, 0
         for block in blocks:
-            if refs[block]:
-                refs[block] += 1
-            else:
-                del idle[block]
-                refs[block] = 1
+            count = refs[block]
+            refs[block] = count + 1
+            if not count:
+                cached += 1
+        self.cached -= cached
 
     def release(self, blocks: Sequence[BlockId]) -> None:
         """Gives back one reference on each block of one block table, in the order of the table.
 
         They are freed from the tail, so that a continuation is evicted before the prefix it hangs on.
         """
-        refs, labels, idle, blank = self.refs, self.labels, self._idle, self._blank
+        refs, labels, queue, blank, cached = self.refs, self.labels, self._queue, self._blank, 0
+        before = len(queue)
         for block in reversed(blocks):
             left = refs[block] - 1
             refs[block] = left
@@ -93,37 +93,48 @@ class BlockPool:
                 if labels[block] is None:
                     blank.append(block)
                 else:
-                    idle[block] = None
+                    queue[block] = None
+                    cached += 1
+        self.cached += cached
+        if len(queue) < before + cached:  # some were shared out of the queue and have their old places there
+            for block in reversed(blocks):
+                if block in queue and not refs[block]:
+                    queue.move_to_end(block)
 
     def withdraw(self, block: BlockId) -> None:
         """Its content is not to be served again. Owners keep it; an idle block becomes blank."""
-        label = self.labels[block]
-        if label is None:
+        if self.labels[block] is None:
             return
+        self._on_evict([block])
         self.labels[block] = None
-        self._on_evict(label)
+        self._queue.pop(block, None)
         if not self.refs[block]:
-            del self._idle[block]
+            self.cached -= 1
             self._blank.append(block)
 
     def check(self) -> None:
         """Raises CoreInvariantError unless every block is in exactly one place and counted there."""
         owned = [block for block, count in enumerate(self.refs) if count]
-        places = Counter[int]([*self._blank, *self._idle, *owned])
+        cached = [block for block in self._queue if not self.refs[block]]
+        places = Counter[int]([*self._blank, *cached, *owned])
         require(set(places) == set(range(1, self.total + 1)), "a block is lost, or the null block was handed out")
         twice = [block for block, count in places.items() if count > 1]
         require(not twice, f"blocks {twice} are in two places at once")
         require(min(self.refs) >= 0, "a block was released more often than owned")
+        require(len(cached) == self.cached, "cached blocks are miscounted")
         require(all(self.labels[block] is None for block in self._blank), "a blank block has a label")
-        require(all(self.labels[block] is not None for block in self._idle), "a cached block has no label")
+        require(all(self.labels[block] is not None for block in self._queue), "a block in the queue has no label")
 
     def _evict(self, count: int) -> None:
-        pop, labels, on_evict = self._idle.popitem, self.labels, self._on_evict
-        blocks = [pop(False)[0] for _ in range(count)]
+        pop, refs, labels = self._queue.popitem, self.refs, self.labels
+        blocks: list[BlockId] = []
+        while len(blocks) < count:
+            block = pop(False)[0]
+            if not refs[block]:
+                blocks.append(block)
+        self._on_evict(blocks)
         for block in blocks:
-            label = labels[block]
             labels[block] = None
-            if label is not None:
-                on_evict(label)
         self._blank += blocks
+        self.cached -= count
         self.evictions += count

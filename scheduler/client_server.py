@@ -16,7 +16,6 @@ from treadle.transport.codec import service_codec
 from treadle.transport.endpoints import ServerKeys, bind_server, default_endpoint, ipc_path
 from treadle.transport.messages import (
     Abort,
-    Deltas,
     Message,
     Ping,
     Pong,
@@ -166,7 +165,7 @@ class _Session(Sink):
         self._backlog: deque[Message] = deque()
 
     def flush(self) -> None:
-        self.post(Deltas(self.take()))
+        self.post(self.take())
 
     def post(self, message: Message) -> None:
         """Sends in order; cuts the client off when it is gone or too far behind."""

@@ -5,23 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from treadle.errors import Overloaded, ServiceError, TreadleError
-from treadle.transport.messages import Delta, Refused
+from treadle.transport.messages import Delta, Deltas, Refused
 
 
 class Sink:
     """Base of receivers. `name` is unique in a service: request ids only need to be unique within their sink.
 
-    The service calls `put` for each delta and `flush` once for every sink that got some, after each step.
-    `open` counts the unfinished continuations by request id.
+    After each step the service calls `put_token` or `put` once for each continuation that got something, and `flush`
+    once for every sink that did: `flush` sends what `take` gives. `open` counts the unfinished continuations by request
+    id.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.open: dict[str, int] = {}
-        self.pending: list[Delta] = []
+        self._items: list[Delta] = []
+        self._tokens: dict[str, int] = {}
+
+    def put_token(self, request_id: str, token: int) -> None:
+        """The short form of `put(Delta(request_id, 0, [token]))`: this is the bulk, so it makes no objects."""
+        self._tokens[request_id] = token
 
     def put(self, delta: Delta) -> None:
-        self.pending.append(delta)
+        self._items.append(delta)
 
     def flush(self) -> None:
         """Sends what is pending on its way. Must not block and must not raise."""
@@ -35,9 +41,10 @@ class Sink:
         else:
             self.open.pop(request_id, None)
 
-    def take(self) -> list[Delta]:
-        items, self.pending = self.pending, []
-        return items
+    def take(self) -> Deltas:
+        deltas = Deltas(self._items, self._tokens)
+        self._items, self._tokens = [], {}
+        return deltas
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ class Rows:
 
     def advance(self, rows: Rows1D) -> None:
         """Plans one token of each: its K/V, and a sample."""
+        if not rows.size:
+            return
         self.computed[rows] += 1
         self.frontier[rows] += 1
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from treadle.kvcache import BlockId, Parent, PrefixCache, blocks_for_tokens
-from treadle.transport.codec import Int32
+from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import Row, RowStart
 
 from .config import CoreConfig
@@ -19,6 +19,8 @@ from .policies.guard import Guard
 from .request import NO_ROW, Sequence
 from .reservation import Reservation
 from .rows import WIRE_INT, Rows, Rows1D
+
+_NO_BLOCKS = np.zeros(0, WIRE_INT)
 
 
 class Running:
@@ -130,9 +132,10 @@ class Running:
 
     def grow(self, rows: Rows1D) -> Int32:
         """Appends one block to each row's table; so many are available."""
-        blocks = np.array(self.cache.pool.allocate(rows.size) or [], WIRE_INT)
-        if blocks.size:
-            self.rows.append_blocks(rows, blocks)
+        if not rows.size:
+            return _NO_BLOCKS
+        blocks = np.array(self.cache.pool.allocate(rows.size), WIRE_INT)
+        self.rows.append_blocks(rows, blocks)
         return blocks
 
     def publish_prefill(self, row: int) -> None:
@@ -143,8 +146,8 @@ class Running:
         in the plan's rows, and in each layer the K/V of all rows is written before any row attends.
         """
         rows, size = self.rows, self._block_size
-        end = min(rows.known[row], rows.computed[row])
-        start = rows.publish_at[row] - size
+        end = min(rows.known.item(row), rows.computed.item(row))
+        start = rows.publish_at.item(row) - size
         if end - start < size:
             return
         end -= end % size
@@ -185,8 +188,8 @@ class Running:
     def _start(self, sequence: Sequence, blocks: list[BlockId], computed: int, parent: Parent) -> RowStart:
         request = sequence.request
         self._admissions += 1
-        table = np.array(blocks, WIRE_INT)
-        row = self.rows.occupy(sequence, self._admissions, table, computed)
+        table = pack(blocks)
+        row = self.rows.occupy(sequence, self._admissions, unpack(table), computed)
         if self._config.prefix_cache:
             self.rows.chain[row] = parent
             self.rows.publish_at[row] = computed + self._block_size
@@ -209,7 +212,7 @@ class Running:
             request.prompt_len,
             computed,
             sequence.tokens,
-            table.tobytes(),
+            table,
             request.params,
             sequence.seed,
             request.ban,

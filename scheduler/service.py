@@ -305,8 +305,12 @@ class Service:
         dirty: dict[Sink, None] = {}
         for sequence, token in zip(outputs.sequences, outputs.tokens, strict=True):
             route = _route(sequence)
-            route.sink.put(Delta(route.request_id, sequence.index, [token]))
-            dirty[route.sink] = None
+            sink = route.sink
+            if sequence.index:
+                sink.put(Delta(route.request_id, sequence.index, [token]))
+            else:
+                sink.put_token(route.request_id, token)
+            dirty[sink] = None
         self._deliver(outputs.others, dirty)
 
     def _deliver(self, outputs: Iterable[Output], dirty: dict[Sink, None] | None = None) -> None:

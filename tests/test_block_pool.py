@@ -8,17 +8,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from treadle.kvcache import BlockPool, CoreInvariantError
-from treadle.kvcache.block_pool import BlockId, Label
+from treadle.kvcache.block_pool import BlockId
 
 
-def make(num_blocks: int = 6) -> tuple[BlockPool, list[Label]]:
-    evicted: list[Label] = []
-    return BlockPool(num_blocks, evicted.append), evicted
+def make(num_blocks: int = 6) -> tuple[BlockPool, list[BlockId]]:
+    evicted: list[BlockId] = []
+    return BlockPool(num_blocks, evicted.extend), evicted
 
 
 def label(pool: BlockPool, *blocks: BlockId) -> None:
     for block in blocks:
-        pool.labels[block] = (block, b"")
+        pool.labels[block] = b"%d" % block
 
 
 def taken(pool: BlockPool, count: int) -> list[BlockId]:
@@ -65,7 +65,7 @@ def test_blank_before_cached_and_cached_least_recently_used_first() -> None:
     pool.share(first)  # used again: now the other is the older
     pool.release(first)
     assert taken(pool, 1) == second
-    assert evicted == [(second[0], b"")] and pool.evictions == 1
+    assert evicted == second and pool.evictions == 1
     pool.check()
 
 
@@ -75,7 +75,21 @@ def test_tail_of_a_sequence_is_evicted_before_its_head() -> None:
     label(pool, *blocks)
     pool.release(blocks)
     taken(pool, 2)
-    assert [item[0] for item in evicted] == [blocks[2], blocks[1]]
+    assert evicted == [blocks[2], blocks[1]]
+
+
+def test_a_cached_block_that_is_owned_again_is_passed_over() -> None:
+    pool, evicted = make(5)
+    blocks = taken(pool, 4)
+    label(pool, *blocks)
+    pool.release(blocks)
+    pool.share(blocks[2:3])
+    assert (pool.cached, pool.used) == (3, 1)
+    assert sorted(taken(pool, 3)) == sorted([*blocks[:2], blocks[3]])
+    assert evicted == [blocks[3], blocks[1], blocks[0]]
+    pool.release(blocks[2:3])
+    assert taken(pool, 1) == blocks[2:3] and evicted[3:] == blocks[2:3]
+    pool.check()
 
 
 def test_withdrawn_content_is_gone_at_once_and_owners_keep_the_block() -> None:
@@ -107,19 +121,26 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool, self.evicted = make(9)
         self.tables: list[list[BlockId]] = []
         self.labelled: set[BlockId] = set()
+        self.cached: list[BlockId] = []  # least recently used first
 
     @rule(count=st.integers(0, 6), mark=st.booleans())
     def allocate(self, count: int, mark: bool) -> None:
-        available = self.pool.available
+        available, blank = self.pool.available, self.pool.available - self.pool.cached
+        self.evicted.clear()
         blocks = self.pool.allocate(count)
         assert (blocks is None) == (count > available)
         if blocks is None:
             return
+        oldest = self.cached[: max(0, count - blank)]
+        assert self.evicted == oldest
+        del self.cached[: len(oldest)]
+        self.labelled.difference_update(oldest)
         owned = {block for table in self.tables for block in table}
         assert len(set(blocks)) == count and not owned & set(blocks) and 0 not in blocks
         self.tables.append(blocks)
         if mark:
             label(self.pool, *blocks)
+            self.labelled.update(blocks)
 
     @precondition(lambda self: self.tables)
     @rule(pick=st.integers(0, 100), keep=st.integers(0, 6))
@@ -128,14 +149,35 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.share(prefix)
         self.tables.append(prefix)
 
+    @precondition(lambda self: self.cached)
+    @rule(pick=st.sets(st.integers(0, 8), min_size=1))
+    def share_cached(self, pick: set[int]) -> None:
+        hit = [block for index, block in enumerate(self.cached) if index in pick]
+        self.pool.share(hit)
+        self.tables.append(hit)
+        self.cached = [block for block in self.cached if block not in hit]
+
+    @precondition(lambda self: self.labelled)
+    @rule(pick=st.integers(0, 100))
+    def withdraw(self, pick: int) -> None:
+        block = sorted(self.labelled)[pick % len(self.labelled)]
+        self.pool.withdraw(block)
+        self.labelled.remove(block)
+        if block in self.cached:
+            self.cached.remove(block)
+
     @precondition(lambda self: self.tables)
     @rule(pick=st.integers(0, 100))
     def release(self, pick: int) -> None:
-        self.pool.release(self.tables.pop(pick % len(self.tables)))
+        table = self.tables.pop(pick % len(self.tables))
+        self.pool.release(table)
+        owned = {block for other in self.tables for block in other}
+        self.cached += [block for block in reversed(table) if block in self.labelled and block not in owned]
 
     @invariant()
     def agrees(self) -> None:
         self.pool.check()
+        assert self.pool.cached == len(self.cached)
         assert self.pool.used == len({block for table in self.tables for block in table})
 
 

@@ -234,7 +234,7 @@ async def test_hostile_frames_are_counted_answered_and_harmless(server: Server) 
     while tokens < 16:
         answer = codec.decode(await asyncio.wait_for(raw.recv(), 10))
         assert isinstance(answer, Deltas)
-        tokens += sum(len(delta.tokens) for delta in answer.items)
+        tokens += len(answer.tokens) + sum(len(delta.tokens) for delta in answer.items)
     await raw.send(codec.encode(InfoRequest("s", "stats")))
     stats = codec.decode(await asyncio.wait_for(raw.recv(), 10))
     assert isinstance(stats, Stats) and stats.bad_frames >= len(hostile) + 1

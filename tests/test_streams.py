@@ -10,7 +10,7 @@ import pytest
 from treadle.errors import EngineFailed, InvalidParameter
 from treadle.stream import Stream, StreamTable
 from treadle.transport.codec import pack
-from treadle.transport.messages import Abort, Delta, Refused, SamplingParams, Submit
+from treadle.transport.messages import Abort, Delta, Deltas, Refused, SamplingParams, Submit
 from treadle.transport.params import check_submit
 
 
@@ -74,6 +74,20 @@ async def test_a_delta_for_a_continuation_that_does_not_exist_harms_nobody() -> 
     table.add(other)
     table.deliver([Delta("one", 7, [1]), Delta("other", 0, [2])])
     assert (await asyncio.wait_for(anext(other), 5)).token_ids == [2]
+
+
+@pytest.mark.asyncio
+async def test_what_a_step_brings_reaches_each_stream_in_its_form() -> None:
+    table, sent = StreamTable(), Sent()
+    one, other, gone = open_stream(sent, "one"), open_stream(sent, "other"), "nobody reads this"
+    table.add(one)
+    table.add(other)
+    table.receive(Deltas([Delta("other", 0, [2, 3], "length")], {gone: 9, "one": 4}))
+    table.receive(Deltas([], {"one": 5, "other": 8}))  # the other has ended
+    assert (await anext(one)).token_ids == [4, 5]
+    last = await anext(other)
+    assert (last.token_ids, last.finished) == ([2, 3], True)
+    assert len(table) == 1
 
 
 @pytest.mark.asyncio

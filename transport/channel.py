@@ -2,7 +2,8 @@
 
 The loop watches the socket's file descriptor with `add_reader`. ZeroMQ signals that descriptor edge-triggered and for
 reading and writing alike (zmq_getsockopt(3), ZMQ_FD): after an event, and after every send, whatever is ready must be
-drained until `Again`, or the next edge never comes. That rule lives here and nowhere else.
+drained until `Again`, or the next edge never comes. That rule lives here and nowhere else. After sends it is kept once
+in the loop's next turn, however many they were: a step is sent to many clients.
 """
 
 from __future__ import annotations
@@ -64,12 +65,13 @@ class Channel:
         return int(self._socket.getsockopt(zmq.EVENTS))
 
     def _schedule(self) -> None:
-        if not self._scheduled and self._events() & zmq.POLLIN:
+        if not self._scheduled:
             self._scheduled = True
             self._loop.call_soon(self._drain)
 
     def _drain(self) -> None:
         self._scheduled = False
+        drained = False
         try:
             for _ in range(_FRAMES_PER_TURN):
                 if self._closed:
@@ -77,12 +79,13 @@ class Channel:
                 try:
                     frames = self._socket.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
+                    drained = True
                     break
                 self._on_message(frames)
         finally:
             # More than a turn's worth, or a handler that raised: let the loop breathe, then go on. Without this, what
             # is left would make no further edge.
-            if not self._closed:
+            if not drained and not self._closed:
                 self._schedule()
         if self._closed:
             return

@@ -14,7 +14,7 @@ from typing import NewType
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Row = NewType("Row", int)
 
@@ -59,8 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
-class Message(msgspec.Struct, array_like=True, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Base of everything that is sent as a frame."""
+class Message(msgspec.Struct, array_like=True, frozen=True, tag=True, forbid_unknown_fields=True, gc=False):
+    """Base of everything that is sent as a frame. It holds data and never refers back to itself: nothing for the gc."""
 
 
 # ── scheduler ↔ engine ranks ─────────────────────────────────────────────────────────────────────────────────────────
@@ -258,9 +258,13 @@ class Delta(Message, frozen=True):
 
 
 class Deltas(Message, frozen=True):
-    """Service → client: what one step brought to all its requests."""
+    """Service → client: what one step brought to all its requests.
+
+    tokens: by request id, where one token of continuation 0 is all there is to say, as nearly always. items: the rest.
+    """
 
     items: list[Delta]
+    tokens: dict[str, int] = {}
 
 
 class Refused(Message, frozen=True):

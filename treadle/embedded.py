@@ -14,7 +14,7 @@ from treadle.scheduler.policies import Policy
 from treadle.scheduler.service import Service
 from treadle.transport.messages import (
     Abort,
-    Delta,
+    Deltas,
     InfoRequest,
     Refused,
     ServiceMessage,
@@ -134,7 +134,7 @@ class _LoopSink(Sink):
         self._lost = lost
 
     def flush(self) -> None:
-        self._call(self.streams.deliver, self.take())
+        self._call(self.streams.receive, self.take())
 
     def refuse(self, refused: Refused) -> None:
         self._call(self.streams.refuse, refused)
@@ -142,7 +142,7 @@ class _LoopSink(Sink):
     def end(self) -> None:
         self._call(self.streams.fail_all, ServiceClosed("the service was closed"))
 
-    def _call(self, function: Callable[..., None], argument: list[Delta] | Refused | TreadleError) -> None:
+    def _call(self, function: Callable[..., None], argument: Deltas | Refused | TreadleError) -> None:
         try:
             self._loop.call_soon_threadsafe(function, argument)
         except RuntimeError:  # that loop is closed; nobody will read

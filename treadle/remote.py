@@ -170,7 +170,7 @@ class RemoteBackend:
             return
         self._last_heard = self._loop.time()
         if isinstance(message, Deltas):
-            self._streams.deliver(message.items)
+            self._streams.receive(message)
         elif isinstance(message, Pong):
             self._met(message.incarnation)
         elif isinstance(message, Refused):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from treadle.errors import DeadlineExceeded, ServiceClosed, TreadleError, from_wire
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import unpack
-from treadle.transport.messages import Abort, Delta, Refused, Submit
+from treadle.transport.messages import Abort, Delta, Deltas, Refused, Submit
 
 from .continuation import Continuation, logprob_table
 from .outputs import Logprob, RequestOutput
@@ -71,13 +71,15 @@ class Stream:
             return
         if not 0 <= delta.index < len(self._parts):
             return
-        if self._parts[delta.index].feed(delta, self._eos):
+        part = self._parts[delta.index]
+        if part.feed(delta, self._eos):
             self._abort(Abort(self.wire_id, delta.index))
         if delta.finish == "deadline":
             self.fail(DeadlineExceeded(f"request {self.request_id} did not finish within its timeout"))
             return
         self._unread = True
-        self._ended = all(part.finished for part in self._parts)
+        if part.finished:
+            self._ended = all(other.finished for other in self._parts)
         if self._ended or not self._only_end:
             self._news.set()
 
@@ -185,6 +187,11 @@ class StreamTable:
 
     def discard(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
+
+    def receive(self, news: Deltas) -> None:
+        """What one step brought. A stream is in `tokens` or in `items`, not in both, so their order means nothing."""
+        self.deliver(Delta(request_id, 0, [token]) for request_id, token in news.tokens.items())
+        self.deliver(news.items)
 
     def deliver(self, items: Iterable[Delta]) -> None:
         for delta in items:
