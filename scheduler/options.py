@@ -24,6 +24,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     the budget. max_model_len: tokens of prompt and output, 0 is the model's own.
     pipeline_depth: steps in flight, 1 is synchronous. prefix_cache, native: switches. threads: of each rank.
     max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
+    step_timeout is what any step may take; step_timeout_floor what it may take at least, however short steps have been:
+    between them the deadline is learned. standby: keep a second, loaded engine group, which takes as much memory again.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step.
@@ -51,8 +53,10 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_waiting_tokens: int = 4_000_000
     start_timeout: float = 600.0
     step_timeout: float = 120.0
+    step_timeout_floor: float = 5.0
     stop_timeout: float = 5.0
     max_restarts: int = 3
+    standby: bool = False
     random_weights: bool = False
     weights_seed: int = 0
     debug: bool = False
@@ -84,6 +88,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("max_waiting_tokens", 1, 1 << 40),
         ("start_timeout", 0.1, 86_400),
         ("step_timeout", 0.1, 86_400),
+        ("step_timeout_floor", 0.1, 86_400),
         ("stop_timeout", 0.0, 3_600),
         ("max_restarts", 0, 1_000),
         ("gpu_memory_utilization", 0.01, 1.0),

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import cast
 
 import msgspec
-import zmq
 
 from treadle.errors import (
     EngineFailed,
-    EngineStartFailed,
     InvalidRequest,
     ModelError,
     ProtocolError,
@@ -46,29 +44,43 @@ from treadle.transport.messages import (
 from treadle.transport.params import check_params, check_submit
 
 from .core import Core
+from .deadline import StepDeadline
 from .delivery import Route, Sink, refusal
-from .engine_group import Death, EngineGroup
+from .engine_group import ENGINE_COMMAND, Death
+from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent, describe, plan_tokens
 from .options import ModelFacts, ServiceOptions
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
 from .setup import configure_message, core_config
+from .supervisor import Supervisor
 
 logger = logging.getLogger("treadle")
-_BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0)
+_REMEMBERED_EVENTS = 64
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A step on its way: when it was sent, its bytes, and who has answered."""
+    """A step on its way: when it was sent, its bytes, and who has answered. It began when the one before it ended."""
 
     step: int
     sent_at: float
+    began_at: float
     frame: bytes
+    tokens: int
+    rows: int
+    starts: int
     results: dict[int, StepResult] = field(default_factory=dict)
+
+    @property
+    def doing(self) -> str:
+        return describe(self.step, self.tokens, self.rows, self.starts)
 
 
 class Service:
-    """All methods run on the loop that called `start`. Requests come with the sink that their deltas go to."""
+    """All methods run on the loop that called `start`. Requests come with the sink that their deltas go to.
+
+    on_event: told of every engine group that is lost or becomes ready, on the loop. engine_command: starts a rank.
+    """
 
     def __init__(
         self,
@@ -76,6 +88,9 @@ class Service:
         options: ServiceOptions,
         tokenizer_info: Callable[[], TokenizerInfo | None],
         leftovers: Sequence[Path] = (),
+        *,
+        on_event: Callable[[ServiceEvent], None] | None = None,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.facts = facts
         self.options = options
@@ -84,18 +99,22 @@ class Service:
         self.failed = asyncio.Event()
         self._tokenizer_info = tokenizer_info
         self._leftovers = leftovers
-        self._configure: Configure | None = None
+        self._on_event = on_event
+        self._engine_command = engine_command
+        self.events: deque[ServiceEvent] = deque(maxlen=_REMEMBERED_EVENTS)
         self._runtime: RuntimeDir | None = None
         self._core: Core | None = None
-        self._group: EngineGroup | None = None
-        self._groups = 0
+        self._supervisor: Supervisor | None = None
         self._state = "starting"
         self._detail = ""
         self._flights: deque[_Flight] = deque()
         self._digest = Digest()
         self._codec = engine_codec()
         self._recoveries = 0
-        self._failures_in_a_row = 0
+        self._lost: GroupLost | None = None
+        self._lost_at = 0.0
+        self._deadline = StepDeadline(options.step_timeout_floor, options.step_timeout)
+        self._ended_at = 0.0
         self._recovery: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._step_timer: asyncio.TimerHandle | None = None
@@ -110,16 +129,27 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._runtime = RuntimeDir()
         try:
-            self._configure = configure_message(self.facts, self.options, self._runtime.path)
-            num_blocks = await self._start_group()
-            # A later group must hold as many blocks as the core hands out, whatever is free by then.
-            self._configure = msgspec.structs.replace(self._configure, num_blocks=num_blocks)
-            config = core_config(self.facts, self.options, num_blocks, self._configure.max_model_len)
+            configure = configure_message(self.facts, self.options, self._runtime.path)
+            self._supervisor = self._make_supervisor(configure, self._runtime)
+            num_blocks = await self._supervisor.start()
+            config = core_config(self.facts, self.options, num_blocks, configure.max_model_len)
             self._core = Core(config, draw_seed=lambda: secrets.randbits(64))
         except BaseException:
             await self.close()
             raise
         self._state = "ready"
+
+    def _make_supervisor(self, configure: Configure, runtime: RuntimeDir) -> Supervisor:
+        return Supervisor(
+            configure,
+            runtime,
+            self.options,
+            self._engine_command,
+            self._leftovers,
+            self._on_result,
+            self._on_death,
+            self._tell,
+        )
 
     async def close(self) -> None:
         """Stops the engines and removes every file; requests still open get no more deltas.
@@ -138,15 +168,21 @@ class Service:
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
-        if self._group is not None:
-            await self._group.stop(self.options.stop_timeout)
-            self._group = None
+        if self._supervisor is not None:
+            await self._supervisor.close()
         if self._runtime is not None:
             self._runtime.remove()
 
     @property
     def engine_pids(self) -> list[int]:
-        return self._group.pids if self._group is not None else []
+        """Of the group that serves."""
+        group = self._supervisor.group if self._supervisor is not None else None
+        return group.pids if group is not None else []
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """Of groups that stand by, load, or are being ended."""
+        return self._supervisor.spare_pids if self._supervisor is not None else []
 
     # ── requests ──
 
@@ -203,18 +239,21 @@ class Service:
 
     def health(self) -> Health:
         age = self._loop.time() - self._flights[0].sent_at if self._flights else 0.0
-        return Health(state=self._state, detail=self._detail, step=self._steps, step_age=age)
+        spare = self._supervisor.spare if self._supervisor is not None else ""
+        return Health(state=self._state, detail=self._detail, step=self._steps, step_age=age, spare=spare)
 
     # ── the step ──
 
     def _pump(self) -> None:
-        if self._core is None or self._group is None or self._state != "ready":
+        group = self._supervisor.group if self._supervisor is not None else None
+        if self._core is None or group is None or self._state != "ready":
             return
         while (plan := self._core.plan(self._loop.time())) is not None:
             frame = self._codec.encode(plan)
-            self._flights.append(_Flight(plan.step, self._loop.time(), frame))
-            self._group.broadcast(frame)
-            if self._state != "ready":
+            now, rows = self._loop.time(), len(plan.rows) // 4
+            self._flights.append(_Flight(plan.step, now, now, frame, plan_tokens(plan), rows, len(plan.start)))
+            group.broadcast(frame)
+            if group.death is not None or self._state != "ready":
                 return
         self._check_core()
         self._arm_timers()
@@ -224,7 +263,8 @@ class Service:
             return
         flight = next((f for f in self._flights if f.step == result.step), None)
         if flight is None or result.rank in flight.results:
-            self._on_death(Death(result.rank, result.step, ProtocolError(f"an answer to step {result.step}, unasked")))
+            error = ProtocolError(f"an answer to step {result.step}, unasked")
+            self._on_death(Death(result.rank, result.step, "malformed", error))
             return
         flight.results[result.rank] = result
         while self._flights and len(self._flights[0].results) == self.options.tensor_parallel_size:
@@ -238,17 +278,26 @@ class Service:
         digest = self._digest.add(result.tokens)
         for rank, answer in flight.results.items():
             if answer.digest != digest:
-                self._on_death(Death(rank, flight.step, EngineFailed(f"rank {rank} disagrees at step {flight.step}")))
+                error = EngineFailed(f"rank {rank} disagrees at step {flight.step}")
+                self._on_death(Death(rank, flight.step, "disagreed", error), flight)
                 return
         try:
             outputs = self._core.apply(result, self._loop.time())
         except ProtocolError as error:
-            self._on_death(Death(0, flight.step, error))
+            self._on_death(Death(0, flight.step, "malformed", error), flight)
             return
-        self._steps += 1
-        self._failures_in_a_row = 0
+        self._note_progress(flight)
         self._pump()  # the engines first, the readers after
         self._deliver_step(outputs)
+
+    def _note_progress(self, flight: _Flight) -> None:
+        now = self._loop.time()
+        self._deadline.observe(flight.tokens, now - flight.began_at)
+        if self._flights:
+            self._flights[0].began_at = now
+        self._steps += 1
+        if self._supervisor is not None:
+            self._supervisor.attempts = 0
 
     def _check_core(self) -> None:
         if self.options.debug and self._core is not None:
@@ -277,94 +326,87 @@ class Service:
 
     # ── failure and recovery ──
 
-    def _on_death(self, death: Death) -> None:
-        if self._state != "ready":
+    def _on_death(self, death: Death, flight: _Flight | None = None) -> None:
+        """The serving group is lost. flight: the step in question, where it has landed already."""
+        if self._state != "ready" or self._supervisor is None or self._supervisor.group is None:
             return
-        step = death.step if death.step >= 0 or not self._flights else self._flights[0].step
-        doing = f"at step {step}" if step >= 0 else "between steps"
-        logger.error("engine group lost: rank %d, %s: %s", death.rank, doing, death.error)
+        flight = flight or self._flight_of(death.step)
+        self._lost = GroupLost(
+            group=self._supervisor.group.number,
+            rank=death.rank,
+            step=flight.step if flight is not None else death.step,
+            cause=death.cause,
+            doing=flight.doing if flight is not None else "between steps",
+            detail=str(death.error),
+        )
+        self._lost_at = self._loop.time()
         self._state, self._detail = "recovering", str(death.error)
-        self._recovery = self._loop.create_task(self._recover(death), name="treadle-recovery")
+        self._tell(self._lost)
+        self._recovery = self._loop.create_task(self._recover(death.error), name="treadle-recovery")
 
-    async def _recover(self, death: Death) -> None:
-        """Tears the group down and starts another; what was committed is prefilled again (D7)."""
+    def _flight_of(self, step: int) -> _Flight | None:
+        """The step that a rank named, else the oldest one on its way."""
+        oldest = self._flights[0] if self._flights else None
+        return next((flight for flight in self._flights if flight.step == step), oldest)
+
+    def _tell(self, event: ServiceEvent) -> None:
+        logger.log(logging.WARNING if isinstance(event, GroupReady) else logging.ERROR, "%s", event)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    async def _recover(self, error: TreadleError) -> None:
+        """Has another group in place of the lost one; what was committed is prefilled again (D7)."""
+        failure: Exception | None
         try:
-            self._forget_group()
-            if self._group is not None:
-                await self._group.kill()
-                self._group = None
-            error = await self._restart(death.error)
+            self._forget_steps()
+            failure = await self._replace(error)
         except Exception as unforeseen:  # whatever it is, nobody may be left waiting for ever
             logger.exception("recovery failed")
-            error = unforeseen
-        if error is not None:
-            self._give_up(error)
+            failure = unforeseen
+        if failure is not None:
+            self._give_up(failure)
 
-    def _forget_group(self) -> None:
+    def _forget_steps(self) -> None:
         self._flights.clear()
         self._digest = Digest()
+        self._deadline.restart()
+        if self._step_timer is not None:
+            self._step_timer.cancel()
+            self._step_timer = None
         if self._core is not None:
             self._deliver(self._core.reset(self._loop.time()))
 
-    async def _restart(self, error: Exception) -> Exception | None:
-        """None when a new group is ready, else why the last attempt failed."""
-        while self._failures_in_a_row < self.options.max_restarts:
-            backoff = _BACKOFF_SECONDS[min(self._failures_in_a_row, len(_BACKOFF_SECONDS) - 1)]
-            self._failures_in_a_row += 1
-            await asyncio.sleep(backoff)
-            try:
-                await self._start_group()
-            except TreadleError as failed:
-                logger.error("engine group did not start: %s", failed)
-                error = failed
-                continue
-            self._recoveries += 1
-            self._state, self._detail = "ready", ""
-            logger.warning("engine group %d is ready", self._groups)
-            self._pump()
-            return None
-        return error
+    async def _replace(self, error: TreadleError) -> Exception | None:
+        supervisor = self._supervisor
+        if supervisor is None:
+            return ServiceClosed("the service is not started")
+        spared = supervisor.spare == "ready"
+        failure = await supervisor.replace(error)
+        if failure is not None or supervisor.group is None:
+            return failure
+        self._recoveries += 1
+        self._state, self._detail = "ready", ""
+        seconds = self._loop.time() - self._lost_at
+        self._pump()
+        self._tell(
+            GroupReady(group=supervisor.group.number, seconds=seconds, attempts=supervisor.attempts, spare=spared)
+        )
+        return None
 
     def _give_up(self, error: Exception) -> None:
-        self._state, self._detail = "failed", f"gave up after {self._failures_in_a_row} restarts: {error}"
-        logger.error("%s", self._detail)
+        event = GaveUp(attempts=self._supervisor.attempts if self._supervisor is not None else 0, detail=str(error))
+        self._state, self._detail = "failed", str(event)
+        self._tell(event)
         self.failed.set()
         if self._core is not None:
             self._deliver(self._core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
-
-    async def _start_group(self) -> int:
-        """Starts a group and returns its number of blocks. Raises TreadleError."""
-        if self._configure is None or self._runtime is None:
-            raise ServiceClosed("the service is not started")
-        self._groups += 1
-        number = self._groups
-        shared = self._runtime.path / f"shared-{number}"
-        configure = msgspec.structs.replace(
-            self._configure, shared_dir=str(shared), init_method=f"file://{shared / 'rendezvous'}"
-        )
-        group = None
-        try:
-            shared.mkdir(mode=0o700)
-            group = EngineGroup(number, configure, self._runtime, self._leftovers, self._on_result, self._on_death)
-            self._group = group
-            ready = await group.start(self.options.start_timeout)
-            if group.death is not None:
-                raise group.death.error
-        except BaseException as error:
-            self._group = None
-            if group is not None:
-                await group.kill()
-            if isinstance(error, OSError | zmq.ZMQError):  # no process, descriptor or socket to be had
-                raise EngineStartFailed(f"the engine group could not be started: {error}") from error
-            raise
-        return ready[0].num_blocks
 
     # ── timers ──
 
     def _arm_timers(self) -> None:
         if self._step_timer is None and self._flights:
-            due = self._flights[0].sent_at + self.options.step_timeout
-            self._step_timer = self._loop.call_at(due, self._step_due)
+            self._step_timer = self._loop.call_at(self._due(self._flights[0]), self._step_due)
         if self._core is None:
             return
         deadline = self._core.next_deadline()
@@ -375,20 +417,24 @@ class Service:
         self._deadline_at = max(deadline, self._loop.time())
         self._deadline_timer = self._loop.call_at(self._deadline_at, self._deadline_due)
 
+    def _due(self, flight: _Flight) -> float:
+        return flight.began_at + self._deadline.seconds(flight.tokens)
+
     def _step_due(self) -> None:
         self._step_timer = None
         if not self._flights or self._state != "ready":
             return
         oldest = self._flights[0]
-        if self._loop.time() < oldest.sent_at + self.options.step_timeout:
+        if self._loop.time() < self._due(oldest):
             self._arm_timers()
             return
         missing = [rank for rank in range(self.options.tensor_parallel_size) if rank not in oldest.results]
+        seconds = self._deadline.seconds(oldest.tokens)
         text = (
-            f"engine ranks {missing} did not finish step {oldest.step} within {self.options.step_timeout:g} s; where "
-            "steps take longer, give them more with step_timeout (--step-timeout)"
+            f"engine ranks {missing} did not finish step {oldest.step} within {seconds:g} s; where "
+            "steps take longer, give them more with step_timeout or step_timeout_floor"
         )
-        self._on_death(Death(missing[0] if missing else -1, oldest.step, EngineFailed(text)))
+        self._on_death(Death(missing[0] if missing else -1, oldest.step, "hang", EngineFailed(text)), oldest)
 
     def _deadline_due(self) -> None:
         self._deadline_timer = None
@@ -412,7 +458,7 @@ class Service:
             version=PROTOCOL_VERSION,
             incarnation=self.incarnation,
             model=self.facts.name,
-            max_model_len=self._configure.max_model_len if self._configure is not None else 0,
+            max_model_len=self._core.config.max_model_len,
             vocab_size=self.facts.vocab_size,
             world_size=self.options.tensor_parallel_size,
         )

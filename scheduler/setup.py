@@ -45,7 +45,7 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         debug=options.debug,
         cuda_graphs=options.cuda_graphs,
         overlap=options.overlap,
-        gpu_memory_utilization=options.gpu_memory_utilization,
+        gpu_memory_utilization=options.gpu_memory_utilization / (2 if options.standby else 1),
         attention_backend=options.attention_backend,
     )
 

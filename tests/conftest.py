@@ -32,6 +32,7 @@ LONG_FILES = (
     "test_real_model.py",
     "test_embedded.py",
     "test_recovery.py",
+    "test_supervision.py",
     "test_nothing_left.py",
     "test_client.py",
     "test_cli.py",

@@ -341,9 +341,12 @@ class Health(Message, frozen=True, kw_only=True):
     detail: str = ""
     step: int = 0
     step_age: float = 0.0
+    spare: str = ""
 
 
 class Ping(Message, frozen=True):
+    """Client → service: I live, do you? Scheduler → rank: nothing; that it can be sent is what it tells."""
+
     nonce: int
 
 
@@ -355,6 +358,6 @@ class Pong(Message, frozen=True):
 
 
 EngineMessage = Hello | Ready | StepResult | Failure
-PlanMessage = Configure | StepPlan | Shutdown
+PlanMessage = Configure | StepPlan | Ping | Shutdown
 ClientMessage = Submit | Abort | InfoRequest | Ping
 ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong
