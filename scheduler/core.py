@@ -30,6 +30,7 @@ from .planner import Flight, Planner
 from .request import NO_ROW, Output, Outputs, Request, Sequence
 from .rows import Int64, Rows1D
 from .running import Running
+from .snapshot import snapshot
 from .stop_ids import StopIds
 from .waiting import Waiting
 
@@ -191,6 +192,10 @@ class Core:
             blocks_cached=pool.cached,
             evictions=pool.evictions,
         )
+
+    def snapshot(self) -> list[str]:
+        """What runs and waits, in words and without anybody's text."""
+        return snapshot(self._running, self._waiting)
 
     def check(self) -> None:
         """Raises CoreInvariantError with what is wrong. Slow; for tests and debugging, after any event."""

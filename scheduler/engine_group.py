@@ -39,6 +39,7 @@ from treadle.transport.messages import (
 from treadle.transport.sockets import group_socket
 
 from .lifecycle import Cause
+from .watchdog import process_state
 
 logger = logging.getLogger("treadle")
 ENGINE_COMMAND = (sys.executable, "-m", "treadle.engine")
@@ -46,6 +47,7 @@ _LOG_TAIL = 2_000
 _LAST_WORDS_SECONDS = 0.05
 _TERM_SECONDS = 0.2
 _KILL_SECONDS = 30.0
+_STACKS_SECONDS = 0.3
 
 
 @dataclass(slots=True)
@@ -156,6 +158,20 @@ class EngineGroup:
             self._die(rank, -1, "unreachable", EngineFailed(f"rank {rank} does not read its plans"))
         return sent
 
+    async def describe(self) -> list[str]:
+        """What each rank is doing: what the kernel says of it, and the stacks of its threads, if it can show them."""
+        asked = [rank for rank in self._known if not self._processes[rank].exited.is_set()]
+        before = {rank: _size(self._stacks(rank)) for rank in asked}
+        for rank in asked:
+            self._processes[rank].popen.send_signal(signal.SIGUSR1)
+        await asyncio.sleep(_STACKS_SECONDS)
+        lines: list[str] = []
+        for rank, process in enumerate(self._processes):
+            lines.append(f"rank {rank}, process {process.popen.pid}: {process_state(process.popen.pid)}")
+            if rank in before:
+                lines += _from(self._stacks(rank), before[rank]) or ["  it shows no stacks: stopped, or gone"]
+        return lines
+
     async def stop(self, timeout: float) -> None:
         """Asks the ranks to finish, waits at most `timeout` seconds, then kills; returns when none is left."""
         self._stopping = True
@@ -211,7 +227,7 @@ class EngineGroup:
 
     def _spawn(self, rank: int) -> None:
         command = [*self._command, "--endpoint", self._endpoint, "--rank", str(rank)]
-        command += ["--lifeline", str(self._lifeline[0])]
+        command += ["--lifeline", str(self._lifeline[0]), "--stacks", str(self._stacks(rank))]
         if not self._configure.native:
             command.append("--no-native")
         for path in self._leftovers:
@@ -319,8 +335,26 @@ class EngineGroup:
         else:
             self._on_death(self.death)
 
+    def _stacks(self, rank: int) -> Path:
+        return self._runtime.path / f"engine-{self.number}-rank-{rank}.stacks"
+
     def _log(self, rank: int) -> Path:
         return self._runtime.path / f"engine-{self.number}-rank-{rank}.log"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _from(path: Path, offset: int) -> list[str]:
+    """The lines that were added to a file since it had `offset` bytes."""
+    try:
+        return path.read_bytes()[offset:].decode(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _environment(threads: int, token: str) -> dict[str, str]:

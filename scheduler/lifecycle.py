@@ -6,9 +6,6 @@ from typing import Literal
 
 import msgspec
 
-from treadle.transport.codec import unpack
-from treadle.transport.messages import StepPlan
-
 Cause = Literal["exit", "raised", "hang", "disagreed", "malformed", "unreachable"]
 """exit: the process ended. raised: it said what went wrong. hang: a step was not finished by its deadline.
 disagreed: its digest is another. malformed: an answer that cannot be. unreachable: its socket was lost."""
@@ -44,8 +41,8 @@ class GroupReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     spare: bool
 
     def __str__(self) -> str:
-        how = ", which stood by" if self.spare else ""
-        return f"engine group {self.group}{how}, is ready {self.seconds:.2f} s after the loss of the last"
+        how = ", which stood by," if self.spare else ""
+        return f"engine group {self.group}{how} is ready {self.seconds:.2f} s after the loss of the last"
 
 
 class GaveUp(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -64,14 +61,3 @@ ServiceEvent = GroupLost | GroupReady | GaveUp
 def backoff(attempt: int) -> float:
     """Seconds to wait before restart `attempt` (0 is the first)."""
     return _BACKOFF_SECONDS[min(attempt, len(_BACKOFF_SECONDS) - 1)]
-
-
-def plan_tokens(plan: StepPlan) -> int:
-    """Tokens that a step computes."""
-    return int(unpack(plan.counts).sum())
-
-
-def describe(step: int, tokens: int, rows: int, starts: int) -> str:
-    """What a step does, in words."""
-    begun = f", {starts} of them new" if starts else ""
-    return f"at step {step}, computing {tokens} tokens in {rows} rows{begun}"

@@ -26,6 +26,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
     step_timeout is what any step may take; step_timeout_floor what it may take at least, however short steps have been:
     between them the deadline is learned. standby: keep a second, loaded engine group, which takes as much memory again.
+    dump_dir: where the dump of a stuck step goes, "" is $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step.
@@ -57,6 +58,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_timeout: float = 5.0
     max_restarts: int = 3
     standby: bool = False
+    dump_dir: str = ""
     random_weights: bool = False
     weights_seed: int = 0
     debug: bool = False

@@ -11,13 +11,13 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import msgspec
 
 from treadle.errors import (
+    ConfigError,
     EngineFailed,
     InvalidRequest,
     ModelError,
@@ -47,33 +47,19 @@ from .core import Core
 from .deadline import StepDeadline
 from .delivery import Route, Sink, refusal
 from .engine_group import ENGINE_COMMAND, Death
-from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent, describe, plan_tokens
+from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
 from .setup import configure_message, core_config
+from .step import Step, sent
 from .supervisor import Supervisor
+from .watchdog import Section, dump_directory, own_stacks, write_dump
 
 logger = logging.getLogger("treadle")
 _REMEMBERED_EVENTS = 64
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step on its way: when it was sent, its bytes, and who has answered. It began when the one before it ended."""
-
-    step: int
-    sent_at: float
-    began_at: float
-    frame: bytes
-    tokens: int
-    rows: int
-    starts: int
-    results: dict[int, StepResult] = field(default_factory=dict)
-
-    @property
-    def doing(self) -> str:
-        return describe(self.step, self.tokens, self.rows, self.starts)
+_REMEMBERED_STEPS = 64
+_LATE = 0.5
 
 
 class Service:
@@ -107,7 +93,9 @@ class Service:
         self._supervisor: Supervisor | None = None
         self._state = "starting"
         self._detail = ""
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Step] = deque()
+        self._recent: deque[Step] = deque(maxlen=_REMEMBERED_STEPS)
+        self._dumps: set[asyncio.Task[None]] = set()
         self._digest = Digest()
         self._codec = engine_codec()
         self._recoveries = 0
@@ -168,6 +156,7 @@ class Service:
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
+        await asyncio.gather(*self._dumps, return_exceptions=True)
         if self._supervisor is not None:
             await self._supervisor.close()
         if self._runtime is not None:
@@ -238,9 +227,69 @@ class Service:
         )
 
     def health(self) -> Health:
-        age = self._loop.time() - self._flights[0].sent_at if self._flights else 0.0
-        spare = self._supervisor.spare if self._supervisor is not None else ""
-        return Health(state=self._state, detail=self._detail, step=self._steps, step_age=age, spare=spare)
+        """Judged by progress. Who is stuck or degraded says which rank, at which step, doing what, for how long."""
+        supervisor, now = self._supervisor, self._loop.time()
+        oldest = self._flights[0] if self._flights else None
+        health = Health(
+            state=self._state,
+            detail=self._detail,
+            step=self._steps,
+            step_age=now - oldest.began_at if oldest is not None else 0.0,
+            spare=supervisor.spare if supervisor is not None else "",
+        )
+        change = msgspec.structs.replace
+        if self._state == "recovering" and self._lost is not None and supervisor is not None:
+            lost = self._lost
+            return change(
+                health,
+                state="degraded",
+                rank=lost.rank,
+                at_step=lost.step,
+                doing=lost.doing,
+                cause=lost.cause,
+                seconds=now - self._lost_at,
+                progress=supervisor.phase,
+                attempt=supervisor.attempts,
+            )
+        if self._state == "ready" and oldest is not None and oldest.late:
+            missing = self._missing(oldest)
+            return change(
+                health,
+                state="stuck",
+                detail=f"ranks {missing} have not answered",
+                rank=missing[0] if missing else -1,
+                at_step=oldest.number,
+                doing=oldest.doing,
+                seconds=now - oldest.began_at,
+            )
+        return health
+
+    # ── the dump ──
+
+    def dump(self, reason: str) -> asyncio.Task[None]:
+        """Writes what everybody is doing into one file, and its path into the log."""
+        task = self._loop.create_task(self._dump(reason), name="treadle-dump")
+        self._dumps.add(task)
+        task.add_done_callback(self._dumps.discard)
+        return task
+
+    async def _dump(self, reason: str) -> None:
+        group = self._supervisor.group if self._supervisor is not None else None
+        sections: list[Section] = [
+            ("health", [str(self.health())]),
+            ("events", [str(event) for event in self.events]),
+            (f"last {len(self._recent)} steps", [str(step) for step in self._recent]),
+            ("requests", self._core.snapshot() if self._core is not None else []),
+            ("scheduler", own_stacks()),
+        ]
+        if group is not None:
+            sections.append((f"engine group {group.number}", await group.describe()))
+        try:
+            path = await asyncio.to_thread(write_dump, dump_directory(self.options.dump_dir), reason, sections)
+        except ConfigError as error:
+            logger.error("no dump of what happened (%s): %s", reason, error)
+            return
+        logger.warning("%s: dump in %s", reason, path)
 
     # ── the step ──
 
@@ -250,8 +299,9 @@ class Service:
             return
         while (plan := self._core.plan(self._loop.time())) is not None:
             frame = self._codec.encode(plan)
-            now, rows = self._loop.time(), len(plan.rows) // 4
-            self._flights.append(_Flight(plan.step, now, now, frame, plan_tokens(plan), rows, len(plan.start)))
+            step = sent(plan, frame, self._loop.time())
+            self._flights.append(step)
+            self._recent.append(step)
             group.broadcast(frame)
             if group.death is not None or self._state != "ready":
                 return
@@ -261,7 +311,7 @@ class Service:
     def _on_result(self, result: StepResult) -> None:
         if self._state != "ready":
             return
-        flight = next((f for f in self._flights if f.step == result.step), None)
+        flight = next((f for f in self._flights if f.number == result.step), None)
         if flight is None or result.rank in flight.results:
             error = ProtocolError(f"an answer to step {result.step}, unasked")
             self._on_death(Death(result.rank, result.step, "malformed", error))
@@ -270,7 +320,7 @@ class Service:
         while self._flights and len(self._flights[0].results) == self.options.tensor_parallel_size:
             self._finish(self._flights.popleft())
 
-    def _finish(self, flight: _Flight) -> None:
+    def _finish(self, flight: Step) -> None:
         if self._core is None:
             return
         result = flight.results[0]
@@ -278,21 +328,22 @@ class Service:
         digest = self._digest.add(result.tokens)
         for rank, answer in flight.results.items():
             if answer.digest != digest:
-                error = EngineFailed(f"rank {rank} disagrees at step {flight.step}")
-                self._on_death(Death(rank, flight.step, "disagreed", error), flight)
+                error = EngineFailed(f"rank {rank} disagrees at step {flight.number}")
+                self._on_death(Death(rank, flight.number, "disagreed", error), flight)
                 return
         try:
             outputs = self._core.apply(result, self._loop.time())
         except ProtocolError as error:
-            self._on_death(Death(0, flight.step, "malformed", error), flight)
+            self._on_death(Death(0, flight.number, "malformed", error), flight)
             return
         self._note_progress(flight)
         self._pump()  # the engines first, the readers after
         self._deliver_step(outputs)
 
-    def _note_progress(self, flight: _Flight) -> None:
+    def _note_progress(self, flight: Step) -> None:
         now = self._loop.time()
-        self._deadline.observe(flight.tokens, now - flight.began_at)
+        flight.took, flight.frame = now - flight.began_at, b""
+        self._deadline.observe(flight.tokens, flight.took)
         if self._flights:
             self._flights[0].began_at = now
         self._steps += 1
@@ -326,7 +377,7 @@ class Service:
 
     # ── failure and recovery ──
 
-    def _on_death(self, death: Death, flight: _Flight | None = None) -> None:
+    def _on_death(self, death: Death, flight: Step | None = None) -> None:
         """The serving group is lost. flight: the step in question, where it has landed already."""
         if self._state != "ready" or self._supervisor is None or self._supervisor.group is None:
             return
@@ -334,7 +385,7 @@ class Service:
         self._lost = GroupLost(
             group=self._supervisor.group.number,
             rank=death.rank,
-            step=flight.step if flight is not None else death.step,
+            step=flight.number if flight is not None else death.step,
             cause=death.cause,
             doing=flight.doing if flight is not None else "between steps",
             detail=str(death.error),
@@ -344,10 +395,10 @@ class Service:
         self._tell(self._lost)
         self._recovery = self._loop.create_task(self._recover(death.error), name="treadle-recovery")
 
-    def _flight_of(self, step: int) -> _Flight | None:
+    def _flight_of(self, step: int) -> Step | None:
         """The step that a rank named, else the oldest one on its way."""
         oldest = self._flights[0] if self._flights else None
-        return next((flight for flight in self._flights if flight.step == step), oldest)
+        return next((flight for flight in self._flights if flight.number == step), oldest)
 
     def _tell(self, event: ServiceEvent) -> None:
         logger.log(logging.WARNING if isinstance(event, GroupReady) else logging.ERROR, "%s", event)
@@ -417,8 +468,9 @@ class Service:
         self._deadline_at = max(deadline, self._loop.time())
         self._deadline_timer = self._loop.call_at(self._deadline_at, self._deadline_due)
 
-    def _due(self, flight: _Flight) -> float:
-        return flight.began_at + self._deadline.seconds(flight.tokens)
+    def _due(self, flight: Step) -> float:
+        """When to look at a step: when half of its time has passed, and when all has."""
+        return flight.began_at + self._deadline.seconds(flight.tokens) * (1.0 if flight.late else _LATE)
 
     def _step_due(self) -> None:
         self._step_timer = None
@@ -427,14 +479,23 @@ class Service:
         oldest = self._flights[0]
         if self._loop.time() < self._due(oldest):
             self._arm_timers()
-            return
-        missing = [rank for rank in range(self.options.tensor_parallel_size) if rank not in oldest.results]
-        seconds = self._deadline.seconds(oldest.tokens)
+        elif not oldest.late:
+            oldest.late = True
+            self.dump(f"stuck {oldest.doing}; ranks {self._missing(oldest)} have not answered")
+            self._arm_timers()
+        else:
+            self._hang(oldest)
+
+    def _hang(self, oldest: Step) -> None:
+        missing, seconds = self._missing(oldest), self._deadline.seconds(oldest.tokens)
         text = (
-            f"engine ranks {missing} did not finish step {oldest.step} within {seconds:g} s; where "
+            f"engine ranks {missing} did not finish step {oldest.number} within {seconds:g} s; where "
             "steps take longer, give them more with step_timeout or step_timeout_floor"
         )
-        self._on_death(Death(missing[0] if missing else -1, oldest.step, "hang", EngineFailed(text)), oldest)
+        self._on_death(Death(missing[0] if missing else -1, oldest.number, "hang", EngineFailed(text)), oldest)
+
+    def _missing(self, step: Step) -> list[int]:
+        return step.missing(self.options.tensor_parallel_size)
 
     def _deadline_due(self) -> None:
         self._deadline_timer = None

@@ -2,7 +2,7 @@
 
     python scripts/bench_recovery.py smollm2-135m --tensor-parallel-size 2 --faults 9 --json recovery.json
 
-Each fault is a SIGKILL to a random rank under `--streams` running streams. Every stream's tokens are compared with those
+Each fault is a SIGKILL to a random rank under `--streams` running streams. All tokens are compared with those
 of an undisturbed run, which is only fair where sums do not depend on the batch (float32, the default here).
 """
 

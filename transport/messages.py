@@ -331,9 +331,13 @@ class Stats(Message, frozen=True, kw_only=True):
 
 
 class Health(Message, frozen=True, kw_only=True):
-    """state: "starting", "ready", "recovering", "failed", "closed"; judged by progress, not by liveness.
+    """Judged by progress, not by liveness.
 
-    step_age: seconds the oldest step in flight has been running, 0 when idle.
+    state: "starting"; "ready"; "stuck", when a step has used up half of its time; "degraded", while a lost engine group
+    is replaced and streams pause; "draining", when nothing new is taken; "failed"; "closed".
+    step: steps finished. step_age: seconds that the oldest step in flight has been running, 0 when idle.
+    Of who is stuck or was lost: rank (-1: nobody knows), at_step (-1: between steps), doing, cause, seconds since.
+    progress, attempt: of the replacement. spare: "" where none is kept, "ready", "loading", "lost".
     """
 
     id: str = ""
@@ -341,6 +345,13 @@ class Health(Message, frozen=True, kw_only=True):
     detail: str = ""
     step: int = 0
     step_age: float = 0.0
+    rank: int = -1
+    at_step: int = -1
+    doing: str = ""
+    cause: str = ""
+    seconds: float = 0.0
+    progress: str = ""
+    attempt: int = 0
     spare: str = ""
 
 

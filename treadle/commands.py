@@ -14,7 +14,7 @@ import msgspec
 from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, TreadleError
 from treadle.scheduler.options import service_options
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
-from treadle.transport.messages import SamplingParams
+from treadle.transport.messages import Health, SamplingParams
 from treadle.transport.params import check_params
 
 from . import __version__
@@ -26,6 +26,8 @@ from .llm import LLM
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
+HEALTH_CODES = {"ready": 0, "degraded": 3, "stuck": 4, "draining": 5, "starting": 6}
+"""Exit codes of `treadle health`; 7 is a service that has failed or is closed, 2 one that does not answer."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -71,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     for kind in ("stats", "health"):
-        info = _command(commands, kind, f"print the {kind} of a server as JSON")
+        codes = "" if kind == "stats" else "exit code " + ", ".join(f"{c} {s}" for s, c in HEALTH_CODES.items())
+        info = _command(commands, kind, f"print the {kind} of a server as JSON", codes)
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
@@ -188,7 +191,7 @@ async def _info(options: argparse.Namespace, kind: str) -> int:
         answer = await (client.stats() if kind == "stats" else client.health())
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
-    return 0
+    return HEALTH_CODES.get(answer.state, 7) if isinstance(answer, Health) else 0
 
 
 def _keys(options: argparse.Namespace) -> int:

@@ -96,6 +96,7 @@ async def _serve_model(
             return 0
         starting.result()
         await reading
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, service.dump, "SIGUSR1")
         announce(settings.endpoint)
         _report(settings, StartReport())
         failed = tasks.start(service.failed.wait())
