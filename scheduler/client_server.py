@@ -5,22 +5,27 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
 import zmq
 
-from treadle.errors import Overloaded, ProtocolError, ServiceClosed, TreadleError
+from treadle.errors import InvalidRequest, Overloaded, ProtocolError, ServiceClosed, TreadleError
 from treadle.transport.channel import Channel
 from treadle.transport.codec import service_codec
 from treadle.transport.endpoints import ServerKeys, bind_server, default_endpoint, ipc_path
 from treadle.transport.messages import (
     Abort,
+    ControlMessage,
     Deltas,
+    Done,
+    Drain,
     Message,
     Ping,
     Pong,
     Refused,
+    Reload,
     Submit,
 )
 from treadle.transport.sockets import service_socket
@@ -29,6 +34,7 @@ from .delivery import Sink, refusal
 from .service import Service
 
 logger = logging.getLogger("treadle")
+Control = Callable[[ControlMessage], Awaitable[str]]
 _SEND_HIGH_WATER = 1_000
 _MAX_BACKLOG = 10_000
 _MAX_SESSIONS = 10_000
@@ -39,12 +45,23 @@ _SWEEP_SECONDS = 1.0
 class ClientServer:
     """Serves `service` on `endpoint`. Raises ConfigError or EndpointInUse when it cannot be bound.
 
+    control: does what a Drain or Reload asks for and says how it went, or raises. Only who reaches an ipc endpoint,
+    which is closed to other users, may ask.
+
     private: the one client is our parent, whose life the lifeline watches, so its silence means nothing.
     """
 
     def __init__(
-        self, service: Service, endpoint: str, keys: ServerKeys | None = None, *, private: bool = False
+        self,
+        service: Service,
+        endpoint: str,
+        keys: ServerKeys | None = None,
+        *,
+        private: bool = False,
+        control: Control | None = None,
     ) -> None:
+        self._control = control
+        self._controlling: set[asyncio.Task[None]] = set()
         self._service = service
         self._endpoint = endpoint
         self._codec = service_codec()
@@ -68,6 +85,8 @@ class ClientServer:
         for identity, session in self._sessions.items():
             for request_id in session.open:
                 self._tell(identity, Refused(request_id, ServiceClosed.code, "the server was stopped"))
+        for task in self._controlling:
+            task.cancel()
         if self._sweeper is not None:
             self._sweeper.cancel()
         self._channel.close(linger_ms=500)
@@ -109,6 +128,10 @@ class ClientServer:
             self._service.abort(message, session)
         elif isinstance(message, Ping):
             session.post(Pong(message.nonce, f"{self._service.incarnation}-{session.number}"))
+        elif isinstance(message, Drain | Reload):
+            task = self._loop.create_task(self._do(message, session), name="treadle-control")
+            self._controlling.add(task)
+            task.add_done_callback(self._controlling.discard)
         else:
             session.post(self._service.answer(message))
 
@@ -134,6 +157,17 @@ class ClientServer:
         except Exception as error:  # one client's request must not reach the others, whatever it did
             if not isinstance(error, TreadleError):
                 logger.exception("a request raised")
+            session.post(refusal(message.id, error))
+
+    async def _do(self, message: ControlMessage, session: _Session) -> None:
+        what = type(message).__name__.lower()
+        try:
+            if self._control is None or ipc_path(self._endpoint) is None:
+                raise InvalidRequest(f"{what} is not for clients of {self._endpoint}: ask on the server's own machine")
+            session.post(Done(message.id, await self._control(message)))
+        except Exception as error:
+            if not isinstance(error, TreadleError):
+                logger.exception("%s raised", what)
             session.post(refusal(message.id, error))
 
     def _retry(self) -> None:

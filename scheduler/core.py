@@ -174,6 +174,11 @@ class Core:
         """Some request is unfinished."""
         return bool(self._requests)
 
+    @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
     def stats(self) -> Stats:
         pool = self._running.cache.pool
         return Stats(

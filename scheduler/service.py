@@ -23,6 +23,7 @@ from treadle.errors import (
     ModelError,
     ProtocolError,
     ServiceClosed,
+    ServiceDraining,
     TreadleError,
 )
 from treadle.transport.codec import Digest, engine_codec
@@ -47,11 +48,12 @@ from .core import Core
 from .deadline import StepDeadline
 from .delivery import Route, Sink, refusal
 from .engine_group import ENGINE_COMMAND, Death
+from .health import degraded, stuck
 from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
-from .setup import configure_message, core_config
+from .setup import check_same_shape, configure_message, core_config
 from .step import Step, sent
 from .supervisor import Supervisor
 from .watchdog import Section, dump_directory, own_stacks, write_dump
@@ -103,6 +105,10 @@ class Service:
         self._lost_at = 0.0
         self._deadline = StepDeadline(options.step_timeout_floor, options.step_timeout)
         self._ended_at = 0.0
+        self._draining = False
+        self._paused = False
+        self._landed = asyncio.Event()
+        self._idle = asyncio.Event()
         self._recovery: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._step_timer: asyncio.TimerHandle | None = None
@@ -161,6 +167,60 @@ class Service:
             await self._supervisor.close()
         if self._runtime is not None:
             self._runtime.remove()
+
+    async def drain(self, grace: float) -> bool:
+        """Takes nothing new and waits until everything has ended, at most `grace` seconds; whether it has.
+
+        From now on `submit` raises ServiceDraining. What is unfinished then is handed back by whoever closes.
+        """
+        self._draining = True
+        logger.info("draining: %d requests are unfinished", self.unfinished)
+        try:
+            async with asyncio.timeout(grace):
+                while self.unfinished and not self.failed.is_set():
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            logger.warning("draining: %d requests did not end within %g s", self.unfinished, grace)
+        return not self.unfinished
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return self._core.unfinished if self._core is not None else 0
+
+    async def change_weights(self, facts: ModelFacts) -> None:
+        """Goes on with other weights of the same shape: every request continues, from the tokens that it has.
+
+        The new group is loaded beside the old one, so both must fit. Raises ConfigError for another shape, and whatever
+        keeps the group from starting; the old one then goes on.
+        """
+        supervisor, core = self._supervisor, self._core
+        if supervisor is None or core is None or self._paused:
+            raise ServiceClosed("the service is not ready for other weights")
+        check_same_shape(self.facts, facts)
+        configure = msgspec.structs.replace(supervisor.configure, model=facts.path)
+        group = await supervisor.make(configure)
+        self._paused = True
+        try:
+            await self._all_landed()
+            self._forget_steps()
+            await supervisor.adopt(group, configure)
+            self.facts = facts
+        except BaseException:
+            await supervisor.discard(group)
+            raise
+        finally:
+            self._paused = False
+            self._pump()
+
+    async def _all_landed(self) -> None:
+        """Waits until no step is in flight and a group serves. Raises ServiceClosed when none will."""
+        while self._flights or self._state == "recovering":
+            self._landed.clear()
+            await self._landed.wait()
+        if self._state != "ready":
+            raise ServiceClosed(f"the service is {self._state}: {self._detail}")
 
     @property
     def engine_pids(self) -> list[int]:
@@ -237,30 +297,13 @@ class Service:
             step_age=now - oldest.began_at if oldest is not None else 0.0,
             spare=supervisor.spare if supervisor is not None else "",
         )
-        change = msgspec.structs.replace
         if self._state == "recovering" and self._lost is not None and supervisor is not None:
-            lost = self._lost
-            return change(
-                health,
-                state="degraded",
-                rank=lost.rank,
-                at_step=lost.step,
-                doing=lost.doing,
-                cause=lost.cause,
-                seconds=now - self._lost_at,
-                progress=supervisor.phase,
-                attempt=supervisor.attempts,
-            )
+            return degraded(health, self._lost, supervisor, now - self._lost_at)
         if self._state == "ready" and oldest is not None and oldest.late:
-            missing = self._missing(oldest)
-            return change(
-                health,
-                state="stuck",
-                detail=f"ranks {missing} have not answered",
-                rank=missing[0] if missing else -1,
-                at_step=oldest.number,
-                doing=oldest.doing,
-                seconds=now - oldest.began_at,
+            return stuck(health, oldest, self._missing(oldest), now)
+        if self._state == "ready" and self._draining:
+            return msgspec.structs.replace(
+                health, state="draining", detail=f"{self.unfinished} requests are unfinished"
             )
         return health
 
@@ -295,7 +338,7 @@ class Service:
 
     def _pump(self) -> None:
         group = self._supervisor.group if self._supervisor is not None else None
-        if self._core is None or group is None or self._state != "ready":
+        if self._core is None or group is None or self._state != "ready" or self._paused:
             return
         while (plan := self._core.plan(self._loop.time())) is not None:
             frame = self._codec.encode(plan)
@@ -346,6 +389,8 @@ class Service:
         self._deadline.observe(flight.tokens, flight.took)
         if self._flights:
             self._flights[0].began_at = now
+        else:
+            self._landed.set()
         self._steps += 1
         if self._supervisor is not None:
             self._supervisor.attempts = 0
@@ -374,6 +419,8 @@ class Service:
                 route.sink.count_down(route.request_id)
         for sink in dirty:
             sink.flush()
+        if not self.unfinished:
+            self._idle.set()
 
     # ── failure and recovery ──
 
@@ -438,6 +485,7 @@ class Service:
             return failure
         self._recoveries += 1
         self._state, self._detail = "ready", ""
+        self._landed.set()
         seconds = self._loop.time() - self._lost_at
         self._pump()
         self._tell(
@@ -450,6 +498,8 @@ class Service:
         self._state, self._detail = "failed", str(event)
         self._tell(event)
         self.failed.set()
+        self._landed.set()
+        self._idle.set()
         if self._core is not None:
             self._deliver(self._core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
 
@@ -509,6 +559,8 @@ class Service:
     def _accepting(self) -> Core:
         if self._core is None or self._state in ("failed", "closed", "starting"):
             raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
+        if self._draining:
+            raise ServiceDraining("the service is draining: it finishes what it has and takes nothing new")
         return self._core
 
     def _server_info(self, request_id: str) -> ServerInfo:

@@ -68,6 +68,16 @@ def core_config(facts: ModelFacts, options: ServiceOptions, num_blocks: int, max
     )
 
 
+def check_same_shape(old: ModelFacts, new: ModelFacts) -> None:
+    """Raises ConfigError unless a running service can go on with the weights of `new`."""
+    for name in ("vocab_size", "context", "max_ranks", "eos_token_ids"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise ConfigError(
+                f"{new.name}: its {name} is {after}, that of {old.name} {before}: only weights may change"
+            )
+
+
 def resolve_dtype(dtype: str, device: str) -> str:
     """ "auto" is bfloat16 where the device multiplies it in hardware, else float32."""
     if dtype != "auto":

@@ -64,7 +64,7 @@ class Supervisor:
 
     async def start(self) -> int:
         """Starts the first group and returns its number of blocks. Raises TreadleError."""
-        self.group = await self._make()
+        self.group = await self.make()
         # A later group must hold as many blocks as the core hands out, whatever is free by then.
         self.configure = msgspec.structs.replace(self.configure, num_blocks=self.group.num_blocks)
         self._order_spare(0.0)
@@ -93,6 +93,25 @@ class Supervisor:
             return None
         return error
 
+    async def adopt(self, group: EngineGroup, configure: Configure) -> None:
+        """`group`, which `make` made of `configure`, serves from now on; the others are ended. Nothing is in flight.
+
+        Raises EngineStartFailed, and changes nothing, when it was lost meanwhile.
+        """
+        if group.death is not None:
+            raise group.death.error
+        old, self.group, self.configure = self.group, group, configure
+        await self._forget_spare()
+        for other in [other for other in self._living if other is not group]:
+            self._end_aside(other)
+        logger.info("engine group %d serves in place of %d", group.number, old.number if old is not None else 0)
+        self._order_spare(_SPARE_DELAY)
+
+    async def discard(self, group: EngineGroup) -> None:
+        """Ends a group that does not serve."""
+        await group.stop(self._options.stop_timeout)
+        self._living.discard(group)
+
     async def close(self) -> None:
         """Ends every group and waits until none is left."""
         self._closed = True
@@ -117,8 +136,8 @@ class Supervisor:
 
     # ── groups ──
 
-    async def _make(self, configure: Configure | None = None) -> EngineGroup:
-        """A group that is ready. Raises TreadleError, and leaves nothing."""
+    async def make(self, configure: Configure | None = None) -> EngineGroup:
+        """A group that is ready, and does not serve yet. Raises TreadleError, and leaves nothing."""
         self._made += 1
         number = self._made
         shared = self._runtime.path / f"shared-{number}"
@@ -163,7 +182,7 @@ class Supervisor:
             else:
                 if group.death is None:
                     return group
-        return await self._make()
+        return await self.make()
 
     async def _bury(self, group: EngineGroup) -> None:
         """Ends a lost group: meanwhile where a spare takes over, first where its memory is needed."""
@@ -192,7 +211,7 @@ class Supervisor:
         """Not at once: who serves now has to catch up first."""
         await asyncio.sleep(delay + backoff(self._spare_losses))
         await asyncio.gather(*self._endings, return_exceptions=True)
-        group = await self._make()
+        group = await self.make()
         logger.info("engine group %d stands by", group.number)
         return group
 

@@ -14,7 +14,7 @@ from typing import NewType
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Row = NewType("Row", int)
 
@@ -277,6 +277,25 @@ class InfoRequest(Message, frozen=True):
     kind: str
 
 
+class Drain(Message, frozen=True):
+    """Client → service, over ipc only: finish within `grace` seconds, take nothing new, end. Answered by Done."""
+
+    id: str
+    grace: float
+
+
+class Reload(Message, frozen=True):
+    """Client → service, over ipc only: go on with the weights of `model`, of the same shape. Answered by Done."""
+
+    id: str
+    model: str
+
+
+class Done(Message, frozen=True):
+    id: str
+    detail: str = ""
+
+
 class ServerInfo(Message, frozen=True, kw_only=True):
     id: str
     version: int
@@ -370,5 +389,6 @@ class Pong(Message, frozen=True):
 
 EngineMessage = Hello | Ready | StepResult | Failure
 PlanMessage = Configure | StepPlan | Ping | Shutdown
-ClientMessage = Submit | Abort | InfoRequest | Ping
-ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong
+ControlMessage = Drain | Reload
+ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload
+ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong | Done

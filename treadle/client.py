@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from treadle.errors import ConfigError, ModelError, ProtocolError
+import uuid
+
+from treadle.errors import ConfigError, ModelError, ProtocolError, ServiceClosed
 from treadle.transport.endpoints import check_client, default_endpoint
-from treadle.transport.messages import PROTOCOL_VERSION, ServerInfo, TokenizerInfo
+from treadle.transport.messages import PROTOCOL_VERSION, ControlMessage, Drain, Reload, ServerInfo, TokenizerInfo
 
 from .frontend import Frontend
 from .remote import RemoteBackend
@@ -51,6 +53,27 @@ class Client(Frontend):
         if self._server is None:
             raise ProtocolError("the server did not introduce itself")
         return self._server
+
+    async def drain(self, grace: float = 30.0) -> None:
+        """Asks the server to take nothing new, finish what it has within `grace` seconds, and end. Over ipc only.
+
+        Returns once it has begun to. Raises InvalidRequest where it is not allowed.
+        """
+        await self._control(Drain(uuid.uuid4().hex, _seconds("grace", grace)))
+
+    async def reload(self, model: str) -> str:
+        """Asks the server to go on with other weights of the same shape, and waits until it does. Over ipc only.
+
+        No request ends: each continues from the tokens that it has. Returns what the server says. Raises ConfigError
+        for a model of another shape, ModelError for one that cannot be loaded; the server then goes on as it was.
+        """
+        return await self._control(Reload(uuid.uuid4().hex, model))
+
+    async def _control(self, message: ControlMessage) -> str:
+        self._must_be_open()
+        if not isinstance(self._made, RemoteBackend):
+            raise ServiceClosed("this Client was not started")
+        return await self._made.control(message)
 
     async def start(self) -> None:
         self._must_be_new()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, TreadleError
+from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, ServiceError, TreadleError
 from treadle.scheduler.options import service_options
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
 from treadle.transport.messages import Health, SamplingParams
@@ -26,6 +26,7 @@ from .llm import LLM
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
+_DRAIN_LOOK_SECONDS = 0.1
 HEALTH_CODES = {"ready": 0, "degraded": 3, "stuck": 4, "draining": 5, "starting": 6}
 """Exit codes of `treadle health`; 7 is a service that has failed or is closed, 2 one that does not answer."""
 
@@ -53,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=_MODEL + " (default %(default)s)")
     serve.add_argument("--endpoint", default=default_endpoint(), help=_ENDPOINT + " (default %(default)s)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="key file that `treadle keys` made; tcp needs it")
+    serve.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="to finish what runs after the first SIGINT or SIGTERM; a second one ends at once (default %(default)g)",
+    )
     serve.add_argument("--parent", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     serve.add_argument("--options", default=None, help=argparse.SUPPRESS)
     add_service_options(serve)
@@ -78,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
+
+    drain = _command(commands, "drain", "have a server finish what it has, take nothing new and end", "and wait")
+    drain.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="at most (default %(default)g)")
+    reload = _command(
+        commands, "reload", "have a server go on with other weights", "of the same shape; no request ends"
+    )
+    reload.add_argument("model", help=_MODEL)
+    for control, does in ((drain, _drain), (reload, _reload)):
+        control.add_argument("--endpoint", default=default_endpoint(), help="of the server, ipc (default %(default)s)")
+        _add_connection(control)
+        control.set_defaults(run=lambda options, does=does: asyncio.run(does(options)))
 
     keys = _command(commands, "keys", "make a CURVE key file for tcp endpoints", "and print the public key for clients")
     keys.add_argument("file", type=Path, help="to make, readable only by you; an existing file is left alone")
@@ -127,6 +146,7 @@ def _serve(options: argparse.Namespace) -> int:
         endpoint=options.endpoint,
         options=service_options(**values),
         keys=read_keys(options.keys) if options.keys is not None else None,
+        drain_timeout=_grace(options.drain_timeout, "--drain-timeout"),
         parent=tuple(options.parent) if options.parent is not None else None,
     )
     if settings.options.random_weights:
@@ -192,6 +212,30 @@ async def _info(options: argparse.Namespace, kind: str) -> int:
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
     return HEALTH_CODES.get(answer.state, 7) if isinstance(answer, Health) else 0
+
+
+async def _drain(options: argparse.Namespace) -> int:
+    grace = _grace(options.grace, "--grace")
+    async with _client(options) as client:
+        await client.drain(grace or 1e-3)
+        while True:  # its end is what we wait for
+            try:
+                await client.health()
+            except (ServiceError, Overloaded):
+                return 0
+            await asyncio.sleep(_DRAIN_LOOK_SECONDS)
+
+
+async def _reload(options: argparse.Namespace) -> int:
+    async with _client(options) as client:
+        print(await client.reload(options.model))
+    return 0
+
+
+def _grace(seconds: float, name: str) -> float:
+    if not 0 <= seconds <= 1e6:
+        raise ConfigError(f"{name} {seconds!r}: allowed is 0 to 1e6 seconds")
+    return seconds
 
 
 def _keys(options: argparse.Namespace) -> int:

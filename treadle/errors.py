@@ -21,6 +21,7 @@ client. The module imports nothing, so that every room may raise from it.
     └── ServiceError              the service is not there
         ├── EngineStartFailed
         ├── ServiceClosed
+        │   └── ServiceDraining
         ├── ServerLost
         ├── HandshakeFailed
         └── ProtocolError
@@ -113,6 +114,12 @@ class ServiceClosed(ServiceError):
     code = "service_closed"
 
 
+class ServiceDraining(ServiceClosed):
+    """The service is about to end: it finishes what it has and takes nothing new."""
+
+    code = "service_draining"
+
+
 class ServerLost(ServiceError):
     code = "server_lost"
 
@@ -148,6 +155,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     ServiceError,
     EngineStartFailed,
     ServiceClosed,
+    ServiceDraining,
     ServerLost,
     HandshakeFailed,
     ProtocolError,

@@ -23,7 +23,9 @@ from treadle.transport.codec import MAX_CLIENT_FRAME, client_codec
 from treadle.transport.endpoints import check_client, connect_client
 from treadle.transport.messages import (
     Abort,
+    ControlMessage,
     Deltas,
+    Done,
     InfoRequest,
     Message,
     Ping,
@@ -130,7 +132,7 @@ class RemoteBackend:
             async with asyncio.timeout(self._connect_timeout):
                 while True:
                     try:
-                        return await self._ask(kind)
+                        return await self._ask(InfoRequest(uuid.uuid4().hex, kind))
                     except ServiceClosed as starting:
                         if "starting" not in str(starting):
                             raise
@@ -139,15 +141,19 @@ class RemoteBackend:
         except TimeoutError:
             raise ServerLost(f"{self._endpoint}: {what} within {self._connect_timeout:g} s{_MORE_TIME}") from None
 
-    async def _ask(self, kind: str) -> ServiceMessage:
-        request_id = uuid.uuid4().hex
+    async def control(self, message: ControlMessage) -> str:
+        """Has the server drain or reload, and waits until it says how it went. Raises what it refuses with."""
+        answer = await self._ask(message)
+        return answer.detail if isinstance(answer, Done) else ""
+
+    async def _ask(self, message: InfoRequest | ControlMessage) -> ServiceMessage:
         answer: asyncio.Future[ServiceMessage] = self._loop.create_future()
-        self._answers[request_id] = answer
+        self._answers[message.id] = answer
         try:
-            self._send(InfoRequest(request_id, kind))
+            self._send(message)
             return await answer
         finally:
-            self._answers.pop(request_id, None)
+            self._answers.pop(message.id, None)
 
     def _send_abort(self, message: Abort) -> None:
         if self._channel is not None:
