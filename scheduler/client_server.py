@@ -127,7 +127,8 @@ class ClientServer:
         elif isinstance(message, Abort):
             self._service.abort(message, session)
         elif isinstance(message, Ping):
-            session.post(Pong(message.nonce, f"{self._service.incarnation}-{session.number}"))
+            incarnation = f"{self._service.incarnation}-{session.number}"
+            session.post(Pong(message.nonce, incarnation, session.received))
         elif isinstance(message, Drain | Reload):
             task = self._loop.create_task(self._do(message, session), name="treadle-control")
             self._controlling.add(task)
@@ -144,6 +145,7 @@ class ClientServer:
             session = self._sessions[identity] = _Session(self, identity, self._opened)
             self._arm()
         session.last_heard = self._loop.time()
+        session.received += 1
         return session
 
     def _tell(self, identity: bytes, message: Message) -> None:
@@ -196,11 +198,14 @@ class _Session(Sink):
         self.number = number
         self._gone = False
         self.last_heard = 0.0
+        self.received = 0
+        self._deltas = 0
         self._server = server
         self._backlog: deque[Message] = deque()
 
     def flush(self) -> None:
-        self.post(Deltas(self.take()))
+        self._deltas += 1
+        self.post(Deltas(self.take(), self._deltas))
 
     def post(self, message: Message) -> None:
         """Sends in order; cuts the client off when it is gone or too far behind."""

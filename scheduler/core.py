@@ -67,7 +67,8 @@ class Core:
         request = self._admission.accept(submit, now, self._waiting, self._requests)
         self._requests[request.id] = request
         for sequence in request.sequences:
-            self._waiting.push(sequence)
+            if not sequence.finish:
+                self._waiting.push(sequence)
         if request.deadline is not None:
             self._deadlines.push(_deadline_key(request), request)
         self._stop_ids.add(request.stop_ids)

@@ -24,6 +24,7 @@ from treadle.errors import (
     ProtocolError,
     ServiceClosed,
     ServiceDraining,
+    ServiceStarting,
     TreadleError,
 )
 from treadle.transport.codec import Digest, engine_codec
@@ -244,7 +245,7 @@ class Service:
             raise ProtocolError(f"request id {message.id!r} is in use")
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         request.context = Route(sink, message.id)
-        sink.open[message.id] = message.params.n
+        sink.open[message.id] = request.unfinished
         self._pump()
         self._arm_timers()  # a deadline counts while the engines recover, too
 
@@ -557,7 +558,9 @@ class Service:
     # ── inside ──
 
     def _accepting(self) -> Core:
-        if self._core is None or self._state in ("failed", "closed", "starting"):
+        if self._state == "starting":
+            raise ServiceStarting("the service is starting")
+        if self._core is None or self._state in ("failed", "closed"):
             raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
         if self._draining:
             raise ServiceDraining("the service is draining: it finishes what it has and takes nothing new")
@@ -565,7 +568,7 @@ class Service:
 
     def _server_info(self, request_id: str) -> ServerInfo:
         if self._core is None:
-            raise ServiceClosed(f"the service is {self._state}")
+            raise ServiceStarting("the service is starting")
         return ServerInfo(
             id=request_id,
             version=PROTOCOL_VERSION,

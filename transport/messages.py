@@ -219,6 +219,8 @@ class Submit(Message, frozen=True, kw_only=True):
     """A request. tokens: int32 prompt. timeout: seconds from acceptance to the end, 0 is none.
 
     cache_salt: requests share cached prefixes only within one salt. With `params.n` > 1 the outputs carry `index`.
+    outputs: of a request that another server, or this one, had begun and lost: the output that the client has of each
+    continuation, int32; none for a new request. ended: continuations that need nothing more.
     """
 
     id: str
@@ -227,6 +229,8 @@ class Submit(Message, frozen=True, kw_only=True):
     timeout: float = 0.0
     priority: int = 0
     cache_salt: str = ""
+    outputs: list[bytes] = []
+    ended: list[int] = []
 
 
 class Abort(Message, frozen=True):
@@ -256,9 +260,10 @@ class Delta(Message, frozen=True):
 
 
 class Deltas(Message, frozen=True):
-    """Service → client: what one step brought to all its requests."""
+    """Service → client: what one step brought to all its requests. number: counts from 1 within a session."""
 
     items: list[Delta]
+    number: int = 0
 
 
 class Refused(Message, frozen=True):
@@ -375,16 +380,23 @@ class Health(Message, frozen=True, kw_only=True):
 
 
 class Ping(Message, frozen=True):
-    """Client → service: I live, do you? Scheduler → rank: nothing; that it can be sent is what it tells."""
+    """Client → service: I live, do you? nonce: how many messages the client has sent, this one included.
+
+    Scheduler → rank: nothing; that it can be sent is what it tells.
+    """
 
     nonce: int
 
 
 class Pong(Message, frozen=True):
-    """incarnation: of the server and of this client's session in it; another one means that requests are gone."""
+    """incarnation: of the server and of this client's session in it; another one means that requests are gone.
+
+    received: messages in this session. Where `nonce - received` changes within a session, some were lost on the way.
+    """
 
     nonce: int
     incarnation: str
+    received: int = 0
 
 
 EngineMessage = Hello | Ready | StepResult | Failure

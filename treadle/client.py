@@ -26,8 +26,12 @@ class Client(Frontend):
 
     endpoint: None is where `treadle serve` listens by default. server_key: the server's public CURVE key, for tcp.
     connect_timeout: seconds to wait for the server. lost_after: seconds of silence after which open requests end with
-    ServerLost. Raises ConfigError here; on entering ServerLost when nobody is there, which is said at once, and
-    HandshakeFailed when the key is not the server's.
+    ServerLost. resume: when the server ends or is restarted, keep open streams for `resume_timeout` seconds instead,
+    and go on with them, from the tokens that they have, at whoever answers there. keys: of this client, a file that
+    `treadle keys` made, for a server that only lets in whom it knows.
+
+    Raises ConfigError here; on entering ServerLost when nobody is there, which is said at once, and HandshakeFailed
+    when the key is not the server's, or this client's not among those that it lets in.
     """
 
     def __init__(
@@ -37,6 +41,8 @@ class Client(Frontend):
         server_key: str | None = None,
         connect_timeout: float = 10.0,
         lost_after: float = 10.0,
+        resume: bool = False,
+        resume_timeout: float = 120.0,
     ) -> None:
         super().__init__()
         self._endpoint = endpoint or default_endpoint()
@@ -44,6 +50,8 @@ class Client(Frontend):
         self._server_key = server_key
         self._connect_timeout = _seconds("connect_timeout", connect_timeout)
         self._lost_after = _seconds("lost_after", lost_after)
+        timeout = _seconds("resume_timeout", resume_timeout)
+        self._resume_timeout = timeout if resume else 0.0
         self._server: ServerInfo | None = None
 
     @property
@@ -77,7 +85,9 @@ class Client(Frontend):
 
     async def start(self) -> None:
         self._must_be_new()
-        self._made = backend = RemoteBackend(self._endpoint, self._server_key, self._connect_timeout, self._lost_after)
+        self._made = backend = RemoteBackend(
+            self._endpoint, self._server_key, self._connect_timeout, self._lost_after, self._resume_timeout
+        )
         await backend.start()
         info = await backend.info("server")
         if not isinstance(info, ServerInfo) or info.version != PROTOCOL_VERSION:

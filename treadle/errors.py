@@ -21,6 +21,7 @@ client. The module imports nothing, so that every room may raise from it.
     └── ServiceError              the service is not there
         ├── EngineStartFailed
         ├── ServiceClosed
+        │   ├── ServiceStarting
         │   └── ServiceDraining
         ├── ServerLost
         ├── HandshakeFailed
@@ -114,6 +115,12 @@ class ServiceClosed(ServiceError):
     code = "service_closed"
 
 
+class ServiceStarting(ServiceClosed):
+    """The service is not ready yet; ask again in a moment."""
+
+    code = "service_starting"
+
+
 class ServiceDraining(ServiceClosed):
     """The service is about to end: it finishes what it has and takes nothing new."""
 
@@ -155,6 +162,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     ServiceError,
     EngineStartFailed,
     ServiceClosed,
+    ServiceStarting,
     ServiceDraining,
     ServerLost,
     HandshakeFailed,

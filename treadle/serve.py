@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from treadle.engine import lifeline
-from treadle.errors import InvalidRequest, ServiceClosed, TreadleError
+from treadle.errors import InvalidRequest, ServiceStarting, TreadleError
 from treadle.scheduler.client_server import ClientServer
 from treadle.scheduler.options import ServiceOptions
 from treadle.scheduler.service import Service
@@ -90,7 +90,7 @@ async def _serve_model(
 
     def info() -> TokenizerInfo | None:
         if not reading.done():
-            raise ServiceClosed("the service is starting")
+            raise ServiceStarting("the service is starting")
         return reading.result()
 
     service = Service(located.facts, settings.options, info, [path] if path is not None else [])
