@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from pathlib import Path
 
 from treadle.errors import ConfigError, ModelError, ProtocolError, ServiceClosed
-from treadle.transport.endpoints import check_client, default_endpoint
+from treadle.transport.endpoints import check_client, default_endpoint, read_keys
 from treadle.transport.messages import PROTOCOL_VERSION, ControlMessage, Drain, Reload, ServerInfo, TokenizerInfo
 
 from .frontend import Frontend
@@ -43,11 +44,13 @@ class Client(Frontend):
         lost_after: float = 10.0,
         resume: bool = False,
         resume_timeout: float = 120.0,
+        keys: Path | None = None,
     ) -> None:
         super().__init__()
         self._endpoint = endpoint or default_endpoint()
         check_client(self._endpoint, server_key)
         self._server_key = server_key
+        self._keys = read_keys(keys) if keys is not None else None
         self._connect_timeout = _seconds("connect_timeout", connect_timeout)
         self._lost_after = _seconds("lost_after", lost_after)
         timeout = _seconds("resume_timeout", resume_timeout)
@@ -86,7 +89,12 @@ class Client(Frontend):
     async def start(self) -> None:
         self._must_be_new()
         self._made = backend = RemoteBackend(
-            self._endpoint, self._server_key, self._connect_timeout, self._lost_after, self._resume_timeout
+            self._endpoint,
+            self._server_key,
+            self._connect_timeout,
+            self._lost_after,
+            self._resume_timeout,
+            self._keys,
         )
         await backend.start()
         info = await backend.info("server")

@@ -12,7 +12,9 @@ from pathlib import Path
 import msgspec
 
 from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, ServiceError, TreadleError
+from treadle.scheduler.client_limits import ClientLimits
 from treadle.scheduler.options import service_options
+from treadle.transport.allow_list import read_allow_list
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
 from treadle.transport.messages import Health, SamplingParams
 from treadle.transport.params import check_params
@@ -61,6 +63,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="to finish what runs after the first SIGINT or SIGTERM; a second one ends at once (default %(default)g)",
     )
+    serve.add_argument(
+        "--allow", type=Path, metavar="FILE", help="tcp: only clients whose public key stands in it, one a line"
+    )
+    serve.add_argument(
+        "--client-requests",
+        type=int,
+        default=4096,
+        metavar="INT",
+        help="open requests of one client (default %(default)s)",
+    )
+    serve.add_argument(
+        "--client-rate",
+        type=float,
+        default=10_000.0,
+        metavar="FLOAT",
+        help="messages a second of one client (default %(default)g)",
+    )
     serve.add_argument("--parent", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     serve.add_argument("--options", default=None, help=argparse.SUPPRESS)
     add_service_options(serve)
@@ -99,7 +118,10 @@ def _parser() -> argparse.ArgumentParser:
         control.set_defaults(run=lambda options, does=does: asyncio.run(does(options)))
 
     keys = _command(commands, "keys", "make a CURVE key file for tcp endpoints", "and print the public key for clients")
-    keys.add_argument("file", type=Path, help="to make, readable only by you; an existing file is left alone")
+    keys.add_argument(
+        "file", type=Path, nargs="+", help="to make, readable only by you; an existing file is left alone"
+    )
+    keys.add_argument("--list", action="store_true", help="print the public keys of existing key files and allow lists")
     keys.set_defaults(run=_keys)
     return parser
 
@@ -126,6 +148,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server-key", metavar="KEY", help="the server's public CURVE key, for tcp")
+    parser.add_argument("--client-keys", type=Path, metavar="FILE", help="this client's own, for a server with --allow")
     parser.add_argument(
         "--connect-timeout",
         type=float,
@@ -147,6 +170,8 @@ def _serve(options: argparse.Namespace) -> int:
         options=service_options(**values),
         keys=read_keys(options.keys) if options.keys is not None else None,
         drain_timeout=_grace(options.drain_timeout, "--drain-timeout"),
+        limits=ClientLimits(requests=options.client_requests, messages_per_second=options.client_rate),
+        allowed=read_allow_list(options.allow) if options.allow is not None else None,
         parent=tuple(options.parent) if options.parent is not None else None,
     )
     if settings.options.random_weights:
@@ -239,9 +264,21 @@ def _grace(seconds: float, name: str) -> float:
 
 
 def _keys(options: argparse.Namespace) -> int:
-    keys = write_keys(options.file)
-    print(f"wrote {options.file}; the public key for clients (--server-key) is\n{keys.public}")
+    for file in options.file:
+        if options.list:
+            for key in _public_keys(file):
+                print(f"{key}  {file}")
+        else:
+            print(f"wrote {file}; the public key for clients (--server-key) is\n{write_keys(file).public}")
     return 0
+
+
+def _public_keys(file: Path) -> tuple[str, ...]:
+    """Of an allow list, or of a key file."""
+    try:
+        return read_allow_list(file)
+    except ConfigError:
+        return (read_keys(file).public,)
 
 
 # ── options ──
@@ -250,7 +287,7 @@ def _keys(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace) -> Frontend:
     values = service_values(options)
     if options.endpoint is None:
-        for name in ("server_key", "connect_timeout"):
+        for name in ("server_key", "client_keys", "connect_timeout"):
             if vars(options)[name] is not None:
                 raise ConfigError(f"{flag(name)} is of a server: give its --endpoint, too")
         return LLM(DEFAULT_MODEL if options.model is None else options.model, **values)
@@ -266,7 +303,7 @@ def _open(options: argparse.Namespace) -> Frontend:
 def _client(options: argparse.Namespace) -> Client:
     seconds = _CONNECT_SECONDS if options.connect_timeout is None else options.connect_timeout
     endpoint = default_endpoint() if options.endpoint == "default" else options.endpoint
-    return Client(endpoint, server_key=options.server_key, connect_timeout=seconds)
+    return Client(endpoint, server_key=options.server_key, connect_timeout=seconds, keys=options.client_keys)
 
 
 def _params(options: argparse.Namespace) -> SamplingParams:

@@ -23,7 +23,7 @@ from treadle.errors import (
 )
 from treadle.transport.channel import Channel
 from treadle.transport.codec import MAX_CLIENT_FRAME, client_codec
-from treadle.transport.endpoints import check_client, connect_client
+from treadle.transport.endpoints import ServerKeys, check_client, connect_client
 from treadle.transport.messages import (
     Abort,
     ControlMessage,
@@ -67,7 +67,9 @@ class RemoteBackend:
         connect_timeout: float,
         lost_after: float,
         resume_timeout: float = 0.0,
+        keys: ServerKeys | None = None,
     ) -> None:
+        self._keys = keys
         self._resume_timeout = resume_timeout
         self._sent = 0
         self._unreceived: int | None = None
@@ -107,7 +109,7 @@ class RemoteBackend:
                 await probe(self._endpoint)
                 handshake = FirstHandshake(socket, self._endpoint)
                 try:
-                    connect_client(socket, self._endpoint, self._server_key)
+                    connect_client(socket, self._endpoint, self._server_key, self._keys)
                     await handshake.wait()
                 finally:
                     handshake.close()

@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import msgspec
 
 from treadle.engine import lifeline
-from treadle.errors import InvalidRequest, ServiceStarting, TreadleError
+from treadle.errors import ConfigError, InvalidRequest, ServiceStarting, TreadleError
+from treadle.scheduler.client_limits import ClientLimits
 from treadle.scheduler.client_server import ClientServer
 from treadle.scheduler.options import ServiceOptions
 from treadle.scheduler.service import Service
@@ -34,7 +35,8 @@ _MAX_GRACE = 1e6
 class ServeSettings:
     """What `treadle serve` was asked to do. parent: file descriptors (lifeline, report) when an `LLM` started us.
 
-    drain_timeout: seconds to finish what runs after the first signal; a second one ends it at once.
+    drain_timeout: seconds to finish what runs after the first signal; a second one ends it at once. limits: of each
+    client. allowed: public keys of the clients that may connect over tcp, None for all.
     """
 
     model: str
@@ -42,6 +44,8 @@ class ServeSettings:
     options: ServiceOptions
     keys: ServerKeys | None = None
     drain_timeout: float = 30.0
+    limits: ClientLimits = ClientLimits()  # noqa: RUF009  # frozen
+    allowed: tuple[str, ...] | None = None
     parent: tuple[int, int] | None = None
 
 
@@ -65,6 +69,8 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
     end = _End(settings.drain_timeout if settings.parent is None else 0.0)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, end.signal)
+    if settings.allowed is not None and ipc_path(settings.endpoint) is not None:
+        raise ConfigError(f"--allow is for tcp: {settings.endpoint} is closed to other users anyway")
     check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
     tasks = _Tasks()
     try:
@@ -104,7 +110,15 @@ async def _serve_model(
         await service.change_weights(other.facts)
         return f"goes on with {other.path}"
 
-    server = ClientServer(service, settings.endpoint, settings.keys, private=private, control=control)
+    server = ClientServer(
+        service,
+        settings.endpoint,
+        settings.keys,
+        private=private,
+        control=control,
+        limits=settings.limits,
+        allowed=settings.allowed,
+    )
     try:
         starting = tasks.start(service.start())
         if await tasks.first(starting, stopping) is stopping:
