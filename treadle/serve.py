@@ -17,6 +17,7 @@ from treadle.engine import lifeline
 from treadle.errors import ConfigError, InvalidRequest, ServiceStarting, TreadleError
 from treadle.scheduler.client_limits import ClientLimits
 from treadle.scheduler.client_server import ClientServer
+from treadle.scheduler.engine_group import ENGINE_COMMAND
 from treadle.scheduler.options import ServiceOptions
 from treadle.scheduler.service import Service
 from treadle.transport.endpoints import ServerKeys, check_server, ipc_path
@@ -36,7 +37,7 @@ class ServeSettings:
     """What `treadle serve` was asked to do. parent: file descriptors (lifeline, report) when an `LLM` started us.
 
     drain_timeout: seconds to finish what runs after the first signal; a second one ends it at once. limits: of each
-    client. allowed: public keys of the clients that may connect over tcp, None for all.
+    client. allowed: public keys of the clients that may connect over tcp, None for all. engine_command: starts a rank.
     """
 
     model: str
@@ -46,6 +47,7 @@ class ServeSettings:
     drain_timeout: float = 30.0
     limits: ClientLimits = ClientLimits()  # noqa: RUF009  # frozen
     allowed: tuple[str, ...] | None = None
+    engine_command: tuple[str, ...] = ENGINE_COMMAND
     parent: tuple[int, int] | None = None
 
 
@@ -99,7 +101,8 @@ async def _serve_model(
             raise ServiceStarting("the service is starting")
         return reading.result()
 
-    service = Service(located.facts, settings.options, info, [path] if path is not None else [])
+    leftovers = [path] if path is not None else []
+    service = Service(located.facts, settings.options, info, leftovers, engine_command=settings.engine_command)
     private = settings.parent is not None
 
     async def control(message: ControlMessage) -> str:
