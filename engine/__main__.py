@@ -7,7 +7,9 @@ machine cannot read. Everything before the import of the worker is free of torch
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -27,9 +29,12 @@ def main() -> int:
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True, metavar="FD")
     parser.add_argument("--leftover", type=Path, action="append", default=[], metavar="PATH")
+    parser.add_argument("--stacks", type=Path, metavar="PATH", help="where SIGUSR1 writes the stacks of all threads")
     parser.add_argument("--no-native", action="store_true")
     options = parser.parse_args()
     lifeline.watch(options.lifeline, options.leftover)
+    if options.stacks is not None:  # before the first message: who has not said hello is not sent the signal
+        faulthandler.register(signal.SIGUSR1, options.stacks.open("w"), all_threads=True)
     codec = rank_codec()
     socket = rank_socket(zmq.Context.instance(), options.rank)
     socket.connect(options.endpoint)

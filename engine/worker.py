@@ -14,7 +14,7 @@ import zmq
 
 from treadle.errors import EngineFailed, ProtocolError, TreadleError
 from treadle.transport.codec import Codec, Digest, pack
-from treadle.transport.messages import Configure, Failure, PlanMessage, Shutdown, StepPlan, StepResult
+from treadle.transport.messages import Configure, Failure, Ping, PlanMessage, Shutdown, StepPlan, StepResult
 
 from .cuda.runner import PipelinedRunner, Ticket
 from .loading import load
@@ -76,6 +76,8 @@ class _Loop:
     def run(self, runner: StepRunner) -> None:
         """One step after the other."""
         while (received := self._receive()) is not None:
+            if isinstance(received, Ping):
+                continue
             plan, frame = received
             self._socket.send(self._codec.encode(run_step(runner, plan, frame, self._digest, self._rank)))
 
@@ -94,6 +96,8 @@ class _Loop:
             received = self._receive()
             if received is None:
                 return
+            if isinstance(received, Ping):
+                continue
             plan, frame = received
             began = time.perf_counter()
             steps.append(_Open(plan, frame, runner.submit(plan), began))
@@ -115,10 +119,12 @@ class _Loop:
         self._ended = now
         self._socket.send(self._codec.encode(result))
 
-    def _receive(self) -> tuple[StepPlan, bytes] | None:
-        """The next plan with its bytes, None at the end."""
+    def _receive(self) -> tuple[StepPlan, bytes] | Ping | None:
+        """The next plan with its bytes, a Ping, which asks for nothing, or None at the end."""
         frame = self._socket.recv()
         message = self._codec.decode(frame)
+        if isinstance(message, Ping):
+            return message
         if isinstance(message, Shutdown):
             return None
         if not isinstance(message, StepPlan):

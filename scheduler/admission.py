@@ -9,7 +9,7 @@ from math import isfinite
 import numpy as np
 
 from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, PromptTooLong
-from treadle.transport.codec import pack, unpack
+from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import SamplingParams, Submit
 
 from .config import CoreConfig
@@ -71,6 +71,8 @@ class Admission:
             raise InvalidRequest(
                 f"prompt token {int(tokens[where])} at position {where}: ids must be in [0, {config.vocab_size})"
             )
+        for output in submit.outputs:
+            self._check_output(unpack(output), tokens.size, submit.params)
         if submit.params.n < 1:
             raise InvalidParameter(f"n={submit.params.n}: it must be at least 1")
         if not abs(submit.priority) <= MAX_PRIORITY:
@@ -78,6 +80,18 @@ class Admission:
         if not submit.timeout >= 0:
             raise InvalidParameter(f"timeout={submit.timeout}: it must be a number of seconds, 0 for none")
         return tokens.size
+
+    def _check_output(self, output: Int32, prompt_len: int, params: SamplingParams) -> None:
+        """What a client has already, from before a server was lost."""
+        if output.size and output.view(np.uint32).max() >= self._config.vocab_size:
+            raise InvalidRequest(f"outputs: ids must be in [0, {self._config.vocab_size})")
+        most = self._limit(prompt_len, params) - prompt_len
+        if output.size > most:
+            raise InvalidRequest(f"outputs: {output.size} tokens where at most {most} can be")
+
+    def _limit(self, length: int, params: SamplingParams) -> int:
+        room = self._config.capacity - length
+        return length + (room if params.max_tokens is None else min(params.max_tokens, room))
 
     def _check_load(self, submit: Submit, length: int, now: float, waiting: Waiting) -> None:
         """A request is taken when nothing waits, whatever its size; else it must fit under both bounds."""
@@ -117,15 +131,14 @@ class Admission:
         )
 
     def _make(self, submit: Submit, length: int, now: float) -> Request:
-        params, config = submit.params, self._config
+        params = submit.params
         stop_ids = self._stop_ids(params)
-        room = config.capacity - length
         request = Request(
             id=submit.id,
             params=params,
             salt=submit.cache_salt,
             prompt_len=length,
-            limit=length + (room if params.max_tokens is None else min(params.max_tokens, room)),
+            limit=self._limit(length, params),
             floor=length + params.min_tokens,
             stop_ids=stop_ids,
             ban=pack(sorted(stop_ids)) if params.min_tokens > 0 else b"",
@@ -138,7 +151,20 @@ class Admission:
             ticket = self._ticket(request, submit, index, now)
             sequence = Sequence(request, index, derive_seed(seed, index), ticket.number, submit.tokens, ticket)
             request.sequences.append(sequence)
+        self._resume(request, submit)
         return request
+
+    @staticmethod
+    def _resume(request: Request, submit: Submit) -> None:
+        """What another server has brought of it counts as if this one had: it is prefilled, and not sent again."""
+        for sequence, output in zip(request.sequences, submit.outputs, strict=False):
+            sequence.tokens += output
+            if output:
+                sequence.prompt_logprobs_to = request.prompt_len - 1
+        for sequence in request.sequences:
+            if sequence.index in submit.ended or len(sequence.tokens) // 4 >= request.limit:
+                sequence.tokens, sequence.finish = b"", "length"
+                request.unfinished -= 1
 
     def _ticket(self, request: Request, submit: Submit, index: int, now: float) -> Ticket:
         self._arrivals += 1

@@ -5,31 +5,38 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import zmq
 
-from treadle.errors import Overloaded, ProtocolError, ServiceClosed, TreadleError
+from treadle.errors import InvalidRequest, Overloaded, ProtocolError, ServiceClosed, TreadleError
+from treadle.transport.allow_list import AllowList
 from treadle.transport.channel import Channel
 from treadle.transport.codec import service_codec
 from treadle.transport.endpoints import ServerKeys, bind_server, default_endpoint, ipc_path
 from treadle.transport.messages import (
     Abort,
+    ControlMessage,
+    Done,
+    Drain,
     Message,
     Ping,
     Pong,
     Refused,
+    Reload,
     Submit,
 )
 from treadle.transport.sockets import service_socket
 
+from .client_limits import Allowance, ClientLimits
 from .delivery import Sink, refusal
 from .service import Service
 
 logger = logging.getLogger("treadle")
+Control = Callable[[ControlMessage], Awaitable[str]]
 _SEND_HIGH_WATER = 1_000
-_MAX_BACKLOG = 10_000
 _MAX_SESSIONS = 10_000
 _SILENCE_SECONDS = 15.0
 _SWEEP_SECONDS = 1.0
@@ -38,12 +45,27 @@ _SWEEP_SECONDS = 1.0
 class ClientServer:
     """Serves `service` on `endpoint`. Raises ConfigError or EndpointInUse when it cannot be bound.
 
+    control: does what a Drain or Reload asks for and says how it went, or raises. Only who reaches an ipc endpoint,
+    which is closed to other users, may ask. limits: of each client. allowed: public CURVE keys of those who may connect
+    over tcp; None lets in everybody who knows the server's.
+
     private: the one client is our parent, whose life the lifeline watches, so its silence means nothing.
     """
 
     def __init__(
-        self, service: Service, endpoint: str, keys: ServerKeys | None = None, *, private: bool = False
+        self,
+        service: Service,
+        endpoint: str,
+        keys: ServerKeys | None = None,
+        *,
+        private: bool = False,
+        control: Control | None = None,
+        limits: ClientLimits | None = None,
+        allowed: Sequence[str] | None = None,
     ) -> None:
+        self._limits = limits or ClientLimits()
+        self._control = control
+        self._controlling: set[asyncio.Task[None]] = set()
         self._service = service
         self._endpoint = endpoint
         self._codec = service_codec()
@@ -53,11 +75,13 @@ class ClientServer:
         self._opened = 0
         self._sweeper: asyncio.TimerHandle | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._allow_list = AllowList(self._context, allowed) if allowed is not None else None
         socket = service_socket(self._context, _SEND_HIGH_WATER)
         try:
             bind_server(socket, endpoint, keys)
         except BaseException:
             socket.close(0)
+            self._close_allow_list()
             self._context.term()
             raise
         self._channel = Channel(socket, self._receive, self._retry)
@@ -67,9 +91,12 @@ class ClientServer:
         for identity, session in self._sessions.items():
             for request_id in session.open:
                 self._tell(identity, Refused(request_id, ServiceClosed.code, "the server was stopped"))
+        for task in self._controlling:
+            task.cancel()
         if self._sweeper is not None:
             self._sweeper.cancel()
         self._channel.close(linger_ms=500)
+        self._close_allow_list()
         self._context.term()
         path: Path | None = ipc_path(self._endpoint)
         if path is not None:
@@ -78,9 +105,16 @@ class ClientServer:
                 with suppress(OSError):
                     path.parent.rmdir()
 
-    def send(self, identity: bytes, message: Message) -> bool:
+    def _close_allow_list(self) -> None:
+        if self._allow_list is not None:
+            self._allow_list.close()
+
+    def encode(self, message: Message) -> bytes:
+        return self._codec.encode(message)
+
+    def send(self, identity: bytes, frame: bytes) -> bool:
         """False when the client's queue is full. Raises zmq.ZMQError when the client is gone."""
-        return self._channel.send([identity, self._codec.encode(message)])
+        return self._channel.send([identity, frame])
 
     def drop(self, session: _Session) -> None:
         """The client is gone, or reads too slowly to be kept: its requests end.
@@ -98,16 +132,30 @@ class ClientServer:
                 raise ProtocolError(f"a message of {len(parts)} frames: exactly one is allowed")
             message = self._codec.decode(parts[0])
             session = self._session(identity)
+        except Overloaded as error:
+            self._tell(identity, refusal("", error))
+            return
         except TreadleError as error:
             self._service.bad_frames += 1
             self._tell(identity, refusal("", error))
             return
+        try:
+            session.allowance.message(self._loop.time())
+        except Overloaded as error:
+            if not isinstance(message, Ping | Abort):
+                session.post(refusal(message.id, error))
+                return
         if isinstance(message, Submit):
             self._submit(message, session)
         elif isinstance(message, Abort):
             self._service.abort(message, session)
         elif isinstance(message, Ping):
-            session.post(Pong(message.nonce, f"{self._service.incarnation}-{session.number}"))
+            incarnation = f"{self._service.incarnation}-{session.number}"
+            session.post(Pong(message.nonce, incarnation, session.received))
+        elif isinstance(message, Drain | Reload):
+            task = self._loop.create_task(self._do(message, session), name="treadle-control")
+            self._controlling.add(task)
+            task.add_done_callback(self._controlling.discard)
         else:
             session.post(self._service.answer(message))
 
@@ -117,22 +165,38 @@ class ClientServer:
             if len(self._sessions) >= _MAX_SESSIONS:
                 raise Overloaded(f"{_MAX_SESSIONS} clients are connected, which is the limit", _SILENCE_SECONDS)
             self._opened += 1
-            session = self._sessions[identity] = _Session(self, identity, self._opened)
+            session = self._sessions[identity] = _Session(self, identity, self._opened, self._limits)
             self._arm()
         session.last_heard = self._loop.time()
+        session.received += 1
         return session
 
     def _tell(self, identity: bytes, message: Message) -> None:
         """An answer to somebody without a session; lost when it cannot be sent."""
         with suppress(zmq.ZMQError):
-            self.send(identity, message)
+            self.send(identity, self._codec.encode(message))
 
     def _submit(self, message: Submit, session: _Session) -> None:
+        size = len(message.tokens) + sum(map(len, message.outputs))
         try:
+            session.allowance.request(size, len(session.open))
             self._service.submit(message, session)
+            if message.id in session.open:
+                session.allowance.opened(message.id, size)
         except Exception as error:  # one client's request must not reach the others, whatever it did
             if not isinstance(error, TreadleError):
                 logger.exception("a request raised")
+            session.post(refusal(message.id, error))
+
+    async def _do(self, message: ControlMessage, session: _Session) -> None:
+        what = type(message).__name__.lower()
+        try:
+            if self._control is None or ipc_path(self._endpoint) is None:
+                raise InvalidRequest(f"{what} is not for clients of {self._endpoint}: ask on the server's own machine")
+            session.post(Done(message.id, await self._control(message)))
+        except Exception as error:
+            if not isinstance(error, TreadleError):
+                logger.exception("%s raised", what)
             session.post(refusal(message.id, error))
 
     def _retry(self) -> None:
@@ -155,24 +219,36 @@ class ClientServer:
 class _Session(Sink):
     """One client. What its socket does not take waits here, up to a bound."""
 
-    def __init__(self, server: ClientServer, identity: bytes, number: int) -> None:
+    def __init__(self, server: ClientServer, identity: bytes, number: int, limits: ClientLimits) -> None:
         super().__init__(f"client-{number}")
         self.identity = identity
         self.number = number
         self._gone = False
         self.last_heard = 0.0
+        self.received = 0
+        self._deltas = 0
         self._server = server
-        self._backlog: deque[Message] = deque()
+        self.allowance = Allowance(limits)
+        self._backlog: deque[bytes] = deque()
+        self._backlog_bytes = 0
+
+    def count_down(self, request_id: str) -> None:
+        super().count_down(request_id)
+        if request_id not in self.open:
+            self.allowance.closed(request_id)
 
     def flush(self) -> None:
-        self.post(self.take())
+        self._deltas += 1
+        self.post(self.take(self._deltas))
 
     def post(self, message: Message) -> None:
         """Sends in order; cuts the client off when it is gone or too far behind."""
         if self._gone:
             return
-        self._backlog.append(message)
-        if len(self._backlog) > _MAX_BACKLOG:
+        frame = self._server.encode(message)
+        self._backlog.append(frame)
+        self._backlog_bytes += len(frame)
+        if len(self._backlog) > 1 and self._backlog_bytes > self.allowance.limits.backlog_bytes:
             self._cut()
         else:
             self.drain()
@@ -180,12 +256,13 @@ class _Session(Sink):
     def drain(self) -> None:
         try:
             while self._backlog and self._server.send(self.identity, self._backlog[0]):
-                self._backlog.popleft()
+                self._backlog_bytes -= len(self._backlog.popleft())
         except zmq.ZMQError:
             self._cut()
 
     def _cut(self) -> None:
         # Later, not now: this may be in the middle of a step's delivery, which must not change what it iterates over.
         self._backlog.clear()
+        self._backlog_bytes = 0
         self._gone = True
         asyncio.get_running_loop().call_soon(self._server.drop, self)

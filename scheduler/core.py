@@ -33,6 +33,7 @@ from .policies.guard import Guard
 from .request import NO_ROW, Output, Outputs, Request, Sequence
 from .rows import Int64, Rows1D
 from .running import Running
+from .snapshot import snapshot
 from .stop_ids import StopIds
 from .waiting import Waiting
 
@@ -79,10 +80,11 @@ class Core:
         is in use), Overloaded, and DeadlineUnreachable where the policy knows. Nothing has changed then.
         """
         request = self._admission.accept(submit, now, self._waiting, self._requests)
-        for sequence in request.sequences:
+        waiting = [sequence for sequence in request.sequences if not sequence.finish]
+        for sequence in waiting:
             self._waiting.enter(sequence, now)
-        if any(sequence.latest < now for sequence in request.sequences):
-            for sequence in request.sequences:
+        if any(sequence.latest < now for sequence in waiting):
+            for sequence in waiting:
                 self._waiting.remove(sequence)
             self._admission.refused += 1
             raise DeadlineUnreachable(_unreachable(request, now))
@@ -206,6 +208,11 @@ class Core:
         return bool(self._requests)
 
     @property
+    def unfinished(self) -> int:
+        """Requests that have not ended."""
+        return len(self._requests)
+
+    @property
     def policy_errors(self) -> int:
         """How often the policy failed."""
         return self._guard.errors
@@ -235,6 +242,10 @@ class Core:
             policy_errors=self._guard.errors,
             recomputed_tokens=self._running.recomputed_tokens,
         )
+
+    def snapshot(self) -> list[str]:
+        """What runs and waits, in words and without anybody's text."""
+        return snapshot(self._running, self._waiting)
 
     def check(self) -> None:
         """Raises CoreInvariantError with what is wrong. Slow; for tests and debugging, after any event."""

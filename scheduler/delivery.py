@@ -41,8 +41,8 @@ class Sink:
         else:
             self.open.pop(request_id, None)
 
-    def take(self) -> Deltas:
-        deltas = Deltas(self._items, self._tokens)
+    def take(self, number: int = 0) -> Deltas:
+        deltas = Deltas(self._items, self._tokens, number)
         self._items, self._tokens = [], {}
         return deltas
 

@@ -1,23 +1,28 @@
 """One incarnation of the engine ranks: start them, talk to them, notice when one dies, leave none behind.
 
 A group is disposable (D7). It never restarts anything: it reports one death, and its owner makes another group.
+
+A process that ends is seen by its pidfd, a lost socket by ZeroMQ's monitor, both as they happen. When a pidfd says that
+a process has ended, the kernel has closed all its files, so what it held of a GPU is free too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import zmq
 
-from treadle.errors import EngineStartFailed, ProtocolError, TreadleError, from_wire
+from treadle.errors import EngineFailed, EngineStartFailed, ProtocolError, TreadleError, from_wire
 from treadle.transport.channel import Channel
 from treadle.transport.codec import engine_codec
 from treadle.transport.endpoints import RuntimeDir
@@ -26,21 +31,32 @@ from treadle.transport.messages import (
     Configure,
     Failure,
     Hello,
+    Ping,
     Ready,
     Shutdown,
     StepResult,
 )
 from treadle.transport.sockets import group_socket
 
+from .lifecycle import Cause
+from .watchdog import process_state
+
+logger = logging.getLogger("treadle")
+ENGINE_COMMAND = (sys.executable, "-m", "treadle.engine")
 _LOG_TAIL = 2_000
+_LAST_WORDS_SECONDS = 0.05
+_TERM_SECONDS = 0.2
+_KILL_SECONDS = 30.0
+_STACKS_SECONDS = 0.3
 
 
 @dataclass(slots=True)
 class Death:
-    """Why a group ended: which rank, doing which step (-1: none yet), and what it said or how it exited."""
+    """Why a group ended: which rank, doing which step (-1: none yet), how it showed, and what it said."""
 
     rank: int
     step: int
+    cause: Cause
     error: TreadleError
 
 
@@ -54,7 +70,9 @@ class _Process:
 class EngineGroup:
     """Ranks 0..world_size-1 behind one ROUTER socket. All methods run on the loop's thread.
 
-    on_result: every StepResult, in order per rank. on_death: once, at the first sign that the group is lost.
+    on_result: every StepResult, in order per rank. on_death: once, at the first sign that the group is lost, unless
+    that is while it starts: then `start` raises. command: starts a rank; another program than `treadle.engine` must
+    take the same arguments and speak the same protocol.
     """
 
     def __init__(
@@ -65,7 +83,9 @@ class EngineGroup:
         leftovers: Sequence[Path],
         on_result: Callable[[StepResult], None],
         on_death: Callable[[Death], None],
+        command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
+        self._command = command
         self._configure = configure
         self._runtime = runtime
         self._leftovers = [runtime.path, *leftovers]
@@ -75,13 +95,14 @@ class EngineGroup:
         self._codec = engine_codec()
         self._token = secrets.token_hex(16)
         self._endpoint = runtime.endpoint(f"engine-{number}.ipc")
-        self._number = number
+        self.number = number
         self._processes: list[_Process] = []
         self._ready: dict[int, Ready] = {}
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
         self.death: Death | None = None
         self._known: set[int] = set()
         self._stopping = False
+        self._closed = False
         self._lifeline: tuple[int, ...] = ()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
@@ -92,10 +113,17 @@ class EngineGroup:
             self._context.destroy(linger=0)
             raise
         self._channel = Channel(socket, self._receive)
+        self._socket = socket
+        self._monitor = Channel(socket.get_monitor_socket(zmq.EVENT_DISCONNECTED), self._disconnected)
 
     @property
     def pids(self) -> list[int]:
         return [process.popen.pid for process in self._processes]
+
+    @property
+    def num_blocks(self) -> int:
+        """That each rank holds, once the group is ready."""
+        return self._ready[0].num_blocks
 
     async def start(self, timeout: float) -> list[Ready]:
         """Starts all ranks and waits until each is ready. Raises the rank's own error, or EngineStartFailed."""
@@ -117,14 +145,32 @@ class EngineGroup:
     def broadcast(self, frame: bytes) -> None:
         """Sends the same bytes to every rank; a rank that cannot take them counts as dead."""
         for rank in range(self._configure.world_size):
-            try:
-                sent = self._channel.send([b"rank-%d" % rank, frame])
-            except zmq.ZMQError as error:
-                self._die(rank, -1, EngineStartFailed(f"rank {rank} cannot be reached: {error}"))
+            if not self._send(rank, frame):
                 return
-            if not sent:
-                self._die(rank, -1, EngineStartFailed(f"rank {rank} does not read its plans"))
-                return
+
+    def _send(self, rank: int, frame: bytes) -> bool:
+        try:
+            sent = self._channel.send([b"rank-%d" % rank, frame])
+        except zmq.ZMQError as error:
+            self._report_unreachable(rank, f"rank {rank} cannot be reached: {error}")
+            return False
+        if not sent:
+            self._die(rank, -1, "unreachable", EngineFailed(f"rank {rank} does not read its plans"))
+        return sent
+
+    async def describe(self) -> list[str]:
+        """What each rank is doing: what the kernel says of it, and the stacks of its threads, if it can show them."""
+        asked = [rank for rank in self._known if not self._processes[rank].exited.is_set()]
+        before = {rank: _size(self._stacks(rank)) for rank in asked}
+        for rank in asked:
+            self._processes[rank].popen.send_signal(signal.SIGUSR1)
+        await asyncio.sleep(_STACKS_SECONDS)
+        lines: list[str] = []
+        for rank, process in enumerate(self._processes):
+            lines.append(f"rank {rank}, process {process.popen.pid}: {process_state(process.popen.pid)}")
+            if rank in before:
+                lines += _from(self._stacks(rank), before[rank]) or ["  it shows no stacks: stopped, or gone"]
+        return lines
 
     async def stop(self, timeout: float) -> None:
         """Asks the ranks to finish, waits at most `timeout` seconds, then kills; returns when none is left."""
@@ -140,22 +186,37 @@ class EngineGroup:
         await self.kill()
 
     async def kill(self) -> None:
-        """SIGKILL for whoever is left (a stopped process does not hear SIGTERM), and waits until they are gone."""
+        """Ends whoever is left and waits until they are gone. Safe to call twice.
+
+        SIGTERM lets a rank that still runs go by itself; a stopped one needs SIGCONT to hear it. SIGKILL follows.
+        """
         self._stopping = True
-        for process in self._processes:
-            if not process.exited.is_set():
-                process.popen.send_signal(signal.SIGKILL)
-        await self._wait(None)
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self._signal(number)
+        await self._wait(_TERM_SECONDS)
+        self._signal(signal.SIGKILL)
+        await self._wait(_KILL_SECONDS)
+        left = [process.popen.pid for process in self._processes if not process.exited.is_set()]
+        if left:  # in the kernel, in a driver most likely: nobody can do more, and it is no reason to wait for ever
+            logger.error("engine processes %s do not end, SIGKILL notwithstanding; they may hold memory", left)
+        if not self._closed:
+            self._close()
+
+    def _close(self) -> None:
+        self._closed = True
+        self._socket.disable_monitor()
+        self._monitor.close()
         self._channel.close()
         self._context.term()
-        lifeline, self._lifeline = (
-            self._lifeline,
-            (),
-        )  # two may close at once, and a number closed twice is a stranger's
-        for descriptor in lifeline:
+        for descriptor in self._lifeline:
             os.close(descriptor)
         if not self._all_ready.done():
             self._all_ready.cancel()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self._processes:
+            if not process.exited.is_set():
+                process.popen.send_signal(number)
 
     async def _wait(self, timeout: float | None) -> None:
         exits = [asyncio.ensure_future(process.exited.wait()) for process in self._processes]
@@ -165,8 +226,8 @@ class EngineGroup:
                 waiter.cancel()
 
     def _spawn(self, rank: int) -> None:
-        command = [sys.executable, "-m", "treadle.engine", "--endpoint", self._endpoint, "--rank", str(rank)]
-        command += ["--lifeline", str(self._lifeline[0])]
+        command = [*self._command, "--endpoint", self._endpoint, "--rank", str(rank)]
+        command += ["--lifeline", str(self._lifeline[0]), "--stacks", str(self._stacks(rank))]
         if not self._configure.native:
             command.append("--no-native")
         for path in self._leftovers:
@@ -188,16 +249,38 @@ class EngineGroup:
     def _exited(self, rank: int, process: _Process) -> None:
         self._loop.remove_reader(process.pidfd)
         os.close(process.pidfd)
+        with suppress(ProcessLookupError, PermissionError):  # what it started ends with it; its number is not free yet
+            os.killpg(process.popen.pid, signal.SIGKILL)
         code = process.popen.wait()
         process.exited.set()
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         # A rank's own last words may still be in the socket: they say more than its exit code.
-        self._loop.call_later(0.05, self._report_exit, rank, how)
+        self._loop.call_later(_LAST_WORDS_SECONDS, self._report_exit, rank, how)
 
     def _report_exit(self, rank: int, how: str) -> None:
         if not self._stopping:
             tail = self._log(rank).read_bytes()[-_LOG_TAIL:].decode(errors="replace") if self.death is None else ""
-            self._die(rank, -1, EngineStartFailed(f"engine rank {rank} ended with {how}\n{tail}".rstrip()))
+            self._die(rank, -1, "exit", EngineStartFailed(f"engine rank {rank} ended with {how}\n{tail}".rstrip()))
+
+    def _disconnected(self, _: list[bytes]) -> None:
+        """Some peer's connection is gone; a rank does not connect again. If it was a process that ended, that is
+        reported first."""
+        self._loop.call_later(2 * _LAST_WORDS_SECONDS, self._look_round)
+
+    def _look_round(self) -> None:
+        """A message that says nothing finds out which rank does not hear any more; it may also have been a stranger."""
+        ping = self._codec.encode(Ping(0))
+        for rank in sorted(self._known):
+            if self._stopping or not self._send(rank, ping):
+                return
+
+    def _report_unreachable(self, rank: int, text: str) -> None:
+        """A process that is ending cannot be reached either; how it ended says more, and is known in a moment."""
+
+        def report() -> None:
+            self._die(rank, -1, "unreachable", EngineFailed(text))
+
+        self._loop.call_later(2 * _LAST_WORDS_SECONDS, report)
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -205,7 +288,7 @@ class EngineGroup:
             message = self._codec.decode(frame)
             rank = int(identity.removeprefix(b"rank-"))
         except (ProtocolError, ValueError) as error:
-            self._die(-1, -1, ProtocolError(f"a malformed message from an engine rank: {error}"))
+            self._die(-1, -1, "malformed", ProtocolError(f"a malformed message from an engine rank: {error}"))
             return
         if isinstance(message, Hello):
             self._welcome(identity, rank, message)
@@ -213,7 +296,8 @@ class EngineGroup:
             return  # it never showed the group's token: no answer, no harm
         elif isinstance(message, StepResult):
             if message.rank != rank:
-                self._die(rank, message.step, ProtocolError(f"rank {rank} answered as rank {message.rank}"))
+                text = f"rank {rank} answered as rank {message.rank}"
+                self._die(rank, message.step, "malformed", ProtocolError(text))
             else:
                 self._on_result(message)
         elif isinstance(message, Ready):
@@ -228,13 +312,10 @@ class EngineGroup:
             return
         if hello.version != PROTOCOL_VERSION or hello.rank != rank:
             text = f"rank {rank} speaks protocol {hello.version}, this scheduler {PROTOCOL_VERSION}"
-            self._die(rank, -1, ProtocolError(text))
+            self._die(rank, -1, "malformed", ProtocolError(text))
             return
         self._known.add(rank)
-        try:
-            self._channel.send([identity, self._codec.encode(self._configure)])
-        except zmq.ZMQError as error:
-            self._die(rank, -1, EngineStartFailed(f"rank {rank} cannot be reached: {error}"))
+        self._send(rank, self._codec.encode(self._configure))
 
     def _failed(self, rank: int, failure: Failure) -> None:
         kind = type(from_wire(failure.code, "")).__name__  # the rank's text begins with it, and so will ours
@@ -242,20 +323,38 @@ class EngineGroup:
         error = from_wire(failure.code, f"engine rank {rank}: {said}")
         if said == failure.message:  # nobody foresaw it: where it happened is all there is to go by
             error.add_note(failure.details)
-        self._die(rank, failure.step, error)
+        self._die(rank, failure.step, "raised", error)
 
-    def _die(self, rank: int, step: int, error: TreadleError) -> None:
+    def _die(self, rank: int, step: int, cause: Cause, error: TreadleError) -> None:
         if self.death is not None or self._stopping:
             return
-        self.death = Death(rank, step, error)
+        self.death = Death(rank, step, cause, error)
         if not self._all_ready.done():
             self._all_ready.set_exception(error)
             self._all_ready.exception()  # marks it as seen: start() may have been cancelled
         else:
             self._on_death(self.death)
 
+    def _stacks(self, rank: int) -> Path:
+        return self._runtime.path / f"engine-{self.number}-rank-{rank}.stacks"
+
     def _log(self, rank: int) -> Path:
-        return self._runtime.path / f"engine-{self._number}-rank-{rank}.log"
+        return self._runtime.path / f"engine-{self.number}-rank-{rank}.log"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _from(path: Path, offset: int) -> list[str]:
+    """The lines that were added to a file since it had `offset` bytes."""
+    try:
+        return path.read_bytes()[offset:].decode(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _environment(threads: int, token: str) -> dict[str, str]:

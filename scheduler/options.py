@@ -29,7 +29,10 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tenant's part of it, None for none. policy: name of the scheduling policy (docs/policies.md). target_tpot: seconds
     between tokens that prompts may not push steps over, None for most throughput. watermark: share of the blocks that
     admission leaves free. reserve_output: what it keeps for outputs to come, "estimate", "none" or "full".
-    start_timeout, step_timeout, stop_timeout: seconds.
+    start_timeout, step_timeout, stop_timeout: seconds. step_timeout is what any step may take; step_timeout_floor what
+    it may take at least, however short steps have been: between them the deadline is learned. standby: keep a second,
+    loaded engine group, which takes as much memory again. dump_dir: where the dump of a stuck step goes, "" is
+    $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step. event_log: file that gets every input and decision of the core, ""
@@ -64,8 +67,11 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     reserve_output: str = "estimate"
     start_timeout: float = 600.0
     step_timeout: float = 120.0
+    step_timeout_floor: float = 5.0
     stop_timeout: float = 5.0
     max_restarts: int = 3
+    standby: bool = False
+    dump_dir: str = ""
     random_weights: bool = False
     weights_seed: int = 0
     debug: bool = False
@@ -99,6 +105,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("watermark", 0.0, MOST_WATERMARK),
         ("start_timeout", 0.1, 86_400),
         ("step_timeout", 0.1, 86_400),
+        ("step_timeout_floor", 0.1, 86_400),
         ("stop_timeout", 0.0, 3_600),
         ("max_restarts", 0, 1_000),
         ("gpu_memory_utilization", 0.01, 1.0),

@@ -138,6 +138,10 @@ class RecordedCore:
         return self._core.has_work
 
     @property
+    def unfinished(self) -> int:
+        return self._core.unfinished
+
+    @property
     def policy_errors(self) -> int:
         return self._core.policy_errors
 
@@ -147,6 +151,9 @@ class RecordedCore:
 
     def stats(self) -> Stats:
         return self._core.stats()
+
+    def snapshot(self) -> list[str]:
+        return self._core.snapshot()
 
     def check(self) -> None:
         self._core.check()

@@ -16,20 +16,20 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
 import msgspec
-import zmq
 
 from treadle.errors import (
+    ConfigError,
     EngineFailed,
-    EngineStartFailed,
     InvalidRequest,
     ModelError,
     ProtocolError,
     ServiceClosed,
+    ServiceDraining,
+    ServiceStarting,
     TreadleError,
 )
 from treadle.transport.codec import Digest, engine_codec
@@ -52,35 +52,34 @@ from treadle.transport.params import check_params, check_submit
 
 from .config import CoreConfig
 from .core import Core
+from .deadline import StepDeadline
 from .delivery import Route, Sink, refusal
-from .engine_group import Death, EngineGroup
+from .engine_group import ENGINE_COMMAND, Death
 from .event_log import EventWriter
+from .health import degraded, stuck
+from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
 from .policies import Policy
 from .recording import RecordedCore
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
-from .setup import configure_message, core_config
+from .setup import check_same_shape, configure_message, core_config
+from .step import Step, sent
+from .supervisor import Supervisor
+from .watchdog import Section, dump_directory, own_stacks, write_dump
 
 logger = logging.getLogger("treadle")
 _POLICY_LOG_SECONDS = 10.0
-_BACKOFF_SECONDS = (0.0, 0.5, 2.0, 5.0)
-
-
-@dataclass(slots=True)
-class _Flight:
-    """A step on its way: when it was sent, its bytes, and who has answered."""
-
-    step: int
-    sent_at: float
-    frame: bytes
-    results: dict[int, StepResult] = field(default_factory=dict)
+_REMEMBERED_EVENTS = 64
+_REMEMBERED_STEPS = 64
+_LATE = 0.5
 
 
 class Service:
     """All methods run on the loop that called `start`. Requests come with the sink that their deltas go to.
 
     policy: of this service alone, instead of the one that the options name.
+    on_event: told of every engine group that is lost or becomes ready, on the loop. engine_command: starts a rank.
     """
 
     def __init__(
@@ -90,6 +89,9 @@ class Service:
         tokenizer_info: Callable[[], TokenizerInfo | None],
         leftovers: Sequence[Path] = (),
         policy: Policy | None = None,
+        *,
+        on_event: Callable[[ServiceEvent], None] | None = None,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self.facts = facts
         self.options = options
@@ -102,19 +104,29 @@ class Service:
         self._policy_errors = 0
         self._policy_logged_at = -_POLICY_LOG_SECONDS
         self._last_result_at = 0.0
-        self._configure: Configure | None = None
+        self._on_event = on_event
+        self._engine_command = engine_command
+        self.events: deque[ServiceEvent] = deque(maxlen=_REMEMBERED_EVENTS)
         self._runtime: RuntimeDir | None = None
         self._core: Core | RecordedCore | None = None
         self._event_log: EventWriter | None = None
-        self._group: EngineGroup | None = None
-        self._groups = 0
+        self._supervisor: Supervisor | None = None
         self._state = "starting"
         self._detail = ""
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[Step] = deque()
+        self._recent: deque[Step] = deque(maxlen=_REMEMBERED_STEPS)
+        self._dumps: set[asyncio.Task[None]] = set()
         self._digest = Digest()
         self._codec = engine_codec()
         self._recoveries = 0
-        self._failures_in_a_row = 0
+        self._lost: GroupLost | None = None
+        self._lost_at = 0.0
+        self._deadline = StepDeadline(options.step_timeout_floor, options.step_timeout)
+        self._ended_at = 0.0
+        self._draining = False
+        self._paused = False
+        self._landed = asyncio.Event()
+        self._idle = asyncio.Event()
         self._recovery: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._step_timer: asyncio.TimerHandle | None = None
@@ -131,16 +143,26 @@ class Service:
         try:
             if self.options.event_log:
                 self._event_log = EventWriter(Path(self.options.event_log))
-            self._configure = configure_message(self.facts, self.options, self._runtime.path)
-            num_blocks = await self._start_group()
-            # A later group must hold as many blocks as the core hands out, whatever is free by then.
-            self._configure = msgspec.structs.replace(self._configure, num_blocks=num_blocks)
-            config = core_config(self.facts, self.options, num_blocks, self._configure.max_model_len)
-            self._core = self._make_core(config)
+            configure = configure_message(self.facts, self.options, self._runtime.path)
+            self._supervisor = self._make_supervisor(configure, self._runtime)
+            num_blocks = await self._supervisor.start()
+            self._core = self._make_core(core_config(self.facts, self.options, num_blocks, configure.max_model_len))
         except BaseException:
             await self.close()
             raise
         self._state = "ready"
+
+    def _make_supervisor(self, configure: Configure, runtime: RuntimeDir) -> Supervisor:
+        return Supervisor(
+            configure,
+            runtime,
+            self.options,
+            self._engine_command,
+            self._leftovers,
+            self._on_result,
+            self._on_death,
+            self._tell,
+        )
 
     async def close(self) -> None:
         """Stops the engines and removes every file; requests still open get no more deltas.
@@ -159,9 +181,9 @@ class Service:
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
-        if self._group is not None:
-            await self._group.stop(self.options.stop_timeout)
-            self._group = None
+        await asyncio.gather(*self._dumps, return_exceptions=True)
+        if self._supervisor is not None:
+            await self._supervisor.close()
         if self._event_log is not None:
             self._event_log.close()
         if self._runtime is not None:
@@ -172,9 +194,70 @@ class Service:
             return RecordedCore(config, _draw_seed, self._event_log, self._policy)
         return Core(config, _draw_seed, self._policy)
 
+    async def drain(self, grace: float) -> bool:
+        """Takes nothing new and waits until everything has ended, at most `grace` seconds; whether it has.
+
+        From now on `submit` raises ServiceDraining. What is unfinished then is handed back by whoever closes.
+        """
+        self._draining = True
+        logger.info("draining: %d requests are unfinished", self.unfinished)
+        try:
+            async with asyncio.timeout(grace):
+                while self.unfinished and not self.failed.is_set():
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            logger.warning("draining: %d requests did not end within %g s", self.unfinished, grace)
+        return not self.unfinished
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return self._core.unfinished if self._core is not None else 0
+
+    async def change_weights(self, facts: ModelFacts) -> None:
+        """Goes on with other weights of the same shape: every request continues, from the tokens that it has.
+
+        The new group is loaded beside the old one, so both must fit. Raises ConfigError for another shape, and whatever
+        keeps the group from starting; the old one then goes on.
+        """
+        supervisor, core = self._supervisor, self._core
+        if supervisor is None or core is None or self._paused:
+            raise ServiceClosed("the service is not ready for other weights")
+        check_same_shape(self.facts, facts)
+        configure = msgspec.structs.replace(supervisor.configure, model=facts.path)
+        group = await supervisor.make(configure)
+        self._paused = True
+        try:
+            await self._all_landed()
+            self._forget_steps()
+            await supervisor.adopt(group, configure)
+            self.facts = facts
+        except BaseException:
+            await supervisor.discard(group)
+            raise
+        finally:
+            self._paused = False
+            self._pump()
+
+    async def _all_landed(self) -> None:
+        """Waits until no step is in flight and a group serves. Raises ServiceClosed when none will."""
+        while self._flights or self._state == "recovering":
+            self._landed.clear()
+            await self._landed.wait()
+        if self._state != "ready":
+            raise ServiceClosed(f"the service is {self._state}: {self._detail}")
+
     @property
     def engine_pids(self) -> list[int]:
-        return self._group.pids if self._group is not None else []
+        """Of the group that serves."""
+        group = self._supervisor.group if self._supervisor is not None else None
+        return group.pids if group is not None else []
+
+    @property
+    def spare_pids(self) -> list[int]:
+        """Of groups that stand by, load, or are being ended."""
+        return self._supervisor.spare_pids if self._supervisor is not None else []
 
     # ── requests ──
 
@@ -187,7 +270,7 @@ class Service:
             raise ProtocolError(f"request id {message.id!r} is in use")
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         request.context = Route(sink, message.id)
-        sink.open[message.id] = message.params.n
+        sink.open[message.id] = request.unfinished
         self._pump()
         self._arm_timers()  # a deadline counts while the engines recover, too
 
@@ -230,22 +313,71 @@ class Service:
         )
 
     def health(self) -> Health:
-        age = self._loop.time() - self._flights[0].sent_at if self._flights else 0.0
-        detail = self._detail
-        if not detail and self._core is not None and self._core.policy_error is not None:
-            detail = f"{self._core.policy_errors} times; the last: {self._core.policy_error}"
-        return Health(state=self._state, detail=detail, step=self._steps, step_age=age)
+        """Judged by progress. Who is stuck or degraded says which rank, at which step, doing what, for how long."""
+        supervisor, now = self._supervisor, self._loop.time()
+        oldest = self._flights[0] if self._flights else None
+        health = Health(
+            state=self._state,
+            detail=self._detail or self._policy_trouble(),
+            step=self._steps,
+            step_age=now - oldest.began_at if oldest is not None else 0.0,
+            spare=supervisor.spare if supervisor is not None else "",
+        )
+        if self._state == "recovering" and self._lost is not None and supervisor is not None:
+            return degraded(health, self._lost, supervisor, now - self._lost_at)
+        if self._state == "ready" and oldest is not None and oldest.late:
+            return stuck(health, oldest, self._missing(oldest), now)
+        if self._state == "ready" and self._draining:
+            return msgspec.structs.replace(
+                health, state="draining", detail=f"{self.unfinished} requests are unfinished"
+            )
+        return health
+
+    def _policy_trouble(self) -> str:
+        if self._core is None or self._core.policy_error is None:
+            return ""
+        return f"{self._core.policy_errors} times; the last: {self._core.policy_error}"
+
+    # ── the dump ──
+
+    def dump(self, reason: str) -> asyncio.Task[None]:
+        """Writes what everybody is doing into one file, and its path into the log."""
+        task = self._loop.create_task(self._dump(reason), name="treadle-dump")
+        self._dumps.add(task)
+        task.add_done_callback(self._dumps.discard)
+        return task
+
+    async def _dump(self, reason: str) -> None:
+        group = self._supervisor.group if self._supervisor is not None else None
+        sections: list[Section] = [
+            ("health", [str(self.health())]),
+            ("events", [str(event) for event in self.events]),
+            (f"last {len(self._recent)} steps", [str(step) for step in self._recent]),
+            ("requests", self._core.snapshot() if self._core is not None else []),
+            ("scheduler", own_stacks()),
+        ]
+        if group is not None:
+            sections.append((f"engine group {group.number}", await group.describe()))
+        try:
+            path = await asyncio.to_thread(write_dump, dump_directory(self.options.dump_dir), reason, sections)
+        except ConfigError as error:
+            logger.error("no dump of what happened (%s): %s", reason, error)
+            return
+        logger.warning("%s: dump in %s", reason, path)
 
     # ── the step ──
 
     def _pump(self) -> None:
-        if self._core is None or self._group is None or self._state != "ready":
+        group = self._supervisor.group if self._supervisor is not None else None
+        if self._core is None or group is None or self._state != "ready" or self._paused:
             return
         while (plan := self._core.plan(self._loop.time())) is not None:
             frame = self._codec.encode(plan)
-            self._flights.append(_Flight(plan.step, self._loop.time(), frame))
-            self._group.broadcast(frame)
-            if self._state != "ready":
+            step = sent(plan, frame, self._loop.time())
+            self._flights.append(step)
+            self._recent.append(step)
+            group.broadcast(frame)
+            if group.death is not None or self._state != "ready":
                 return
         self._check_core()
         self._look_at_policy(self._core)
@@ -265,15 +397,16 @@ class Service:
     def _on_result(self, result: StepResult) -> None:
         if self._state != "ready":
             return
-        flight = next((f for f in self._flights if f.step == result.step), None)
+        flight = next((f for f in self._flights if f.number == result.step), None)
         if flight is None or result.rank in flight.results:
-            self._on_death(Death(result.rank, result.step, ProtocolError(f"an answer to step {result.step}, unasked")))
+            error = ProtocolError(f"an answer to step {result.step}, unasked")
+            self._on_death(Death(result.rank, result.step, "malformed", error))
             return
         flight.results[result.rank] = result
         while self._flights and len(self._flights[0].results) == self.options.tensor_parallel_size:
             self._finish(self._flights.popleft())
 
-    def _finish(self, flight: _Flight) -> None:
+    def _finish(self, flight: Step) -> None:
         if self._core is None:
             return
         result = flight.results[0]
@@ -281,19 +414,31 @@ class Service:
         digest = self._digest.add(result.tokens)
         for rank, answer in flight.results.items():
             if answer.digest != digest:
-                self._on_death(Death(rank, flight.step, EngineFailed(f"rank {rank} disagrees at step {flight.step}")))
+                error = EngineFailed(f"rank {rank} disagrees at step {flight.number}")
+                self._on_death(Death(rank, flight.number, "disagreed", error), flight)
                 return
         now = self._loop.time()
         seconds, self._last_result_at = now - max(flight.sent_at, self._last_result_at), now
         try:
             outputs = self._core.apply(result, now, seconds)
         except ProtocolError as error:
-            self._on_death(Death(0, flight.step, error))
+            self._on_death(Death(0, flight.number, "malformed", error), flight)
             return
-        self._steps += 1
-        self._failures_in_a_row = 0
+        self._note_progress(flight)
         self._pump()  # the engines first, the readers after
         self._deliver_step(outputs)
+
+    def _note_progress(self, flight: Step) -> None:
+        now = self._loop.time()
+        flight.took, flight.frame = now - flight.began_at, b""
+        self._deadline.observe(flight.tokens, flight.took)
+        if self._flights:
+            self._flights[0].began_at = now
+        else:
+            self._landed.set()
+        self._steps += 1
+        if self._supervisor is not None:
+            self._supervisor.attempts = 0
 
     def _check_core(self) -> None:
         if self.options.debug and self._core is not None:
@@ -323,97 +468,95 @@ class Service:
                 route.sink.count_down(route.request_id)
         for sink in dirty:
             sink.flush()
+        if not self.unfinished:
+            self._idle.set()
 
     # ── failure and recovery ──
 
-    def _on_death(self, death: Death) -> None:
-        if self._state != "ready":
+    def _on_death(self, death: Death, flight: Step | None = None) -> None:
+        """The serving group is lost. flight: the step in question, where it has landed already."""
+        if self._state != "ready" or self._supervisor is None or self._supervisor.group is None:
             return
-        step = death.step if death.step >= 0 or not self._flights else self._flights[0].step
-        doing = f"at step {step}" if step >= 0 else "between steps"
-        logger.error("engine group lost: rank %d, %s: %s", death.rank, doing, death.error)
+        flight = flight or self._flight_of(death.step)
+        self._lost = GroupLost(
+            group=self._supervisor.group.number,
+            rank=death.rank,
+            step=flight.number if flight is not None else death.step,
+            cause=death.cause,
+            doing=flight.doing if flight is not None else "between steps",
+            detail=str(death.error),
+        )
+        self._lost_at = self._loop.time()
         self._state, self._detail = "recovering", str(death.error)
-        self._recovery = self._loop.create_task(self._recover(death), name="treadle-recovery")
+        self._tell(self._lost)
+        self._recovery = self._loop.create_task(self._recover(death.error), name="treadle-recovery")
 
-    async def _recover(self, death: Death) -> None:
-        """Tears the group down and starts another; what was committed is prefilled again (D7)."""
+    def _flight_of(self, step: int) -> Step | None:
+        """The step that a rank named, else the oldest one on its way."""
+        oldest = self._flights[0] if self._flights else None
+        return next((flight for flight in self._flights if flight.number == step), oldest)
+
+    def _tell(self, event: ServiceEvent) -> None:
+        logger.log(logging.WARNING if isinstance(event, GroupReady) else logging.ERROR, "%s", event)
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
+
+    async def _recover(self, error: TreadleError) -> None:
+        """Has another group in place of the lost one; what was committed is prefilled again (D7)."""
+        failure: Exception | None
         try:
-            self._forget_group()
-            if self._group is not None:
-                await self._group.kill()
-                self._group = None
-            error = await self._restart(death.error)
+            self._forget_steps()
+            failure = await self._replace(error)
         except Exception as unforeseen:  # whatever it is, nobody may be left waiting for ever
             logger.exception("recovery failed")
-            error = unforeseen
-        if error is not None:
-            self._give_up(error)
+            failure = unforeseen
+        if failure is not None:
+            self._give_up(failure)
 
-    def _forget_group(self) -> None:
+    def _forget_steps(self) -> None:
         self._flights.clear()
         self._digest = Digest()
+        self._deadline.restart()
+        if self._step_timer is not None:
+            self._step_timer.cancel()
+            self._step_timer = None
         if self._core is not None:
             self._deliver(self._core.reset(self._loop.time()))
 
-    async def _restart(self, error: Exception) -> Exception | None:
-        """None when a new group is ready, else why the last attempt failed."""
-        while self._failures_in_a_row < self.options.max_restarts:
-            backoff = _BACKOFF_SECONDS[min(self._failures_in_a_row, len(_BACKOFF_SECONDS) - 1)]
-            self._failures_in_a_row += 1
-            await asyncio.sleep(backoff)
-            try:
-                await self._start_group()
-            except TreadleError as failed:
-                logger.error("engine group did not start: %s", failed)
-                error = failed
-                continue
-            self._recoveries += 1
-            self._state, self._detail = "ready", ""
-            logger.warning("engine group %d is ready", self._groups)
-            self._pump()
-            return None
-        return error
+    async def _replace(self, error: TreadleError) -> Exception | None:
+        supervisor = self._supervisor
+        if supervisor is None:
+            return ServiceClosed("the service is not started")
+        spared = supervisor.spare == "ready"
+        failure = await supervisor.replace(error)
+        if failure is not None or supervisor.group is None:
+            return failure
+        self._recoveries += 1
+        self._state, self._detail = "ready", ""
+        self._landed.set()
+        seconds = self._loop.time() - self._lost_at
+        self._pump()
+        self._tell(
+            GroupReady(group=supervisor.group.number, seconds=seconds, attempts=supervisor.attempts, spare=spared)
+        )
+        return None
 
     def _give_up(self, error: Exception) -> None:
-        self._state, self._detail = "failed", f"gave up after {self._failures_in_a_row} restarts: {error}"
-        logger.error("%s", self._detail)
+        event = GaveUp(attempts=self._supervisor.attempts if self._supervisor is not None else 0, detail=str(error))
+        self._state, self._detail = "failed", str(event)
+        self._tell(event)
         self.failed.set()
+        self._landed.set()
+        self._idle.set()
         if self._core is not None:
             self._deliver(self._core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
-
-    async def _start_group(self) -> int:
-        """Starts a group and returns its number of blocks. Raises TreadleError."""
-        if self._configure is None or self._runtime is None:
-            raise ServiceClosed("the service is not started")
-        self._groups += 1
-        number = self._groups
-        shared = self._runtime.path / f"shared-{number}"
-        configure = msgspec.structs.replace(
-            self._configure, shared_dir=str(shared), init_method=f"file://{shared / 'rendezvous'}"
-        )
-        group = None
-        try:
-            shared.mkdir(mode=0o700)
-            group = EngineGroup(number, configure, self._runtime, self._leftovers, self._on_result, self._on_death)
-            self._group = group
-            ready = await group.start(self.options.start_timeout)
-            if group.death is not None:
-                raise group.death.error
-        except BaseException as error:
-            self._group = None
-            if group is not None:
-                await group.kill()
-            if isinstance(error, OSError | zmq.ZMQError):  # no process, descriptor or socket to be had
-                raise EngineStartFailed(f"the engine group could not be started: {error}") from error
-            raise
-        return ready[0].num_blocks
 
     # ── timers ──
 
     def _arm_timers(self) -> None:
         if self._step_timer is None and self._flights:
-            due = self._flights[0].sent_at + self.options.step_timeout
-            self._step_timer = self._loop.call_at(due, self._step_due)
+            self._step_timer = self._loop.call_at(self._due(self._flights[0]), self._step_due)
         if self._core is None:
             return
         deadline = self._core.next_deadline()
@@ -424,20 +567,34 @@ class Service:
         self._deadline_at = max(deadline, self._loop.time())
         self._deadline_timer = self._loop.call_at(self._deadline_at, self._deadline_due)
 
+    def _due(self, flight: Step) -> float:
+        """When to look at a step: when half of its time has passed, and when all has."""
+        return flight.began_at + self._deadline.seconds(flight.tokens) * (1.0 if flight.late else _LATE)
+
     def _step_due(self) -> None:
         self._step_timer = None
         if not self._flights or self._state != "ready":
             return
         oldest = self._flights[0]
-        if self._loop.time() < oldest.sent_at + self.options.step_timeout:
+        if self._loop.time() < self._due(oldest):
             self._arm_timers()
-            return
-        missing = [rank for rank in range(self.options.tensor_parallel_size) if rank not in oldest.results]
+        elif not oldest.late:
+            oldest.late = True
+            self.dump(f"stuck {oldest.doing}; ranks {self._missing(oldest)} have not answered")
+            self._arm_timers()
+        else:
+            self._hang(oldest)
+
+    def _hang(self, oldest: Step) -> None:
+        missing, seconds = self._missing(oldest), self._deadline.seconds(oldest.tokens)
         text = (
-            f"engine ranks {missing} did not finish step {oldest.step} within {self.options.step_timeout:g} s; where "
-            "steps take longer, give them more with step_timeout (--step-timeout)"
+            f"engine ranks {missing} did not finish step {oldest.number} within {seconds:g} s; where "
+            "steps take longer, give them more with step_timeout or step_timeout_floor"
         )
-        self._on_death(Death(missing[0] if missing else -1, oldest.step, EngineFailed(text)))
+        self._on_death(Death(missing[0] if missing else -1, oldest.number, "hang", EngineFailed(text)), oldest)
+
+    def _missing(self, step: Step) -> list[int]:
+        return step.missing(self.options.tensor_parallel_size)
 
     def _deadline_due(self) -> None:
         self._deadline_timer = None
@@ -449,19 +606,23 @@ class Service:
     # ── inside ──
 
     def _accepting(self) -> Core | RecordedCore:
-        if self._core is None or self._state in ("failed", "closed", "starting"):
+        if self._state == "starting":
+            raise ServiceStarting("the service is starting")
+        if self._core is None or self._state in ("failed", "closed"):
             raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
+        if self._draining:
+            raise ServiceDraining("the service is draining: it finishes what it has and takes nothing new")
         return self._core
 
     def _server_info(self, request_id: str) -> ServerInfo:
         if self._core is None:
-            raise ServiceClosed(f"the service is {self._state}")
+            raise ServiceStarting("the service is starting")
         return ServerInfo(
             id=request_id,
             version=PROTOCOL_VERSION,
             incarnation=self.incarnation,
             model=self.facts.name,
-            max_model_len=self._configure.max_model_len if self._configure is not None else 0,
+            max_model_len=self._core.config.max_model_len,
             vocab_size=self.facts.vocab_size,
             world_size=self.options.tensor_parallel_size,
         )

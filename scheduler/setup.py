@@ -45,7 +45,7 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         debug=options.debug,
         cuda_graphs=options.cuda_graphs,
         overlap=options.overlap,
-        gpu_memory_utilization=options.gpu_memory_utilization,
+        gpu_memory_utilization=options.gpu_memory_utilization / (2 if options.standby else 1),
         attention_backend=options.attention_backend,
     )
 
@@ -72,6 +72,16 @@ def core_config(facts: ModelFacts, options: ServiceOptions, num_blocks: int, max
         reserve_output=options.reserve_output,
         eos_token_ids=facts.eos_token_ids,
     )
+
+
+def check_same_shape(old: ModelFacts, new: ModelFacts) -> None:
+    """Raises ConfigError unless a running service can go on with the weights of `new`."""
+    for name in ("vocab_size", "context", "max_ranks", "eos_token_ids"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before != after:
+            raise ConfigError(
+                f"{new.name}: its {name} is {after}, that of {old.name} {before}: only weights may change"
+            )
 
 
 def resolve_dtype(dtype: str, device: str) -> str:

@@ -29,9 +29,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # The longest first, so that no process is left alone with one of them at the end.
 LONG_FILES = (
     "test_exactness.py",
+    "test_chaos.py",
     "test_real_model.py",
     "test_embedded.py",
     "test_recovery.py",
+    "test_supervision.py",
     "test_nothing_left.py",
     "test_client.py",
     "test_cli.py",

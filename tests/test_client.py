@@ -361,7 +361,7 @@ async def test_a_client_that_was_cut_off_learns_it(server: Server) -> None:
 
 @pytest.mark.asyncio
 async def test_a_server_that_is_stopped_says_so(tiny: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "one", tiny) as server:
+    with serving(tmp_path / "one", tiny, "--drain-timeout", "0") as server:
         async with Client(server.endpoint, lost_after=60.0) as client:
             stream = client.generate("a", ENDLESS)
             await anext(stream)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from treadle import LLM, RequestOutput, SamplingParams
+from treadle import LLM, Client, RequestOutput, SamplingParams
 from treadle.errors import EngineFailed, ServiceClosed, TreadleError
 
 from .conftest import alive, eventually
+from .servekit import serving
 
 PROMPTS = ["The first", "A second, longer one", "Third", "And the last of the four"]
 
@@ -88,7 +89,7 @@ async def test_health_says_that_it_recovers(tiny: Path) -> None:
         async with asyncio.timeout(30):
             while (health := await llm.health()).state == "ready" and not (await llm.stats()).recoveries:
                 await asyncio.sleep(0)
-        assert health.state == "recovering" and "SIGKILL" in health.detail
+        assert health.state == "degraded" and "SIGKILL" in health.detail
         assert len((await stream.final()).token_ids) == 120
         assert (await llm.health()).state == "ready"
 
@@ -102,3 +103,33 @@ async def test_a_request_that_comes_while_recovering_is_served(tiny: Path) -> No
             assert (await llm.generate("a", params(0)).final()).token_ids == expected
         except TreadleError as error:  # pragma: no cover
             pytest.fail(f"refused while recovering: {error}")
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_gives_up_says_so_to_everybody_and_exits_with_1(tiny: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.symlink_to(tiny)
+    with serving(tmp_path / "server", model, "--dtype", "float32", "--max-restarts", "1") as server:
+        async with Client(server.endpoint) as client:
+            stream = client.generate("a", params(0))
+            await anext(stream)
+            model.unlink()
+            os.kill(server.ranks[0], signal.SIGKILL)
+            with pytest.raises(EngineFailed, match="gave up after 1 restarts"):
+                await stream.final()
+        assert await asyncio.to_thread(server.process.wait, 30) == 1
+        eventually(lambda: not server.files, "no file is left")
+
+
+@pytest.mark.asyncio
+async def test_a_spare_group_of_real_ranks_goes_on_with_the_same_tokens(tiny: Path) -> None:
+    async with LLM(str(tiny), tensor_parallel_size=2, dtype="float32", standby=True, debug=True) as llm:
+        expected = await undisturbed(llm)
+        async with asyncio.timeout(60):
+            while (await llm.health()).spare != "ready":
+                await asyncio.sleep(0.02)
+        streams = [llm.generate(prompt, params(i)) for i, prompt in enumerate(PROMPTS)]
+        await anext(streams[0])
+        os.kill(llm.engine_pids[1], signal.SIGKILL)
+        assert [(await stream.final()).token_ids for stream in streams] == expected
+        assert (await llm.stats()).recoveries == 1

@@ -21,7 +21,7 @@ _MAX_IPC_PATH = 100  # sun_path holds 108 bytes on Linux and 104 elsewhere, with
 
 @dataclass(frozen=True, slots=True)
 class ServerKeys:
-    """CURVE keys of a tcp server: 40 characters of Z85 each."""
+    """CURVE keys, of a tcp server or of a client that it knows: 40 characters of Z85 each."""
 
     public: str
     secret: str
@@ -97,6 +97,7 @@ def bind_server(sock: zmq.Socket[bytes], endpoint: str, keys: ServerKeys | None)
         if _answers(path):
             raise EndpointInUse(f"{endpoint}: another server listens there; stop it or choose another path")
     elif keys is not None:
+        sock.zap_domain = b"treadle"  # without a handler (`AllowList`) whoever knows the public key may come
         sock.curve_server = True
         sock.curve_secretkey = keys.secret.encode()
         sock.curve_publickey = keys.public.encode()
@@ -119,16 +120,25 @@ def check_client(endpoint: str, server_key: str | None) -> None:
         raise ConfigError(f"endpoint {endpoint!r}: * is for servers; name the host to connect to")
     if server_key is None:
         raise ConfigError(f"{endpoint}: tcp needs the server's public CURVE key (server_key=…, --server-key …)")
-    if type(server_key) is not str or not _is_key(server_key):
+    if type(server_key) is not str or not is_key(server_key):
         raise ConfigError("server_key: a CURVE key has 40 characters of Z85; `treadle keys` printed the server's")
 
 
-def connect_client(sock: zmq.Socket[bytes], endpoint: str, server_key: str | None) -> None:
-    """Connects a client socket; tcp needs the server's public CURVE key. Raises ConfigError."""
+def connect_client(
+    sock: zmq.Socket[bytes], endpoint: str, server_key: str | None, keys: ServerKeys | None = None
+) -> None:
+    """Connects a client socket; tcp needs the server's public CURVE key. keys: the client's, None makes a pair.
+
+    Raises ConfigError, for an ipc socket of another user too: whoever has it would read our prompts.
+    """
     check_client(endpoint, server_key)
+    path = ipc_path(endpoint)
+    if path is not None:
+        _ours(path)
     if server_key is not None and endpoint.startswith("tcp://"):
         sock.curve_serverkey = server_key.encode()
-        sock.curve_publickey, sock.curve_secretkey = zmq.curve_keypair()
+        pair = (keys.public.encode(), keys.secret.encode()) if keys is not None else zmq.curve_keypair()
+        sock.curve_publickey, sock.curve_secretkey = pair
     try:
         sock.connect(endpoint)
     except zmq.ZMQError as error:
@@ -147,12 +157,12 @@ def read_keys(path: Path) -> ServerKeys:
     if mode & 0o077:
         raise ConfigError(f"keys {path}: others may read the file; chmod 600 it")
     keys = ServerKeys(lines.get("public", ""), lines.get("secret", ""))
-    if not _is_key(keys.public) or not _is_key(keys.secret):
+    if not is_key(keys.public) or not is_key(keys.secret):
         raise ConfigError(f"keys {path}: expected lines public=… and secret=…, 40 characters each")
     return keys
 
 
-def _is_key(text: str) -> bool:
+def is_key(text: str) -> bool:
     """Whether it is a CURVE key: 32 bytes as 40 characters of Z85 (ZeroMQ RFC 32)."""
     try:
         return len(z85.decode(text.encode())) == 32
@@ -182,6 +192,17 @@ def _private_directory(path: Path) -> None:
         raise ConfigError(
             f"directory {path}: an ipc endpoint needs a directory of your own that is closed to others "
             f"(mode 0700, not {stat.S_IMODE(info.st_mode):04o}); any program that can connect can use the model"
+        )
+
+
+def _ours(path: Path) -> None:
+    try:
+        owner = path.stat().st_uid
+    except OSError:
+        return  # nobody is there yet
+    if owner not in (os.getuid(), 0):
+        raise ConfigError(
+            f"{path}: the socket belongs to user {owner}, neither to you nor to root: it is not connected to"
         )
 
 

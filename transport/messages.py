@@ -220,6 +220,8 @@ class Submit(Message, frozen=True, kw_only=True):
 
     cache_salt: requests share cached prefixes only within one salt. With `params.n` > 1 the outputs carry `index`.
     tenant: on whose account, for policies and bounds by tenant.
+    outputs: of a request that another server, or this one, had begun and lost: the output that the client has of each
+    continuation, int32; none for a new request. ended: continuations that need nothing more.
     """
 
     id: str
@@ -229,6 +231,8 @@ class Submit(Message, frozen=True, kw_only=True):
     priority: int = 0
     cache_salt: str = ""
     tenant: str = ""
+    outputs: list[bytes] = []
+    ended: list[int] = []
 
 
 class Abort(Message, frozen=True):
@@ -261,10 +265,12 @@ class Deltas(Message, frozen=True):
     """Service → client: what one step brought to all its requests.
 
     tokens: by request id, where one token of continuation 0 is all there is to say, as nearly always. items: the rest.
+    number: counts from 1 within a session.
     """
 
     items: list[Delta]
     tokens: dict[str, int] = {}
+    number: int = 0
 
 
 class Refused(Message, frozen=True):
@@ -281,6 +287,25 @@ class InfoRequest(Message, frozen=True):
 
     id: str
     kind: str
+
+
+class Drain(Message, frozen=True):
+    """Client → service, over ipc only: finish within `grace` seconds, take nothing new, end. Answered by Done."""
+
+    id: str
+    grace: float
+
+
+class Reload(Message, frozen=True):
+    """Client → service, over ipc only: go on with the weights of `model`, of the same shape. Answered by Done."""
+
+    id: str
+    model: str
+
+
+class Done(Message, frozen=True):
+    id: str
+    detail: str = ""
 
 
 class ServerInfo(Message, frozen=True, kw_only=True):
@@ -342,9 +367,13 @@ class Stats(Message, frozen=True, kw_only=True):
 
 
 class Health(Message, frozen=True, kw_only=True):
-    """state: "starting", "ready", "recovering", "failed", "closed"; judged by progress, not by liveness.
+    """Judged by progress, not by liveness.
 
-    step_age: seconds the oldest step in flight has been running, 0 when idle.
+    state: "starting"; "ready"; "stuck", when a step has used up half of its time; "degraded", while a lost engine group
+    is replaced and streams pause; "draining", when nothing new is taken; "failed"; "closed".
+    step: steps finished. step_age: seconds that the oldest step in flight has been running, 0 when idle.
+    Of who is stuck or was lost: rank (-1: nobody knows), at_step (-1: between steps), doing, cause, seconds since.
+    progress, attempt: of the replacement. spare: "" where none is kept, "ready", "loading", "lost".
     """
 
     id: str = ""
@@ -352,20 +381,38 @@ class Health(Message, frozen=True, kw_only=True):
     detail: str = ""
     step: int = 0
     step_age: float = 0.0
+    rank: int = -1
+    at_step: int = -1
+    doing: str = ""
+    cause: str = ""
+    seconds: float = 0.0
+    progress: str = ""
+    attempt: int = 0
+    spare: str = ""
 
 
 class Ping(Message, frozen=True):
+    """Client → service: I live, do you? nonce: how many messages the client has sent, this one included.
+
+    Scheduler → rank: nothing; that it can be sent is what it tells.
+    """
+
     nonce: int
 
 
 class Pong(Message, frozen=True):
-    """incarnation: of the server and of this client's session in it; another one means that requests are gone."""
+    """incarnation: of the server and of this client's session in it; another one means that requests are gone.
+
+    received: messages in this session. Where `nonce - received` changes within a session, some were lost on the way.
+    """
 
     nonce: int
     incarnation: str
+    received: int = 0
 
 
 EngineMessage = Hello | Ready | StepResult | Failure
-PlanMessage = Configure | StepPlan | Shutdown
-ClientMessage = Submit | Abort | InfoRequest | Ping
-ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong
+PlanMessage = Configure | StepPlan | Ping | Shutdown
+ControlMessage = Drain | Reload
+ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload
+ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong | Done

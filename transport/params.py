@@ -54,6 +54,12 @@ def check_submit(message: Submit) -> None:
             raise _wrong(name, value, f"must be text of at most {limit} characters")
     _number("timeout", message.timeout, 0.0, MAX_TIMEOUT)
     _integer("priority", message.priority, -MAX_PRIORITY, MAX_PRIORITY, note=" (lower goes first)")
+    if message.outputs and len(message.outputs) != message.params.n:
+        raise InvalidParameter(f"outputs has {len(message.outputs)} entries: allowed are none or n={message.params.n}")
+    if len(message.ended) >= message.params.n or len(set(message.ended)) != len(message.ended):
+        raise InvalidParameter(f"ended={message.ended}: fewer than n={message.params.n} different ones are allowed")
+    for index in message.ended:
+        _integer("ended", index, 0, message.params.n - 1)
 
 
 def _check_numbers(params: SamplingParams) -> None:

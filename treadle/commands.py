@@ -11,10 +11,12 @@ from pathlib import Path
 
 import msgspec
 
-from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, TreadleError
+from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, ServiceError, TreadleError
+from treadle.scheduler.client_limits import ClientLimits
 from treadle.scheduler.options import service_options
+from treadle.transport.allow_list import read_allow_list
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
-from treadle.transport.messages import SamplingParams
+from treadle.transport.messages import Health, SamplingParams
 from treadle.transport.params import check_params
 
 from . import __version__
@@ -28,6 +30,9 @@ from .simulating import add_simulate_options
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
+_DRAIN_LOOK_SECONDS = 0.1
+HEALTH_CODES = {"ready": 0, "degraded": 3, "stuck": 4, "draining": 5, "starting": 6}
+"""Exit codes of `treadle health`; 7 is a service that has failed or is closed, 2 one that does not answer."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +60,30 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=_MODEL + " (default %(default)s)")
     serve.add_argument("--endpoint", default=default_endpoint(), help=_ENDPOINT + " (default %(default)s)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="key file that `treadle keys` made; tcp needs it")
+    serve.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="to finish what runs after the first SIGINT or SIGTERM; a second one ends at once (default %(default)g)",
+    )
+    serve.add_argument(
+        "--allow", type=Path, metavar="FILE", help="tcp: only clients whose public key stands in it, one a line"
+    )
+    serve.add_argument(
+        "--client-requests",
+        type=int,
+        default=4096,
+        metavar="INT",
+        help="open requests of one client (default %(default)s)",
+    )
+    serve.add_argument(
+        "--client-rate",
+        type=float,
+        default=10_000.0,
+        metavar="FLOAT",
+        help="messages a second of one client (default %(default)g)",
+    )
     serve.add_argument("--parent", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     serve.add_argument("--options", default=None, help=argparse.SUPPRESS)
     add_service_options(serve)
@@ -75,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     for kind in ("stats", "health"):
-        info = _command(commands, kind, f"print the {kind} of a server as JSON")
+        codes = "" if kind == "stats" else "exit code " + ", ".join(f"{c} {s}" for s, c in HEALTH_CODES.items())
+        info = _command(commands, kind, f"print the {kind} of a server as JSON", codes)
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
@@ -85,9 +115,22 @@ def _parser() -> argparse.ArgumentParser:
 
     virtual = _command(commands, "simulate", "run the scheduler in virtual time and say how a workload would fare")
     add_simulate_options(virtual)
+    drain = _command(commands, "drain", "have a server finish what it has, take nothing new and end", "and wait")
+    drain.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="at most (default %(default)g)")
+    reload = _command(
+        commands, "reload", "have a server go on with other weights", "of the same shape; no request ends"
+    )
+    reload.add_argument("model", help=_MODEL)
+    for control, does in ((drain, _drain), (reload, _reload)):
+        control.add_argument("--endpoint", default=default_endpoint(), help="of the server, ipc (default %(default)s)")
+        _add_connection(control)
+        control.set_defaults(run=lambda options, does=does: asyncio.run(does(options)))
 
     keys = _command(commands, "keys", "make a CURVE key file for tcp endpoints", "and print the public key for clients")
-    keys.add_argument("file", type=Path, help="to make, readable only by you; an existing file is left alone")
+    keys.add_argument(
+        "file", type=Path, nargs="+", help="to make, readable only by you; an existing file is left alone"
+    )
+    keys.add_argument("--list", action="store_true", help="print the public keys of existing key files and allow lists")
     keys.set_defaults(run=_keys)
     return parser
 
@@ -117,6 +160,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_connection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--server-key", metavar="KEY", help="the server's public CURVE key, for tcp")
+    parser.add_argument("--client-keys", type=Path, metavar="FILE", help="this client's own, for a server with --allow")
     parser.add_argument(
         "--connect-timeout",
         type=float,
@@ -137,6 +181,9 @@ def _serve(options: argparse.Namespace) -> int:
         endpoint=options.endpoint,
         options=service_options(**values),
         keys=read_keys(options.keys) if options.keys is not None else None,
+        drain_timeout=_grace(options.drain_timeout, "--drain-timeout"),
+        limits=ClientLimits(requests=options.client_requests, messages_per_second=options.client_rate),
+        allowed=read_allow_list(options.allow) if options.allow is not None else None,
         parent=tuple(options.parent) if options.parent is not None else None,
     )
     if settings.options.random_weights:
@@ -201,13 +248,49 @@ async def _info(options: argparse.Namespace, kind: str) -> int:
         answer = await (client.stats() if kind == "stats" else client.health())
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
+    return HEALTH_CODES.get(answer.state, 7) if isinstance(answer, Health) else 0
+
+
+async def _drain(options: argparse.Namespace) -> int:
+    grace = _grace(options.grace, "--grace")
+    async with _client(options) as client:
+        await client.drain(grace or 1e-3)
+        while True:  # its end is what we wait for
+            try:
+                await client.health()
+            except (ServiceError, Overloaded):
+                return 0
+            await asyncio.sleep(_DRAIN_LOOK_SECONDS)
+
+
+async def _reload(options: argparse.Namespace) -> int:
+    async with _client(options) as client:
+        print(await client.reload(options.model))
     return 0
+
+
+def _grace(seconds: float, name: str) -> float:
+    if not 0 <= seconds <= 1e6:
+        raise ConfigError(f"{name} {seconds!r}: allowed is 0 to 1e6 seconds")
+    return seconds
 
 
 def _keys(options: argparse.Namespace) -> int:
-    keys = write_keys(options.file)
-    print(f"wrote {options.file}; the public key for clients (--server-key) is\n{keys.public}")
+    for file in options.file:
+        if options.list:
+            for key in _public_keys(file):
+                print(f"{key}  {file}")
+        else:
+            print(f"wrote {file}; the public key for clients (--server-key) is\n{write_keys(file).public}")
     return 0
+
+
+def _public_keys(file: Path) -> tuple[str, ...]:
+    """Of an allow list, or of a key file."""
+    try:
+        return read_allow_list(file)
+    except ConfigError:
+        return (read_keys(file).public,)
 
 
 # ── options ──
@@ -216,7 +299,7 @@ def _keys(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace) -> Frontend:
     values = service_values(options)
     if options.endpoint is None:
-        for name in ("server_key", "connect_timeout"):
+        for name in ("server_key", "client_keys", "connect_timeout"):
             if vars(options)[name] is not None:
                 raise ConfigError(f"{flag(name)} is of a server: give its --endpoint, too")
         return LLM(DEFAULT_MODEL if options.model is None else options.model, **values)
@@ -232,7 +315,7 @@ def _open(options: argparse.Namespace) -> Frontend:
 def _client(options: argparse.Namespace) -> Client:
     seconds = _CONNECT_SECONDS if options.connect_timeout is None else options.connect_timeout
     endpoint = default_endpoint() if options.endpoint == "default" else options.endpoint
-    return Client(endpoint, server_key=options.server_key, connect_timeout=seconds)
+    return Client(endpoint, server_key=options.server_key, connect_timeout=seconds, keys=options.client_keys)
 
 
 def _params(options: argparse.Namespace) -> SamplingParams:

@@ -39,6 +39,11 @@ class Continuation:
         self.stop_reason: str | int | None = None
 
     @property
+    def tokens(self) -> list[int]:
+        """What came so far."""
+        return self._token_ids
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 

@@ -23,6 +23,8 @@ client. The module imports nothing, so that every room may raise from it.
     └── ServiceError              the service is not there
         ├── EngineStartFailed
         ├── ServiceClosed
+        │   ├── ServiceStarting
+        │   └── ServiceDraining
         ├── ServerLost
         ├── HandshakeFailed
         ├── PolicyFailed
@@ -128,6 +130,18 @@ class ServiceClosed(ServiceError):
     code = "service_closed"
 
 
+class ServiceStarting(ServiceClosed):
+    """The service is not ready yet; ask again in a moment."""
+
+    code = "service_starting"
+
+
+class ServiceDraining(ServiceClosed):
+    """The service is about to end: it finishes what it has and takes nothing new."""
+
+    code = "service_draining"
+
+
 class ServerLost(ServiceError):
     code = "server_lost"
 
@@ -171,6 +185,8 @@ _ALL: tuple[type[TreadleError], ...] = (
     ServiceError,
     EngineStartFailed,
     ServiceClosed,
+    ServiceStarting,
+    ServiceDraining,
     ServerLost,
     HandshakeFailed,
     PolicyFailed,

@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 import uuid
 
 import zmq
 
 from treadle.errors import (
     InvalidRequest,
+    Overloaded,
     ProtocolError,
     ServerLost,
     ServiceClosed,
     ServiceError,
+    ServiceStarting,
     TreadleError,
     from_wire,
 )
 from treadle.transport.channel import Channel
 from treadle.transport.codec import MAX_CLIENT_FRAME, client_codec
-from treadle.transport.endpoints import check_client, connect_client
+from treadle.transport.endpoints import ServerKeys, check_client, connect_client
 from treadle.transport.messages import (
     Abort,
+    ControlMessage,
     Deltas,
+    Done,
     InfoRequest,
     Message,
     Ping,
@@ -48,11 +53,27 @@ class RemoteBackend:
     """Belongs to the loop that called `start`.
 
     libzmq reconnects by itself. What must not be guessed is told apart here: no answer to pings for `lost_after`
-    seconds, silence and nobody who listens, or an answer from another incarnation of the server, ends the open streams
-    with ServerLost. New requests then go to whoever answers.
+    seconds, silence and nobody who listens, an answer from another incarnation of the server, or messages that were
+    lost on the way, ends the open streams with ServerLost. New requests then go to whoever answers.
+
+    resume_timeout: with more than 0 seconds, open streams are kept so long instead, and sent again, with the tokens
+    that they have, to whoever answers. The seed is then the client's, so the tokens are those of one undisturbed run.
     """
 
-    def __init__(self, endpoint: str, server_key: str | None, connect_timeout: float, lost_after: float) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        server_key: str | None,
+        connect_timeout: float,
+        lost_after: float,
+        resume_timeout: float = 0.0,
+        keys: ServerKeys | None = None,
+    ) -> None:
+        self._keys = keys
+        self._resume_timeout = resume_timeout
+        self._sent = 0
+        self._unreceived: int | None = None
+        self._deltas = 0
         self._endpoint = endpoint
         self._server_key = server_key
         self._connect_timeout = connect_timeout
@@ -88,7 +109,7 @@ class RemoteBackend:
                 await probe(self._endpoint)
                 handshake = FirstHandshake(socket, self._endpoint)
                 try:
-                    connect_client(socket, self._endpoint, self._server_key)
+                    connect_client(socket, self._endpoint, self._server_key, self._keys)
                     await handshake.wait()
                 finally:
                     handshake.close()
@@ -112,6 +133,8 @@ class RemoteBackend:
     def submit(self, message: Submit, stream: Stream) -> None:
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceError("this client belongs to another event loop: make one Client per loop")
+        if self._resume_timeout:
+            message = stream.fix_seed(secrets.randbits(63))
         self._streams.add(stream)
         try:
             self._send(message)
@@ -130,24 +153,26 @@ class RemoteBackend:
             async with asyncio.timeout(self._connect_timeout):
                 while True:
                     try:
-                        return await self._ask(kind)
-                    except ServiceClosed as starting:
-                        if "starting" not in str(starting):
-                            raise
-                    what = "it is starting, and not ready"
+                        return await self._ask(InfoRequest(uuid.uuid4().hex, kind))
+                    except ServiceStarting:
+                        what = "it is starting, and not ready"
                     await asyncio.sleep(_STARTING_SECONDS)
         except TimeoutError:
             raise ServerLost(f"{self._endpoint}: {what} within {self._connect_timeout:g} s{_MORE_TIME}") from None
 
-    async def _ask(self, kind: str) -> ServiceMessage:
-        request_id = uuid.uuid4().hex
+    async def control(self, message: ControlMessage) -> str:
+        """Has the server drain or reload, and waits until it says how it went. Raises what it refuses with."""
+        answer = await self._ask(message)
+        return answer.detail if isinstance(answer, Done) else ""
+
+    async def _ask(self, message: InfoRequest | ControlMessage) -> ServiceMessage:
         answer: asyncio.Future[ServiceMessage] = self._loop.create_future()
-        self._answers[request_id] = answer
+        self._answers[message.id] = answer
         try:
-            self._send(InfoRequest(request_id, kind))
+            self._send(message)
             return await answer
         finally:
-            self._answers.pop(request_id, None)
+            self._answers.pop(message.id, None)
 
     def _send_abort(self, message: Abort) -> None:
         if self._channel is not None:
@@ -161,6 +186,7 @@ class RemoteBackend:
             raise InvalidRequest(f"a request of {len(frame)} bytes: at most {MAX_CLIENT_FRAME} are allowed")
         if not self._channel.send([frame]):
             raise ServerLost(f"{self._endpoint}: nobody takes what is sent")
+        self._sent += 1
 
     def _receive(self, frames: list[bytes]) -> None:
         try:
@@ -170,9 +196,11 @@ class RemoteBackend:
             return
         self._last_heard = self._loop.time()
         if isinstance(message, Deltas):
+            self._count(message.number)
             self._streams.receive(message)
         elif isinstance(message, Pong):
             self._met(message.incarnation)
+            self._compare(message.nonce - message.received)
         elif isinstance(message, Refused):
             self._refused(message)
         else:
@@ -185,18 +213,64 @@ class RemoteBackend:
         if answer is not None and not answer.done():
             answer.set_exception(from_wire(message.code, message.message, message.retry_after))
         elif message.id:
-            self._streams.refuse(message)
+            self._refuse(message)
         else:
             self._streams.fail_all(ProtocolError(f"{self._endpoint} could not read a message: {message.message}"))
 
     def _met(self, incarnation: str) -> None:
         if self._incarnation and incarnation != self._incarnation:
-            self._streams.fail_all(
-                ServerLost(
-                    f"{self._endpoint}: the server was restarted or had lost this client; open requests are gone"
-                )
-            )
+            self._unreceived = None
+            self._lost("the server was restarted or had lost this client; open requests are gone")
         self._incarnation = incarnation
+
+    def _count(self, number: int) -> None:
+        """Deltas are numbered; a session begins with 1, and its Pong says the rest."""
+        if number != 1 and number != self._deltas + 1:
+            self._lost("messages of the server were lost on the way; open requests are gone")
+        self._deltas = number
+
+    def _compare(self, unreceived: int) -> None:
+        if self._unreceived is not None and unreceived != self._unreceived:
+            self._lost("messages to the server were lost on the way; open requests are gone")
+        self._unreceived = unreceived
+
+    def _lost(self, text: str) -> None:
+        """The server does not know our open requests, or not all of them."""
+        if not self._resume_timeout:
+            self._streams.fail_all(ServerLost(f"{self._endpoint}: {text}"))
+            return
+        streams = self._streams.open()
+        if streams:
+            logger.warning("%s: %s; %d are sent again", self._endpoint, text, len(streams))
+        for stream in streams:
+            self._resubmit(stream)
+
+    def _resubmit(self, stream: Stream) -> None:
+        if stream.ended or self._channel is None:
+            return
+        old = stream.wire_id
+        self._streams.discard(old)
+        message = stream.resubmission(uuid.uuid4().hex)
+        self._streams.add(stream)
+        try:
+            self._send(Abort(old))  # whoever has it still should not go on
+            self._send(message)
+        except TreadleError as error:
+            self._streams.discard(stream.wire_id)
+            stream.fail(error)
+
+    def _refuse(self, message: Refused) -> None:
+        """A stream that resumes waits out a server that ends or is full: another answers, or this one later."""
+        stream = self._streams.get(message.id)
+        error = from_wire(message.code, message.message, message.retry_after)
+        if stream is None or not self._resume_timeout:
+            self._streams.refuse(message)
+        elif isinstance(error, ServiceStarting):
+            self._loop.call_later(_STARTING_SECONDS, self._resubmit, stream)
+        elif isinstance(error, Overloaded) and stream.resumed:
+            self._loop.call_later(error.retry_after, self._resubmit, stream)
+        elif not isinstance(error, ServiceClosed):  # else the next incarnation will have it
+            self._streams.refuse(message)
 
     def _ping(self) -> None:
         """Once a second while the client is open: tells the server that we live, and us whether it does."""
@@ -208,9 +282,11 @@ class RemoteBackend:
             self._last_heard += late
         if now - self._last_heard > _DOUBT_SECONDS and self._doubt is None:
             self._doubt = self._loop.create_task(self._look())
-        if now - self._last_heard > self._lost_after:
-            self._streams.fail_all(ServerLost(f"{self._endpoint}: silent for {self._lost_after:g} s"))
-        self._channel.send([self._codec.encode(Ping(0))])
+        patience = self._resume_timeout or self._lost_after
+        if now - self._last_heard > patience:
+            self._streams.fail_all(ServerLost(f"{self._endpoint}: silent for {patience:g} s"))
+        if self._channel.send([self._codec.encode(Ping(self._sent + 1))]):
+            self._sent += 1
         self._ping_due = self._loop.time() + _PING_SECONDS
         self._pinger = self._loop.call_later(_PING_SECONDS, self._ping)
 
@@ -224,7 +300,8 @@ class RemoteBackend:
         self._doubt = None
         if gone:
             error = ServerLost(f"{self._endpoint}: the server has ended; open requests are gone")
-            self._streams.fail_all(error)
+            if not self._resume_timeout:
+                self._streams.fail_all(error)
             self._fail_answers(error)
 
     def _fail_answers(self, error: ServiceError) -> None:

@@ -14,12 +14,14 @@ from typing import Any, TypeVar
 import msgspec
 
 from treadle.engine import lifeline
-from treadle.errors import ServiceClosed, TreadleError
+from treadle.errors import ConfigError, InvalidRequest, ServiceStarting, TreadleError
+from treadle.scheduler.client_limits import ClientLimits
 from treadle.scheduler.client_server import ClientServer
+from treadle.scheduler.engine_group import ENGINE_COMMAND
 from treadle.scheduler.options import ServiceOptions
 from treadle.scheduler.service import Service
 from treadle.transport.endpoints import ServerKeys, check_server, ipc_path
-from treadle.transport.messages import TokenizerInfo
+from treadle.transport.messages import ControlMessage, Drain, TokenizerInfo
 
 from .facts import Located, load_tokenizer, locate
 from .loop_thread import new_event_loop
@@ -27,21 +29,30 @@ from .server_process import StartReport
 
 logger = logging.getLogger("treadle")
 T = TypeVar("T")
+_MAX_GRACE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """What `treadle serve` was asked to do. parent: file descriptors (lifeline, report) when an `LLM` started us."""
+    """What `treadle serve` was asked to do. parent: file descriptors (lifeline, report) when an `LLM` started us.
+
+    drain_timeout: seconds to finish what runs after the first signal; a second one ends it at once. limits: of each
+    client. allowed: public keys of the clients that may connect over tcp, None for all. engine_command: starts a rank.
+    """
 
     model: str
     endpoint: str
     options: ServiceOptions
     keys: ServerKeys | None = None
+    drain_timeout: float = 30.0
+    limits: ClientLimits = ClientLimits()  # noqa: RUF009  # frozen
+    allowed: tuple[str, ...] | None = None
+    engine_command: tuple[str, ...] = ENGINE_COMMAND
     parent: tuple[int, int] | None = None
 
 
 def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
-    """Serves until SIGINT or SIGTERM. Returns the exit code; raises TreadleError when it cannot start."""
+    """Serves until SIGINT, SIGTERM or a Drain. Returns the exit code; raises TreadleError when it cannot start."""
     path = ipc_path(settings.endpoint)
     if settings.parent is not None:
         lifeline.watch(settings.parent[0], [path.parent] if path is not None else [])
@@ -57,17 +68,19 @@ def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
 
 async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> int:
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
+    end = _End(settings.drain_timeout if settings.parent is None else 0.0)
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end.signal)
+    if settings.allowed is not None and ipc_path(settings.endpoint) is not None:
+        raise ConfigError(f"--allow is for tcp: {settings.endpoint} is closed to other users anyway")
     check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
     tasks = _Tasks()
     try:
-        stopping = tasks.start(stop.wait())
+        stopping = tasks.start(end.asked.wait())
         locating = tasks.start(asyncio.to_thread(locate, settings.model))
         if await tasks.first(locating, stopping) is stopping:
             return 0
-        return await _serve_model(settings, locating.result(), stopping, tasks, announce)
+        return await _serve_model(settings, locating.result(), end, stopping, tasks, announce)
     finally:
         await tasks.end()
 
@@ -75,6 +88,7 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
 async def _serve_model(
     settings: ServeSettings,
     located: Located,
+    end: _End,
     stopping: asyncio.Task[Any],
     tasks: _Tasks,
     announce: Callable[[str], None],
@@ -84,22 +98,43 @@ async def _serve_model(
 
     def info() -> TokenizerInfo | None:
         if not reading.done():
-            raise ServiceClosed("the service is starting")
+            raise ServiceStarting("the service is starting")
         return reading.result()
 
-    service = Service(located.facts, settings.options, info, [path] if path is not None else [])
+    leftovers = [path] if path is not None else []
+    service = Service(located.facts, settings.options, info, leftovers, engine_command=settings.engine_command)
     private = settings.parent is not None
-    server = ClientServer(service, settings.endpoint, settings.keys, private=private)
+
+    async def control(message: ControlMessage) -> str:
+        if isinstance(message, Drain):
+            end.drain(message.grace)
+            return "draining"
+        other = await asyncio.to_thread(locate, message.model)
+        await service.change_weights(other.facts)
+        return f"goes on with {other.path}"
+
+    server = ClientServer(
+        service,
+        settings.endpoint,
+        settings.keys,
+        private=private,
+        control=control,
+        limits=settings.limits,
+        allowed=settings.allowed,
+    )
     try:
         starting = tasks.start(service.start())
         if await tasks.first(starting, stopping) is stopping:
             return 0
         starting.result()
         await reading
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, service.dump, "SIGUSR1")
         announce(settings.endpoint)
         _report(settings, StartReport())
         failed = tasks.start(service.failed.wait())
-        return 1 if await tasks.first(stopping, failed) is failed else 0
+        if await tasks.first(stopping, failed) is not failed:
+            await tasks.first(tasks.start(service.drain(end.grace)), tasks.start(end.hurry.wait()), failed)
+        return 1 if failed.done() else 0
     finally:
         server.close()
         await service.close()
@@ -108,6 +143,30 @@ async def _serve_model(
 def _tokenizer_info(path: Path) -> TokenizerInfo | None:
     tokenizer = load_tokenizer(path)
     return tokenizer.to_info() if tokenizer is not None else None
+
+
+class _End:
+    """How a server is asked to end: by a signal or a message, and once more by a signal if it should be at once."""
+
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.asked = asyncio.Event()
+        self.hurry = asyncio.Event()
+        self._signals = 0
+
+    def signal(self) -> None:
+        self._signals += 1
+        self.asked.set()
+        if self._signals > 1:
+            self.hurry.set()
+
+    def drain(self, grace: float) -> None:
+        """Raises InvalidRequest."""
+        if not 0 <= grace <= _MAX_GRACE:
+            raise InvalidRequest(f"grace={grace!r}: allowed is 0 to {_MAX_GRACE:g} seconds")
+        if not self.asked.is_set():
+            self.grace = grace
+            self.asked.set()
 
 
 class _Tasks:

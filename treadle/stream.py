@@ -7,13 +7,17 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
+import msgspec
+
 from treadle.errors import DeadlineExceeded, ServiceClosed, TreadleError, from_wire
 from treadle.tokenizer import Tokenizer
-from treadle.transport.codec import unpack
+from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import Abort, Delta, Deltas, Refused, Submit
 
 from .continuation import Continuation, logprob_table
 from .outputs import Logprob, RequestOutput
+
+_LEAST_TIMEOUT = 1e-3
 
 
 class Stream:
@@ -36,6 +40,8 @@ class Stream:
     ) -> None:
         self.request_id = label
         self.wire_id = submit.id
+        self.resumed = False
+        self._submit = submit
         self._prompt = prompt
         self._prompt_ids: list[int] = unpack(submit.tokens).tolist()
         self._eos = eos_token_ids
@@ -101,6 +107,30 @@ class Stream:
     def ended(self) -> bool:
         """Nothing more will be fed to this stream."""
         return self._ended
+
+    def resubmission(self, wire_id: str) -> Submit:
+        """The request as it stands now, for a server that does not know it. The stream has this id from now on."""
+        self.wire_id = wire_id
+        self.resumed = True
+        timeout = self._submit.timeout
+        if timeout:
+            timeout = max(timeout - (time.perf_counter() - self._arrival), _LEAST_TIMEOUT)
+        if self._prompt_logprobs is not None and not self._parts[0].tokens:
+            self._prompt_logprobs = [None]  # the rest comes with the first token, from the beginning
+        return msgspec.structs.replace(
+            self._submit,
+            id=wire_id,
+            timeout=timeout,
+            outputs=[pack(part.tokens) for part in self._parts],
+            ended=[index for index, part in enumerate(self._parts) if part.finished],
+        )
+
+    def fix_seed(self, seed: int) -> Submit:
+        """The request with a seed of the client's, so that every server draws the same tokens."""
+        if self._submit.params.seed is None:
+            params = msgspec.structs.replace(self._submit.params, seed=seed)
+            self._submit = msgspec.structs.replace(self._submit, params=params)
+        return self._submit
 
     # ── the reader's side ──
 
@@ -184,6 +214,12 @@ class StreamTable:
 
     def add(self, stream: Stream) -> None:
         self._streams[stream.wire_id] = stream
+
+    def open(self) -> list[Stream]:
+        return list(self._streams.values())
+
+    def get(self, request_id: str) -> Stream | None:
+        return self._streams.get(request_id)
 
     def discard(self, request_id: str) -> None:
         self._streams.pop(request_id, None)

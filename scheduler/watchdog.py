@@ -1,0 +1,77 @@
+"""The dump: everything that a person needs who asks why nothing moves, in one file.
+
+It holds stacks, plans in numbers, rows and queue; no prompt, no token, no parameter of a request. The last few are
+kept after the service has ended, readable by their owner only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from treadle.errors import ConfigError
+
+_KEPT = 8
+Section = tuple[str, Iterable[str]]
+
+
+def dump_directory(chosen: str) -> Path:
+    """Where dumps go: `chosen`, or "" for `$XDG_STATE_HOME/treadle`, which is `~/.local/state/treadle` by default."""
+    if chosen:
+        return Path(chosen)
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if os.path.isabs(state) else Path.home() / ".local" / "state") / "treadle"
+
+
+def write_dump(directory: Path, reason: str, sections: Sequence[Section]) -> Path:
+    """Writes one file and removes all but the last few. Raises ConfigError where nothing can be written."""
+    name = f"dump-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}-{time.monotonic_ns() % 1_000_000:06d}.txt"
+    text = [f"treadle dump, {time.strftime('%Y-%m-%d %H:%M:%S %z')}, process {os.getpid()}: {reason}"]
+    for title, lines in sections:
+        text += ["", f"== {title}", *lines]
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = directory / name
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", errors="replace") as file:
+            file.write("\n".join(text) + "\n")
+        for old in sorted(directory.glob("dump-*.txt"), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"dump_dir {directory}: {error.strerror or error}") from error
+    return path
+
+
+def own_stacks() -> list[str]:
+    """Of every thread of this process and of every task of the running loop."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines: list[str] = []
+    for ident, frame in sys._current_frames().items():
+        lines.append(f"thread {names.get(ident, '?')}")
+        lines += [line.rstrip() for line in traceback.format_stack(frame)]
+    for task in asyncio.all_tasks():
+        lines.append(f"task {task.get_name()}")
+        for frame in task.get_stack(limit=8):
+            lines.append(f"  {frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+    return lines
+
+
+def process_state(pid: int) -> str:
+    """What the kernel says of a process: running, sleeping, stopped, in a driver, gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return "gone"
+    fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+    try:
+        waits_in = Path(f"/proc/{pid}/wchan").read_text() or "0"
+    except OSError:
+        waits_in = "?"
+    wanted = {"state": "State", "memory": "VmRSS", "threads": "Threads"}
+    shown = ", ".join(f"{name} {fields.get(key, '?').strip()}" for name, key in wanted.items())
+    return f"{shown}, kernel function {waits_in}"
