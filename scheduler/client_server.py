@@ -168,6 +168,9 @@ class _Session(Sink):
     def flush(self) -> None:
         self.post(Deltas(self.take()))
 
+    def refuse(self, refused: Refused) -> None:
+        self.post(refused)
+
     def post(self, message: Message) -> None:
         """Sends in order; cuts the client off when it is gone or too far behind."""
         if self._gone:

@@ -4,6 +4,7 @@
     core.plan(now)               the next step, or None
     core.apply(result, now)      what that step brought; results come in the order of the plans
     core.abort(id, now)          at any time
+    core.masks_due()             steps whose guided rows can be told which tokens they may sample
     core.reset(now)              the engine died; everything unfinished will be computed again
     core.expire(now)             deadlines, at `next_deadline()`
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from treadle.errors import EngineFailed, ProtocolError, RequestFailed
@@ -23,6 +25,7 @@ from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Su
 
 from .admission import Admission
 from .config import CoreConfig
+from .guidance.pending import MasksDue, PendingMasks
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
 from .ordered_queue import OrderedQueue
@@ -48,6 +51,7 @@ class Core:
         self._requests: dict[str, Request] = {}
         self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
         self._flights: deque[Flight] = deque()
+        self._masks = PendingMasks(self._running)
         self._unsaid: list[Output] = []
         self._stop_ids = StopIds(config.vocab_size)
         self._step = 0
@@ -81,6 +85,12 @@ class Core:
             return self._end_request(request, "abort", now)
         chosen = request.sequences[index : index + 1]
         return [self._end(Output(sequence), "abort", now) for sequence in chosen if not sequence.finish]
+
+    def fail(self, sequence: Sequence, code: str, message: str, now: float) -> list[Output]:
+        """Ends one sequence with "error", wherever it is; one that has ended is left alone."""
+        if sequence.finish:
+            return []
+        return [self._end(Output(sequence, error_code=code, error=message), "error", now)]
 
     def fail_all(self, code: str, message: str, now: float) -> list[Output]:
         """Ends every request with "error": nothing will run any more."""
@@ -116,7 +126,17 @@ class Core:
         plan, flight = composed
         self._flights.append(flight)
         self._step += 1
+        if self._running.rows.guided_count:
+            plan = msgspec.structs.replace(plan, guided=self._masks.enter(flight))
         return plan
+
+    def masks_due(self) -> list[MasksDue]:
+        """Steps whose guided rows now know every token before the one that they will sample; each step comes once.
+
+        A plan that names guided rows is answered only after the ranks have got its masks, so whoever drives a core
+        with guided requests has to ask after each `plan` and each `apply`.
+        """
+        return self._masks.take()
 
     def apply(self, result: StepResult, now: float) -> Outputs:
         """Commits what the oldest step in flight brought.
@@ -128,6 +148,7 @@ class Core:
         rows, admissions = flight.sampled()
         tokens = self._read_tokens(result, rows)
         self._flights.popleft()
+        self._masks.drop(flight.step)
         outputs = Outputs(others=self.expire(now))
         for fault in result.faults:
             self._fail_row(flight, fault, outputs, now)
@@ -150,6 +171,7 @@ class Core:
         """
         suspects = self._in_flight_requests()
         self._flights.clear()
+        self._masks.clear()
         for sequence in self._running.forget():
             self._waiting.push(sequence)
         self._recoveries += 1

@@ -24,6 +24,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     the budget. max_model_len: tokens of prompt and output, 0 is the model's own.
     pipeline_depth: steps in flight, 1 is synchronous. prefix_cache, native: switches. threads: of each rank.
     max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
+    grammar_timeout: seconds that the grammar of a guided request may take to compile.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step.
@@ -52,6 +53,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     start_timeout: float = 600.0
     step_timeout: float = 120.0
     stop_timeout: float = 5.0
+    grammar_timeout: float = 10.0
     max_restarts: int = 3
     random_weights: bool = False
     weights_seed: int = 0
@@ -85,6 +87,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("start_timeout", 0.1, 86_400),
         ("step_timeout", 0.1, 86_400),
         ("stop_timeout", 0.0, 3_600),
+        ("grammar_timeout", 0.01, 3_600),
         ("max_restarts", 0, 1_000),
         ("gpu_memory_utilization", 0.01, 1.0),
     ):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import msgspec
+
 from treadle.transport.messages import Row, SamplingParams, TokenLogprobs
 
 NO_ROW = Row(-1)
@@ -48,6 +50,16 @@ class Request:
     unfinished: int = 0
     running: int = 0
     failures: int = 0
+
+    @property
+    def guided(self) -> bool:
+        """Its samples wait for masks."""
+        return self.params.guided is not None
+
+    @property
+    def engine_params(self) -> SamplingParams:
+        """What ranks are told: they get masks, and need no grammar."""
+        return msgspec.structs.replace(self.params, guided=None) if self.guided else self.params
 
 
 @dataclass(slots=True, eq=False)

@@ -172,7 +172,7 @@ class Running:
             computed,
             sequence.tokens,
             table.tobytes(),
-            request.params,
+            request.engine_params,
             sequence.seed,
             request.ban,
         )

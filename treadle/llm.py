@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from treadle.scheduler.options import service_options
+from treadle.transport.messages import TokenizerInfo
 
 from .backend import Backend
 from .embedded import EmbeddedBackend
@@ -74,5 +75,9 @@ class LLM(Frontend):
 
     def _make_backend(self, located: Located) -> Backend:
         if self._in_process:
-            return EmbeddedBackend(located.facts, self._options, lambda: None)  # its readers have the tokenizer
+            return EmbeddedBackend(located.facts, self._options, self._tokenizer_info)
         return ServerProcess(str(located.path), self._raw_options, self._options.start_timeout)
+
+    def _tokenizer_info(self) -> TokenizerInfo | None:
+        """For guided requests; readers of text have the tokenizer itself. Only an open LLM is asked."""
+        return self._tokenizer.to_info() if self._tokenizer is not None else None
