@@ -11,7 +11,7 @@ from tests.corekit import Rig, counts
 from treadle.errors import Overloaded, PromptTooLong
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.request import Output
-from treadle.transport.messages import RowFault, StepResult
+from treadle.transport.messages import Guided, RowFault, StepResult
 
 VOCAB = 12
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
@@ -46,6 +46,7 @@ params = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "logprobs": st.sampled_from([None, None, 2]),
         "prompt_logprobs": st.sampled_from([None, None, None, 1]),
+        "guided": st.sampled_from([None, None, Guided(choice=["3", "3 1 4 1 5 9 2 6", "7 7 7 7 7", "3 1 8"])]),
     }
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 
@@ -17,6 +17,9 @@ from treadle.transport.masks import Words
 from treadle.transport.messages import Guided
 
 from .matching import Advance
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
 
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text. Bounded, or a small model may go on with it for ever."""
@@ -58,11 +61,12 @@ class LlgMatching:
 
     def compile(self, guided: Guided) -> LlgGrammar:
         kind, text = guided.source
-        grammar = _grammar(kind, text)
         try:
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
+            matcher = LLMatcher(self._tokenizer, _grammar(kind, text), log_level=0, limits=_limits())
             if not matcher.is_error():
                 matcher.compute_bitmask()  # finds what allows nothing, and fills the tables that copies share
+        except InvalidParameter:
+            raise
         except BaseException as error:  # a panic of the library's is no Exception
             raise InvalidParameter(f"guided.{kind}: it cannot be compiled: {error}") from error
         if matcher.is_error():
@@ -93,7 +97,7 @@ def _limits() -> LLParserLimits:
 
 def _grammar(kind: str, text: str) -> str:
     if kind == "json":
-        return LLMatcher.grammar_from_json_schema(_schema(text), defaults={"whitespace_pattern": _WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(text, defaults=_json_options(text))
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
     if kind == "choice":
@@ -103,11 +107,17 @@ def _grammar(kind: str, text: str) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
-def _schema(text: str) -> str:
+def _json_options(text: str) -> JsonCompileOptions:
+    """Ours, unless the schema has its own ("x-guidance") or is true or false, which can have none.
+
+    Raises InvalidParameter for what is no schema.
+    """
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidParameter(f"guided.json: not JSON: {error}") from error
     if not isinstance(schema, dict | bool):
         raise InvalidParameter(f"guided.json: a schema is an object, true or false, not {type(schema).__name__}")
-    return text
+    if isinstance(schema, bool) or "x-guidance" in schema:
+        return {}
+    return {"whitespace_pattern": _WHITESPACE}
