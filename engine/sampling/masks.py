@@ -17,6 +17,8 @@ from .upload import upload
 
 Int64 = npt.NDArray[np.int64]
 _NEVER = float("-inf")
+_FEW = 16
+"""One token in so many, or less, is few."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,29 @@ def mask_logits(logits: torch.Tensor, masks: LocalMasks) -> None:
 
 
 def _mask_on_host(logits: torch.Tensor, masks: LocalMasks) -> None:
-    """A mask at a time, so that its bits are spread out once for all its rows."""
+    """A mask at a time, so that its bits are spread out once for all its rows.
+
+    Most masks allow a handful of tokens or forbid a few hundred: these are named, which is several times as quick as
+    to go through the vocabulary.
+    """
     columns = logits.shape[1]
-    values = logits.numpy() if logits.dtype == torch.float32 else None
     for mask in np.unique(masks.index):
-        bits = np.unpackbits(masks.words[mask].view(np.uint8), bitorder="little")
-        banned = bits[masks.offset : masks.offset + columns] == 0
-        for place in masks.places[masks.index == mask]:
-            if values is not None:
-                np.copyto(values[place], np.float32(_NEVER), where=banned)
-            else:
-                logits[place].masked_fill_(torch.from_numpy(banned), _NEVER)
+        bits = np.unpackbits(masks.words[mask].view(np.uint8), bitorder="little")[masks.offset :][:columns]
+        allowed = int(np.count_nonzero(bits))
+        places = masks.places[masks.index == mask].tolist()
+        if allowed < columns // _FEW:
+            ids = torch.from_numpy(bits.nonzero()[0])
+            for place in places:
+                kept = logits[place, ids]
+                logits[place].fill_(_NEVER)[ids] = kept
+        elif columns - allowed < columns // _FEW:
+            ids = torch.from_numpy((bits == 0).nonzero()[0])
+            for place in places:
+                logits[place, ids] = _NEVER
+        else:
+            banned = torch.from_numpy(bits == 0)
+            for place in places:
+                logits[place].masked_fill_(banned, _NEVER)
 
 
 def _mask_on_device(logits: torch.Tensor, masks: LocalMasks) -> None:
