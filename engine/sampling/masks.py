@@ -66,7 +66,7 @@ def mask_logits(logits: torch.Tensor, masks: LocalMasks) -> None:
     """Changes logits, float [S, vocab_local], in place."""
     if not len(masks.places) or not logits.shape[1]:
         return
-    if logits.device.type == "cpu":
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
         _mask_on_host(logits, masks)
     else:
         _mask_on_device(logits, masks)
@@ -78,24 +78,25 @@ def _mask_on_host(logits: torch.Tensor, masks: LocalMasks) -> None:
     Most masks allow a handful of tokens or forbid a few hundred: these are named, which is several times as quick as
     to go through the vocabulary.
     """
-    columns = logits.shape[1]
+    columns, values = logits.shape[1], logits.numpy()
     for mask in np.unique(masks.index):
-        bits = np.unpackbits(masks.words[mask].view(np.uint8), bitorder="little")[masks.offset :][:columns]
-        allowed = int(np.count_nonzero(bits))
-        places = masks.places[masks.index == mask].tolist()
-        if allowed < columns // _FEW:
-            ids = torch.from_numpy(bits.nonzero()[0])
-            for place in places:
-                kept = logits[place, ids]
-                logits[place].fill_(_NEVER)[ids] = kept
-        elif columns - allowed < columns // _FEW:
-            ids = torch.from_numpy((bits == 0).nonzero()[0])
-            for place in places:
-                logits[place, ids] = _NEVER
+        bits = np.unpackbits(masks.words[mask].view(np.uint8), bitorder="little")
+        allowed = bits[masks.offset :][:columns].view(np.bool_)
+        count = int(np.count_nonzero(allowed))
+        rows = [values[place] for place in masks.places[masks.index == mask]]
+        if count < columns // _FEW:
+            ids = allowed.nonzero()[0]
+            for row in rows:
+                kept = row[ids]
+                row.fill(_NEVER)
+                row[ids] = kept
+        elif columns - count < columns // _FEW:
+            ids = (~allowed).nonzero()[0]
+            for row in rows:
+                row[ids] = _NEVER
         else:
-            banned = torch.from_numpy(bits == 0)
-            for place in places:
-                logits[place].masked_fill_(banned, _NEVER)
+            for row in rows:
+                np.copyto(row, _NEVER, where=~allowed)
 
 
 def _mask_on_device(logits: torch.Tensor, masks: LocalMasks) -> None:
