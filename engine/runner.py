@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import torch
 
+from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
-from treadle.transport.messages import RowFault, StepPlan, TokenLogprobs
+from treadle.transport.messages import Masks, RowFault, StepPlan, TokenLogprobs
 
 from .batch import ForwardBatch
 from .kv import KVCache
 from .model import Decoder
 from .rows import Int64, RowMirror, Work, spans
+from .sampling.masks import LocalMasks, guided_places
 from .sampling.sampler import Sampler
 from .sampling.state import SamplingState
 
@@ -22,6 +25,8 @@ _SCORE_SLICE = 256
 _NOTHING = np.empty(0, np.int64)
 Scored = tuple[int, Int64, Int64]
 """A row, positions whose next prompt token is scored, and their offsets in the flat batch."""
+TakeMasks: TypeAlias = Callable[[], Masks]
+"""Waits for the masks of the step that runs."""
 
 
 @dataclass(slots=True)
@@ -36,7 +41,9 @@ class StepOutcome:
 class StepRunner(Protocol):
     """What the loop of a rank needs of a runner."""
 
-    def step(self, plan: StepPlan) -> StepOutcome: ...
+    def step(self, plan: StepPlan, take_masks: TakeMasks | None = None) -> StepOutcome:
+        """take_masks: called once, after the forward pass, if the plan has guided rows."""
+        ...
 
     def forget(self) -> None:
         """Releases every row, for a scheduler that starts anew on loaded ranks."""
@@ -61,10 +68,11 @@ class Runner:
         self._sampling = sampling
         self._sampler = sampler
         self._scorer = PromptScorer(model, mirror, sampling, sampler)
+        self._vocab_size = model.config.vocab_size
         self._device = device
 
     @torch.inference_mode()
-    def step(self, plan: StepPlan) -> StepOutcome:
+    def step(self, plan: StepPlan, take_masks: TakeMasks | None = None) -> StepOutcome:
         work = self._mirror.apply(plan)
         for row in unpack(plan.release).tolist():
             self._sampling.stop(row)
@@ -74,7 +82,7 @@ class Runner:
         batch = self._batch(work, scored)
         hidden = self._model.forward(batch, self._kv)
         count = int(work.samples.sum())
-        outcome = self._sample(work, hidden[:count])
+        outcome = self._sample(work, hidden[:count], plan, take_masks)
         outcome.logprobs = self._scorer.score(hidden[count:], scored) + outcome.logprobs
         return outcome
 
@@ -82,7 +90,7 @@ class Runner:
         """Releases every row, for a scheduler that starts anew on loaded ranks."""
         self._mirror.forget()
 
-    def _sample(self, work: Work, hidden: torch.Tensor) -> StepOutcome:
+    def _sample(self, work: Work, hidden: torch.Tensor, plan: StepPlan, take_masks: TakeMasks | None) -> StepOutcome:
         """Samples for the rows that reached their last known token; hidden: [S, hidden], one per such row."""
         rows = work.rows[work.samples]
         if not len(rows):
@@ -90,11 +98,18 @@ class Runner:
             return StepOutcome(_NOTHING)
         known = self._mirror.known[rows]
         logits = self._model.logits(hidden)
-        out = self._sampler.sample(logits, rows, known, self._mirror.tokens_tensor, known)
+        masks = self._masks(plan, rows, take_masks) if plan.guided else None
+        out = self._sampler.sample(logits, rows, known, self._mirror.tokens_tensor, known, masks)
         sampled = out.tokens.cpu().numpy()
         self._mirror.commit(work, sampled)
         back = np.argsort(work.plan_order[work.samples], kind="stable")
         return StepOutcome(sampled[back], out.logprobs, out.faults)
+
+    def _masks(self, plan: StepPlan, rows: Int64, take_masks: TakeMasks | None) -> LocalMasks:
+        if take_masks is None:
+            raise ProtocolError(f"step {plan.step} has guided rows and nobody brings masks")
+        places = guided_places(plan, rows)
+        return LocalMasks.of(take_masks(), places, self._model.vocab_start, self._model.vocab_local, self._vocab_size)
 
     def _batch(self, work: Work, scored: list[Scored]) -> ForwardBatch:
         mirror, counts = self._mirror, work.counts

@@ -7,19 +7,21 @@ import sys
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import zmq
 
 from treadle.errors import EngineFailed, ProtocolError, TreadleError
 from treadle.transport.codec import Codec, Digest, pack
-from treadle.transport.messages import Configure, Failure, Ping, PlanMessage, Shutdown, StepPlan, StepResult
+from treadle.transport.messages import Configure, Failure, Masks, Ping, PlanMessage, Shutdown, StepPlan, StepResult
 
 from .cuda.runner import PipelinedRunner, Ticket
 from .loading import load
 from .profiling import step_profiler
-from .runner import StepOutcome, StepRunner
+from .runner import StepOutcome, StepRunner, TakeMasks
 
 _LAST_WORDS_MS = 2_000
 # Between two looks at the device and the socket while a step runs: as long as nobody notices, then longer. Seconds.
@@ -53,12 +55,19 @@ def serve(socket: zmq.Socket[bytes], codec: Codec[PlanMessage], rank: int) -> in
 
 @dataclass(slots=True)
 class _Open:
-    """A step that was launched."""
+    """A step that was launched. masks: bytes of its message. waits: it is launched up to its logits, and its guided
+    rows may not sample yet."""
 
     plan: StepPlan
     frame: bytes
     ticket: Ticket
     began: float
+    waits: bool
+    masks: bytes = b""
+
+
+class _Ended(Exception):
+    """Shutdown came where something else was waited for."""
 
 
 class _Loop:
@@ -72,38 +81,70 @@ class _Loop:
         self._digest = Digest()
         self._ended = 0.0
         self._profiler = step_profiler(rank)
+        self._plans: deque[tuple[StepPlan, bytes]] = deque()
+        self._masks: dict[int, tuple[Masks, bytes]] = {}
 
     def run(self, runner: StepRunner) -> None:
         """One step after the other."""
-        while (received := self._receive()) is not None:
-            if isinstance(received, Ping):
-                continue
-            plan, frame = received
-            self._socket.send(self._codec.encode(run_step(runner, plan, frame, self._digest, self._rank)))
+        try:
+            while True:
+                while not self._plans:
+                    self._receive()
+                plan, frame = self._plans.popleft()
+                self._begin(plan)
+                take = partial(self._take_masks, plan)
+                self._socket.send(self._codec.encode(run_step(runner, plan, frame, self._digest, self._rank, take)))
+        except _Ended:
+            return
+
+    def _take_masks(self, plan: StepPlan) -> tuple[Masks, bytes]:
+        """Waits for the plan's masks; plans that come meanwhile wait in turn."""
+        while plan.step not in self._masks:
+            self._receive()
+        return self._masks.pop(plan.step)
 
     def run_overlapped(self, runner: PipelinedRunner) -> None:
         """Launches a plan when it comes, whatever is running, and answers when its step is done.
 
         While a step runs, the next plan and the end of the step may come in either order, and ZeroMQ knows nothing of
         the device: so the loop looks at both, and sleeps in between. With nothing on its way it sleeps in the socket.
+        A step with guided rows is launched up to its logits; it samples, and the next is launched, when its masks come.
         """
         _sleep_precisely()
         steps: deque[_Open] = deque()
-        while True:
-            if steps and not self._wait(runner, steps[0]):
-                self._answer(runner, steps.popleft())
-                continue
-            received = self._receive()
-            if received is None:
-                return
-            if isinstance(received, Ping):
-                continue
-            plan, frame = received
-            began = time.perf_counter()
-            steps.append(_Open(plan, frame, runner.submit(plan), began))
+        try:
+            while True:
+                if steps and not self._wait(runner, steps[0]):
+                    self._answer(runner, steps.popleft())
+                    continue
+                self._receive()
+                while self._launch(runner, steps):
+                    pass
+        except _Ended:
+            return
+
+    def _launch(self, runner: PipelinedRunner, steps: deque[_Open]) -> bool:
+        """Launches what can be launched next: the samples of the newest step, or a plan. False when nothing can."""
+        if steps and steps[-1].waits:
+            step = steps[-1]
+            if step.plan.step not in self._masks:
+                return False
+            masks, step.masks = self._masks.pop(step.plan.step)
+            runner.sample(step.ticket, masks)
+            step.waits = False
+            return True
+        if not self._plans:
+            return False
+        plan, frame = self._plans.popleft()
+        self._begin(plan)
+        began = time.perf_counter()
+        steps.append(_Open(plan, frame, runner.submit(plan), began, bool(plan.guided)))
+        return True
 
     def _wait(self, runner: PipelinedRunner, oldest: _Open) -> bool:
         """Whether a message is there; False once the oldest step is done. A plan goes first: the device may be idle."""
+        if oldest.waits:
+            return True  # nothing but a message can help it
         began = time.perf_counter()
         while not int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             if runner.done(oldest.ticket):
@@ -114,33 +155,58 @@ class _Loop:
     def _answer(self, runner: PipelinedRunner, step: _Open) -> None:
         outcome = runner.collect(step.ticket)
         self._digest.add(step.frame)
+        self._digest.add(step.masks)
         now = time.perf_counter()
         result = _result(step.plan, outcome, self._digest, self._rank, now - max(step.began, self._ended))
         self._ended = now
         self._socket.send(self._codec.encode(result))
 
-    def _receive(self) -> tuple[StepPlan, bytes] | Ping | None:
-        """The next plan with its bytes, a Ping, which asks for nothing, or None at the end."""
+    def _receive(self) -> None:
+        """Takes in one message. Raises _Ended at the end."""
         frame = self._socket.recv()
         message = self._codec.decode(frame)
-        if isinstance(message, Ping):
-            return message
         if isinstance(message, Shutdown):
-            return None
-        if not isinstance(message, StepPlan):
+            raise _Ended
+        if isinstance(message, Ping):
+            return  # it asks for nothing
+        if isinstance(message, StepPlan):
+            self._plans.append((message, frame))
+        elif isinstance(message, Masks):
+            self._masks[message.step] = message, frame
+        else:
             raise ProtocolError(f"{type(message).__name__} where a plan was expected")
-        self.step = message.step
+
+    def _begin(self, plan: StepPlan) -> None:
+        self.step = plan.step
         if self._profiler is not None:
-            self._profiler.before(message)
-        return message, frame
+            self._profiler.before(plan)
 
 
-def run_step(runner: StepRunner, plan: StepPlan, frame: bytes, digest: Digest, rank: int) -> StepResult:
-    """Executes `plan`, whose encoded bytes are `frame`, and answers for it. Advances `digest`."""
+def run_step(
+    runner: StepRunner,
+    plan: StepPlan,
+    frame: bytes,
+    digest: Digest,
+    rank: int,
+    take: Callable[[], tuple[Masks, bytes]] | None = None,
+) -> StepResult:
+    """Executes `plan`, whose encoded bytes are `frame`, and answers for it. Advances `digest`.
+
+    take: brings the plan's masks with their bytes; called once, after the forward pass, if it has guided rows.
+    """
     began = time.perf_counter()
     digest.add(frame)
-    outcome = runner.step(plan)
+    outcome = runner.step(plan, _digested(take, digest) if take is not None else None)
     return _result(plan, outcome, digest, rank, time.perf_counter() - began)
+
+
+def _digested(take: Callable[[], tuple[Masks, bytes]], digest: Digest) -> TakeMasks:
+    def taken() -> Masks:
+        masks, frame = take()
+        digest.add(frame)
+        return masks
+
+    return taken
 
 
 def _result(plan: StepPlan, outcome: StepOutcome, digest: Digest, rank: int, elapsed: float) -> StepResult:

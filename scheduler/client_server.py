@@ -241,6 +241,9 @@ class _Session(Sink):
         self._deltas += 1
         self.post(self.take(self._deltas))
 
+    def refuse(self, refused: Refused) -> None:
+        self.post(refused)
+
     def post(self, message: Message) -> None:
         """Sends in order; cuts the client off when it is gone or too far behind."""
         if self._gone:

@@ -4,6 +4,7 @@
     core.plan(now)               the next step, or None
     core.apply(result, now, s)   what that step brought, in s seconds; results come in the order of the plans
     core.abort(id, now)          at any time
+    core.masks_due()             steps whose guided rows can be told which tokens they may sample
     core.reset(now)              the engine died; everything unfinished will be computed again
     core.expire(now)             deadlines, at `next_deadline()`
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from treadle.errors import DeadlineUnreachable, EngineFailed, PolicyFailed, ProtocolError, RequestFailed
@@ -24,6 +26,7 @@ from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Su
 from .admission import Admission
 from .config import CoreConfig
 from .cost_model import CostModel, StepShape
+from .guidance.pending import MasksDue, PendingMasks
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
 from .ordered_queue import OrderedQueue
@@ -64,6 +67,7 @@ class Core:
         self._requests: dict[str, Request] = {}
         self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
         self._flights: deque[Flight] = deque()
+        self._masks = PendingMasks(self._running)
         self._unsaid: list[Output] = []
         self._stop_ids = StopIds(config.vocab_size)
         self._step = 0
@@ -103,6 +107,13 @@ class Core:
             return self._end_request(request, "abort", now)
         chosen = request.sequences[index : index + 1]
         return [self._end(Output(sequence), "abort", now) for sequence in chosen if not sequence.finish]
+
+    def fail(self, request_id: str, index: int, code: str, message: str, now: float) -> list[Output]:
+        """Ends one continuation with "error", wherever it is; what is unknown or has ended is left alone."""
+        request = self._requests.get(request_id)
+        chosen = request.sequences[index : index + 1] if request is not None else []
+        errors = [Output(sequence, error_code=code, error=message) for sequence in chosen if not sequence.finish]
+        return [self._end(error, "error", now) for error in errors]
 
     def fail_all(self, code: str, message: str, now: float) -> list[Output]:
         """Ends every request with "error": nothing will run any more."""
@@ -144,7 +155,17 @@ class Core:
         plan, flight = composed
         self._flights.append(flight)
         self._step += 1
+        if self._running.rows.guided_count:
+            plan = msgspec.structs.replace(plan, guided=self._masks.enter(flight))
         return plan
+
+    def masks_due(self) -> list[MasksDue]:
+        """Steps whose guided rows now know every token before the one that they will sample; each step comes once.
+
+        A plan that names guided rows is answered only after the ranks have got its masks, so whoever drives a core
+        with guided requests has to ask after each `plan` and each `apply`.
+        """
+        return self._masks.take()
 
     def apply(self, result: StepResult, now: float, seconds: float = 0.0) -> Outputs:
         """Commits what the oldest step in flight brought. seconds: that it took, for the cost model; 0 is not known.
@@ -157,6 +178,7 @@ class Core:
         tokens = self._read_tokens(result, rows)
         self._flights.popleft()
         self.costs.observe(flight.shape, seconds)
+        self._masks.drop(flight.step)
         outputs = Outputs(others=self.expire(now))
         for fault in result.faults:
             self._fail_row(flight, fault, outputs, now)
@@ -179,6 +201,7 @@ class Core:
         """
         suspects = self._in_flight_requests()
         self._flights.clear()
+        self._masks.clear()
         for sequence in self._running.forget():
             self._waiting.push(sequence)
         self._recoveries += 1

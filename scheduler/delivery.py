@@ -33,6 +33,10 @@ class Sink:
         """Sends what is pending on its way. Must not block and must not raise."""
         raise NotImplementedError
 
+    def refuse(self, refused: Refused) -> None:
+        """A request that was taken in is not accepted after all. Must not block and must not raise."""
+        raise NotImplementedError
+
     def count_down(self, request_id: str) -> None:
         """One continuation of the request has ended."""
         left = self.open.get(request_id, 0) - 1

@@ -131,7 +131,19 @@ class FailedAll(Event, frozen=True, tag=7):
     raised: str = ""
 
 
-AnyEvent = Opened | Added | Aborted | Planned | Applied | WasReset | Expired | FailedAll
+class Failed(Event, frozen=True, tag=8):
+    """One continuation, for a reason outside of the core."""
+
+    now: float
+    id: str
+    index: int
+    code: str
+    message: str
+    outputs: OutputDigest | None
+    raised: str = ""
+
+
+AnyEvent = Opened | Added | Aborted | Planned | Applied | WasReset | Expired | FailedAll | Failed
 
 
 class Tail(msgspec.Struct, frozen=True):

@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.transport.codec import Digest, pack, rank_codec, unpack
-from treadle.transport.messages import RowStart, SamplingParams, StepPlan, StepResult, TokenLogprobs
+from treadle.transport.masks import ANYTHING, decode_masks
+from treadle.transport.messages import Masks, RowStart, SamplingParams, StepPlan, StepResult, TokenLogprobs
 
 from .config import CoreConfig
 from .request import derive_seed
@@ -61,10 +62,23 @@ def sample(prefix_hash: int, seed: int, banned: frozenset[int], vocab_size: int,
     return token
 
 
+Allows = Callable[[list[int]], frozenset[int]]
+"""The token ids that a grammar allows after these output tokens."""
+
+
 def expected_output(
-    prompt: list[int], params: SamplingParams, config: CoreConfig, *, seed: int | None = None, index: int = 0
+    prompt: list[int],
+    params: SamplingParams,
+    config: CoreConfig,
+    *,
+    seed: int | None = None,
+    index: int = 0,
+    allows: Allows | None = None,
 ) -> Expected:
-    """What continuation `index` of this request must give. seed: what was drawn, for params that have none."""
+    """What continuation `index` of this request must give. seed: what was drawn, for params that have none.
+
+    allows: of a guided request. It must allow something that `min_tokens` does not ban.
+    """
     own = derive_seed(params.seed if params.seed is not None else seed or 0, index)
     stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else set(config.eos_token_ids))
     limit = config.capacity if params.max_tokens is None else min(config.capacity, len(prompt) + params.max_tokens)
@@ -74,6 +88,8 @@ def expected_output(
         value = _mix(value, token)
     while True:
         banned = frozenset(stop_ids) if len(output) < params.min_tokens else frozenset[int]()
+        if allows is not None:
+            banned |= frozenset(range(config.vocab_size)) - allows(output)
         token = sample(value, own, banned, config.vocab_size, config.eos_token_ids)
         output.append(token)
         value = _mix(value, token)
@@ -120,6 +136,7 @@ class FakeEngine:
         self._digest = Digest()
         self._rows: dict[int, _Row] = {}
         self._queue: deque[bytes] = deque()
+        self._masks: dict[int, bytes] = {}
         self._last_step: int | None = None
         slots = config.num_blocks * config.block_size
         self._slot_token = np.full(slots, -1, np.int32)
@@ -137,6 +154,14 @@ class FakeEngine:
         """Queues an encoded StepPlan."""
         self._queue.append(frame)
 
+    def submit_masks(self, frame: bytes) -> None:
+        """Takes encoded Masks, of a plan that is queued or will be."""
+        masks = self._codec.decode(frame)
+        _require(isinstance(masks, Masks), "not masks")
+        assert isinstance(masks, Masks)
+        _require(masks.step not in self._masks, f"masks of step {masks.step} come twice")
+        self._masks[masks.step] = frame
+
     def step(self) -> list[StepResult]:
         """Executes the oldest queued plan; raises FakeEngineError when it breaks the protocol."""
         frame = self._queue.popleft()
@@ -144,7 +169,8 @@ class FakeEngine:
         _require(isinstance(plan, StepPlan), "not a plan")
         assert isinstance(plan, StepPlan)
         self._digest.add(frame)
-        tokens, logprobs, computed = self._execute(plan)
+        banned = self._banned(plan)
+        tokens, logprobs, computed = self._execute(plan, banned)
         sampled = pack(tokens)
         digest = self._digest.add(sampled)
         elapsed = self._cost(computed, len(plan.rows) // 4) if self._cost is not None else 0
@@ -159,7 +185,25 @@ class FakeEngine:
 
     # ── one step ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _execute(self, plan: StepPlan) -> tuple[list[int], list[TokenLogprobs], int]:
+    def _banned(self, plan: StepPlan) -> dict[int, frozenset[int]]:
+        """What the masks forbid, by row. Takes them into the digest."""
+        rows = unpack(plan.guided).tolist()
+        frame = self._masks.pop(plan.step, None)
+        _require((frame is not None) == bool(rows), f"step {plan.step}: masks that nobody waits for, or none")
+        if frame is None:
+            return {}
+        self._digest.add(frame)
+        masks = self._codec.decode(frame)
+        assert isinstance(masks, Masks)
+        found = decode_masks(masks, len(rows), self._config.vocab_size)
+        bits = np.unpackbits(found.words.view(np.uint8), axis=1, bitorder="little")[:, : self._config.vocab_size]
+        return {
+            row: frozenset(np.flatnonzero(bits[mask] == 0).tolist())
+            for row, mask in zip(rows, found.rows.tolist(), strict=True)
+            if mask != ANYTHING
+        }
+
+    def _execute(self, plan: StepPlan, masked: dict[int, frozenset[int]]) -> tuple[list[int], list[TokenLogprobs], int]:
         _require(self._last_step is None or plan.step == self._last_step + 1, f"step {plan.step} out of order")
         self._last_step = plan.step
         self._change_rows(plan)
@@ -176,7 +220,7 @@ class FakeEngine:
             self._verify_context(number, row)
             logprobs += self._prompt_logprobs(number, row, count)
             if row.computed == len(row.tokens):
-                tokens.append(self._sample(row))
+                tokens.append(self._sample(row, masked.get(number, frozenset())))
                 logprobs += self._logprobs(number, row)
         return tokens, logprobs, sum(counts)
 
@@ -217,8 +261,9 @@ class FakeEngine:
         positions = np.arange(start, end)
         return np.array(row.table, np.intp)[positions // size] * size + positions % size
 
-    def _sample(self, row: _Row) -> int:
+    def _sample(self, row: _Row, masked: frozenset[int]) -> int:
         banned = row.stop_ids if len(row.tokens) - row.prompt_len < row.params.min_tokens else frozenset[int]()
+        banned |= masked
         token = sample(row.hashes[-1], row.seed, banned, self._config.vocab_size, self._config.eos_token_ids)
         row.tokens.append(token)
         row.extend_hashes()

@@ -53,6 +53,9 @@ def _check_places(running: Running, waiting: Waiting, requests: Mapping[str, Req
     require(sum(s.known for s in waiting) == waiting.tokens, "waiting tokens are miscounted")
     rows = running.rows
     taken = [row for row, owner in enumerate(rows.owner) if owner is not None]
+    guided = [s.row for s in running.sequences() if s.request.guided]
+    require(np.flatnonzero(rows.guided).tolist() == sorted(guided), "a row waits for masks, or not, and should not")
+    require(rows.guided_count == len(guided), "guided rows are miscounted")
     require(sorted(taken + rows.free) == list(range(len(rows.owner))), "a row is lost, or free and taken at once")
 
 

@@ -33,6 +33,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     it may take at least, however short steps have been: between them the deadline is learned. standby: keep a second,
     loaded engine group, which takes as much memory again. dump_dir: where the dump of a stuck step goes, "" is
     $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
+    grammar_timeout: seconds that the grammar of a guided request may take to compile.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step. event_log: file that gets every input and decision of the core, ""
@@ -69,6 +70,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     step_timeout: float = 120.0
     step_timeout_floor: float = 5.0
     stop_timeout: float = 5.0
+    grammar_timeout: float = 10.0
     max_restarts: int = 3
     standby: bool = False
     dump_dir: str = ""
@@ -107,6 +109,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("step_timeout", 0.1, 86_400),
         ("step_timeout_floor", 0.1, 86_400),
         ("stop_timeout", 0.0, 3_600),
+        ("grammar_timeout", 0.01, 3_600),
         ("max_restarts", 0, 1_000),
         ("gpu_memory_utilization", 0.01, 1.0),
     ):

@@ -22,6 +22,7 @@ from .event_log import (
     Applied,
     Event,
     Expired,
+    Failed,
     FailedAll,
     Opened,
     OutputDigest,
@@ -29,6 +30,7 @@ from .event_log import (
     Planned,
     WasReset,
 )
+from .guidance.pending import MasksDue
 from .policies import Policy
 from .request import Output, Outputs, Request, Sequence
 
@@ -115,6 +117,15 @@ class RecordedCore:
         self._sink.write(Expired(now, self._digester.of_list(outputs)))
         return outputs
 
+    def fail(self, request_id: str, index: int, code: str, message: str, now: float) -> list[Output]:
+        try:
+            outputs = self._core.fail(request_id, index, code, message, now)
+        except Exception as error:
+            self._sink.write(Failed(now, request_id, index, code, message, None, _told(error)))
+            raise
+        self._sink.write(Failed(now, request_id, index, code, message, self._digester.of_list(outputs)))
+        return outputs
+
     def fail_all(self, code: str, message: str, now: float) -> list[Output]:
         try:
             outputs = self._core.fail_all(code, message, now)
@@ -125,6 +136,9 @@ class RecordedCore:
         return outputs
 
     # ── what changes nothing is not recorded ──
+
+    def masks_due(self) -> list[MasksDue]:
+        return self._core.masks_due()
 
     def next_deadline(self) -> float | None:
         return self._core.next_deadline()

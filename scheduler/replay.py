@@ -25,6 +25,7 @@ from .event_log import (
     Event,
     EventReader,
     Expired,
+    Failed,
     FailedAll,
     Opened,
     Planned,
@@ -161,6 +162,8 @@ class _Again:
                 return core.reset(event.now)
             case Expired():
                 return core.expire(event.now)
+            case Failed():
+                return core.fail(event.id, event.index, event.code, event.message, event.now)
             case FailedAll():
                 return core.fail_all(event.code, event.message, event.now)
             case Opened():

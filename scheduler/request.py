@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import inf
 
+import msgspec
+
 from treadle.transport.messages import Row, SamplingParams, TokenLogprobs
 
 from .policies.interface import Ticket
@@ -53,6 +55,16 @@ class Request:
     running: int = 0
     failures: int = 0
     tenant: str = ""
+
+    @property
+    def guided(self) -> bool:
+        """Its samples wait for masks."""
+        return self.params.guided is not None
+
+    @property
+    def engine_params(self) -> SamplingParams:
+        """What ranks are told: they get masks, and need no grammar."""
+        return msgspec.structs.replace(self.params, guided=None) if self.guided else self.params
 
 
 @dataclass(slots=True, eq=False)

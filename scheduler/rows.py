@@ -33,8 +33,8 @@ class Rows:
 
     limit: tokens at which the row ends. nblocks: entries of its block table. publish_at: committed tokens at which
     its next block is full and can be published. admission: unique number of the row's present use, 0 when free.
-    order, key: of its sequence, NOBODY and 0 when free. owner: its sequence. chain: where its next published block
-    hangs.
+    order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count: how many rows
+    are so. owner: its sequence. chain: where its next published block hangs.
     Big arrays come from `np.zeros`, so memory is touched only where a row has been.
     """
 
@@ -50,6 +50,8 @@ class Rows:
         self.admission: Int64 = np.zeros(max_rows, np.int64)
         self.order: Int64 = np.full(max_rows, NOBODY, np.int64)
         self.key: npt.NDArray[np.float64] = np.zeros(max_rows, np.float64)
+        self.guided: npt.NDArray[np.bool_] = np.zeros(max_rows, np.bool_)
+        self.guided_count = 0
         self.owner: npt.NDArray[np.object_] = np.full(max_rows, None, np.object_)
         self.chain: list[Parent] = [""] * max_rows
         self.free = list(range(max_rows - 1, -1, -1))
@@ -72,6 +74,8 @@ class Rows:
         self.admission[row] = admission
         self.order[row] = sequence.order
         self.key[row] = sequence.key
+        self.guided[row] = sequence.request.guided
+        self.guided_count += sequence.request.guided
         self.owner[row] = sequence
         return row
 
@@ -81,6 +85,8 @@ class Rows:
         self.admission[row] = 0
         self.order[row] = NOBODY
         self.key[row] = 0.0
+        self.guided_count -= int(self.guided[row])
+        self.guided[row] = False
         self.owner[row] = None
         self.free.append(row)
 

@@ -213,7 +213,7 @@ class Running:
             computed,
             sequence.tokens,
             table,
-            request.params,
+            request.engine_params,
             sequence.seed,
             request.ban,
         )

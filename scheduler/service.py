@@ -2,6 +2,7 @@
 
 One step's way: `core.plan` → encode once → the same bytes to every rank → results of all ranks → digests agree →
 `core.apply` → the next plan is sent → deltas go to their sinks. Up to `pipeline_depth` steps are on their way at once.
+A step with guided rows gets its masks by a message of their own, when the tokens before them are known (`guidance/`).
 
 The cost model is told how long a step took from the later of "its plan was sent" and "the result before it was here".
 With a full pipeline the second holds, and it is the right one: the engine begins a step when it has ended the one
@@ -16,6 +17,7 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -27,6 +29,7 @@ from treadle.errors import (
     InvalidRequest,
     ModelError,
     ProtocolError,
+    RequestFailed,
     ServiceClosed,
     ServiceDraining,
     ServiceStarting,
@@ -39,6 +42,7 @@ from treadle.transport.messages import (
     Abort,
     Configure,
     Delta,
+    Guided,
     Health,
     InfoRequest,
     ServerInfo,
@@ -54,8 +58,11 @@ from .config import CoreConfig
 from .core import Core
 from .deadline import StepDeadline
 from .delivery import Route, Sink, refusal
-from .engine_group import ENGINE_COMMAND, Death
+from .engine_group import ENGINE_COMMAND, Death, EngineGroup
 from .event_log import EventWriter
+from .guidance.guide import Guide
+from .guidance.matching import Grammar, Matching
+from .guidance.rows import MadeMasks
 from .health import degraded, stuck
 from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
@@ -133,6 +140,8 @@ class Service:
         self._deadline_timer: asyncio.Handle | None = None
         self._deadline_at = 0.0
         self._steps = 0
+        self._guide: Guide | None = None
+        self._compiling: dict[tuple[Sink, str], asyncio.Task[None]] = {}
 
     # ── life ──
 
@@ -178,6 +187,10 @@ class Service:
         for timer in (self._step_timer, self._deadline_timer):
             if timer is not None:
                 timer.cancel()
+        for task in self._compiling.values():
+            task.cancel()
+        if self._guide is not None:
+            self._guide.close()
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
@@ -249,9 +262,13 @@ class Service:
             raise ServiceClosed(f"the service is {self._state}: {self._detail}")
 
     @property
+    def _group(self) -> EngineGroup | None:
+        return self._supervisor.group if self._supervisor is not None else None
+
+    @property
     def engine_pids(self) -> list[int]:
         """Of the group that serves."""
-        group = self._supervisor.group if self._supervisor is not None else None
+        group = self._group
         return group.pids if group is not None else []
 
     @property
@@ -263,19 +280,36 @@ class Service:
 
     def submit(self, message: Submit, sink: Sink) -> None:
         """Accepts a request or raises its typed error; nothing else is disturbed by a bad one."""
-        core = self._accepting()
+        self._accepting()
         check_params(message.params, self.facts.vocab_size)
         check_submit(message)
         if message.id in sink.open:
             raise ProtocolError(f"request id {message.id!r} is in use")
+        grammar = None
+        if message.params.guided is not None:
+            if self._guide is None:
+                self._guide = Guide(self._matching, self.options.grammar_timeout)
+            grammar = self._guide.cached(message.params.guided)
+            if grammar is None:
+                self._compile(self._guide, message.params.guided, message, sink)
+                return
+        self._enter(message, sink, grammar)
+
+    def _enter(self, message: Submit, sink: Sink, grammar: Grammar | None) -> None:
+        core = self._accepting()
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         request.context = Route(sink, message.id)
         sink.open[message.id] = request.unfinished
+        if grammar is not None and self._guide is not None:
+            self._guide.begin(request, grammar)
         self._pump()
         self._arm_timers()  # a deadline counts while the engines recover, too
 
     def abort(self, message: Abort, sink: Sink) -> None:
-        if self._core is not None:
+        compiling = self._compiling.get((sink, message.id))
+        if compiling is not None:
+            self._abort_compiling(compiling, message, sink)
+        elif self._core is not None:
             self._deliver(self._core.abort(f"{sink.name}/{message.id}", self._loop.time(), message.index))
             self._pump()
 
@@ -283,6 +317,68 @@ class Service:
         """The receiver is gone: its requests end."""
         for request_id in list(sink.open):
             self.abort(Abort(request_id), sink)
+
+    # ── guided requests ──
+
+    def _matching(self) -> Matching:
+        """On a thread, at the first guided request. Raises InvalidRequest."""
+        try:
+            from .guidance.llg import LlgMatching
+        except ImportError as error:
+            raise InvalidRequest("guided: this service has no llguidance; pip install 'treadle[guided]'") from error
+        info = self._tokenizer_info()
+        if info is None:
+            raise InvalidRequest("guided: this model came without a tokenizer")
+        return LlgMatching(info.tokenizer_json.decode(), self.facts.vocab_size, self.facts.eos_token_ids)
+
+    def _compile(self, guide: Guide, guided: Guided, message: Submit, sink: Sink) -> None:
+        """The request waits for its grammar, and for nobody else's turn."""
+        sink.open[message.id] = message.params.n
+        key = (sink, message.id)
+        task = self._loop.create_task(self._enter_compiled(guide, guided, message, sink), name="treadle-grammar")
+        self._compiling[key] = task
+        task.add_done_callback(lambda _: self._compiling.pop(key, None))
+
+    async def _enter_compiled(self, guide: Guide, guided: Guided, message: Submit, sink: Sink) -> None:
+        try:
+            grammar = await guide.compile(guided)
+            del self._compiling[sink, message.id]
+            self._enter(message, sink, grammar)
+        except Exception as error:  # one request must not reach the others, whatever it did
+            if not isinstance(error, TreadleError):
+                logger.exception("a grammar raised")
+            sink.open.pop(message.id, None)
+            sink.refuse(refusal(message.id, error))
+
+    def _abort_compiling(self, task: asyncio.Task[None], message: Abort, sink: Sink) -> None:
+        if message.index >= 0:  # of several: when they run
+            task.add_done_callback(lambda _: self.abort(message, sink))
+            return
+        task.cancel()
+        del self._compiling[sink, message.id]
+        for index in range(sink.open.pop(message.id, 0)):
+            sink.put(Delta(message.id, index, [], "abort"))
+        sink.flush()
+
+    def _guide_steps(self) -> None:
+        """Has the masks made for which all tokens are there."""
+        if self._core is None or self._guide is None:
+            return
+        for due in self._core.masks_due():
+            self._guide.make_masks(due, partial(self._send_masks, self._group))
+
+    def _send_masks(self, group: EngineGroup | None, made: MadeMasks) -> None:
+        """The step is on its way already, and its ranks wait for this. group: that they were made for."""
+        if self._core is None or self._state == "closed":
+            return
+        flight = next((f for f in self._flights if f.number == made.masks.step), None)
+        if group is not None and group is self._group and flight is not None and self._state == "ready":
+            flight.masks = self._codec.encode(made.masks)
+            group.broadcast(flight.masks)
+        for sequence, message in made.failed:
+            text, now = f"guided: {message}", self._loop.time()
+            self._deliver(self._core.fail(sequence.request.id, sequence.index, RequestFailed.code, text, now))
+        self._pump()
 
     def answer(self, request: InfoRequest) -> ServiceMessage:
         """What an InfoRequest asks for; a refusal while starting, since the answer is not known yet."""
@@ -348,7 +444,7 @@ class Service:
         return task
 
     async def _dump(self, reason: str) -> None:
-        group = self._supervisor.group if self._supervisor is not None else None
+        group = self._group
         sections: list[Section] = [
             ("health", [str(self.health())]),
             ("events", [str(event) for event in self.events]),
@@ -368,7 +464,7 @@ class Service:
     # ── the step ──
 
     def _pump(self) -> None:
-        group = self._supervisor.group if self._supervisor is not None else None
+        group = self._group
         if self._core is None or group is None or self._state != "ready" or self._paused:
             return
         while (plan := self._core.plan(self._loop.time())) is not None:
@@ -379,6 +475,7 @@ class Service:
             group.broadcast(frame)
             if group.death is not None or self._state != "ready":
                 return
+        self._guide_steps()
         self._check_core()
         self._look_at_policy(self._core)
         self._arm_timers()
@@ -411,6 +508,7 @@ class Service:
             return
         result = flight.results[0]
         self._digest.add(flight.frame)
+        self._digest.add(flight.masks)
         digest = self._digest.add(result.tokens)
         for rank, answer in flight.results.items():
             if answer.digest != digest:
@@ -425,6 +523,7 @@ class Service:
             self._on_death(Death(0, flight.number, "malformed", error), flight)
             return
         self._note_progress(flight)
+        self._guide_steps()  # first of all: the ranks wait for these
         self._pump()  # the engines first, the readers after
         self._deliver_step(outputs)
 
@@ -466,6 +565,8 @@ class Service:
             dirty[route.sink] = None
             if output.finish:
                 route.sink.count_down(route.request_id)
+                if self._guide is not None:
+                    self._guide.forget(output.sequence)
         for sink in dirty:
             sink.flush()
         if not self.unfinished:

@@ -12,8 +12,9 @@ from treadle.transport.messages import StepPlan, StepResult
 class Step:
     """Times are the loop's. began_at: when it was sent or the one before it ended, whichever was later.
 
-    frame: the plan's bytes, given up when the step has ended. tokens: that it computes. starts: rows that are new.
-    late: half of its time has passed, and somebody was told. took: seconds, -1 while it is on its way.
+    frame: the plan's bytes, given up when the step has ended; masks: those of its masks, if any. tokens: that it
+    computes. starts: rows that are new. late: half of its time has passed, and somebody was told. took: seconds, -1
+    while it is on its way.
     """
 
     number: int
@@ -24,6 +25,7 @@ class Step:
     rows: int
     starts: int
     released: int
+    masks: bytes = b""
     results: dict[int, StepResult] = field(default_factory=dict)
     late: bool = False
     took: float = -1.0

@@ -13,6 +13,8 @@ from treadle.scheduler.request import Output, Outputs, Request
 from treadle.transport.codec import pack, rank_codec, unpack
 from treadle.transport.messages import SamplingParams, StepPlan, StepResult, Submit
 
+from .guidekit import Guiding, TrieGrammar, TrieMatching
+
 DRAWN_SEED = 7
 CONFIG = CoreConfig(
     num_blocks=65,
@@ -43,6 +45,7 @@ class Rig:
         self.config = config
         self.core = Core(config, lambda: DRAWN_SEED, policy, costs)
         self.engine = FakeEngine(config)
+        self.guiding = Guiding(TrieMatching(config.vocab_size, config.eos_token_ids))
         self.now = 0.0
         self.plans: list[StepPlan] = []
         self.tokens: dict[tuple[str, int], list[int]] = {}
@@ -73,9 +76,13 @@ class Rig:
         )
         request = self.core.add(submit, self.now)
         self.core.check()
+        grammar = self.guiding.begin(request)
+        allows = grammar.allows if isinstance(grammar, TrieGrammar) else None
         for index in range(chosen.n):
             assert (name, index) not in self.expected
-            self.expected[name, index] = expected_output(prompt, chosen, self.config, seed=DRAWN_SEED, index=index)
+            self.expected[name, index] = expected_output(
+                prompt, chosen, self.config, seed=DRAWN_SEED, index=index, allows=allows
+            )
             self.tokens[name, index] = []
         return request
 
@@ -87,6 +94,7 @@ class Rig:
             self._check_shape(plan)
             self.plans.append(plan)
             self.engine.submit(self._codec.encode(plan))
+            self._guide()
         return plan
 
     def _check_shape(self, plan: StepPlan) -> None:
@@ -98,6 +106,10 @@ class Rig:
         assert shape.context_tokens == sum(end for _, end in ends[: shape.decode_rows])
         assert shape.prefill_tokens == sum(count for count, _ in chunks)
         assert shape.chunk_pairs == sum(chunk_pairs(count, end) for count, end in chunks)
+
+    def _guide(self) -> None:
+        for made in self.guiding.made(self.core):
+            self.engine.submit_masks(self._codec.encode(made.masks))
 
     def must_plan(self) -> StepPlan:
         plan = self.plan()
@@ -114,6 +126,7 @@ class Rig:
         seen = [(output.sequence.request.id, output.sequence.index) for output in outputs.each()]
         assert len(seen) == len(set(seen)), "a sequence appears twice in one step"
         self.take(list(outputs.each()))
+        self._guide()
         return outputs
 
     def step(self) -> Outputs:
@@ -134,6 +147,7 @@ class Rig:
 
     def take(self, outputs: list[Output]) -> list[Output]:
         self.core.check()
+        self.guiding.end(outputs)
         for output in outputs:
             key = (output.sequence.request.id, output.sequence.index)
             assert key not in self.finish, f"{key} goes on after its end"
@@ -159,4 +173,5 @@ class Rig:
         assert not self.core.has_work, "the core stopped with work left, or never stopped"
         assert set(self.finish) == set(self.expected), "a sequence never ended"
         stats = self.core.stats()
+        assert not len(self.guiding.rows), "a matcher outlived its sequence"
         assert (stats.blocks_used, stats.running, stats.waiting, self.core.in_flight) == (0, 0, 0, 0)

@@ -22,7 +22,9 @@ from treadle.engine.worker import run_step
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
 from treadle.transport.codec import Digest, engine_codec, pack, rank_codec
-from treadle.transport.messages import Configure, Delta, SamplingParams, StepResult, Submit
+from treadle.transport.messages import Configure, Delta, Masks, SamplingParams, StepPlan, StepResult, Submit
+
+from .guidekit import Guiding, llg
 
 Requests: TypeAlias = list[tuple[str, list[int], SamplingParams]]
 
@@ -100,12 +102,15 @@ class LocalGroup:
     def runners(self) -> list[Runner | CudaRunner]:
         return [rank.runner for rank in self._ranks]
 
-    def step(self, frame: bytes) -> StepResult:
-        """What rank 0 answers, after all ranks were seen to agree."""
+    def step(self, frame: bytes, masks: bytes = b"") -> StepResult:
+        """What rank 0 answers, after all ranks were seen to agree. masks: bytes of the plan's, if it waits for any."""
+
+        def take() -> tuple[Masks, bytes]:
+            return self._codec.decode(masks), masks
 
         def one(rank: int) -> StepResult:
             plan = self._codec.decode(frame)
-            return run_step(self._ranks[rank].runner, plan, frame, self._digests[rank], rank)
+            return run_step(self._ranks[rank].runner, plan, frame, self._digests[rank], rank, take)
 
         results = list(self._pool.map(one, range(len(self._ranks))))
         assert len({result.digest for result in results}) == 1, "the ranks disagree"
@@ -134,19 +139,24 @@ class Driver:
         self._group = group
         group.forget()
         self._codec = engine_codec()
-        self._in_flight: deque[bytes] = deque()
+        self._in_flight: deque[tuple[int, bytes]] = deque()
+        self._masks: dict[int, bytes] = {}
+        self._guiding: Guiding | None = None
         self.steps = 0
 
     def submit(self, request_id: str, prompt: Sequence[int], params: SamplingParams) -> None:
-        self.core.add(Submit(id=request_id, tokens=pack(prompt), params=params), 0.0)
+        request = self.core.add(Submit(id=request_id, tokens=pack(prompt), params=params), 0.0)
+        if params.guided is not None:
+            self._guiding = self._guiding or Guiding(llg(Path(self._group.configure.model)))
+            self._guiding.begin(request)
 
     def run(self, each_step: Callable[[int], None] = lambda step: None) -> None:
         while self.core.has_work:
             while (plan := self.core.plan(0.0)) is not None:
-                self._in_flight.append(self._codec.encode(plan))
+                self._in_flight.append((plan.step, self._codec.encode(plan)))
             self.core.check()
             assert self._in_flight, "work, and nothing to do: a deadlock"
-            outputs = self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
+            outputs = self.core.apply(self._step(), 0.0)
             for output in outputs.each():
                 key = (output.sequence.request.id, output.sequence.index)
                 self.tokens.setdefault(key, []).extend(output.tokens)
@@ -155,8 +165,14 @@ class Driver:
             self.steps += 1
             each_step(self.steps)
         while self._in_flight:
-            self.core.apply(self._group.step(self._in_flight.popleft()), 0.0)
+            self.core.apply(self._step(), 0.0)
         self.core.check()
+
+    def _step(self) -> StepResult:
+        for made in self._guiding.made(self.core) if self._guiding is not None else ():
+            self._masks[made.masks.step] = self._codec.encode(made.masks)
+        step, frame = self._in_flight.popleft()
+        return self._group.step(frame, self._masks.pop(step, b""))
 
 
 class Overlapped:
@@ -176,13 +192,17 @@ class Overlapped:
     def run(self, requests: Requests, depth: int, **changes: object) -> dict[str, list[int]]:
         """Tokens by request. changes: of the core's configuration."""
         core = core_for(self.configure, pipeline_depth=depth, **changes)
+        guiding = Guiding(llg(Path(self.configure.model)))
         for name, prompt, params in requests:
-            core.add(Submit(id=name, tokens=pack(prompt), params=params), 0.0)
+            guiding.begin(core.add(Submit(id=name, tokens=pack(prompt), params=params), 0.0))
         tokens: dict[str, list[int]] = {}
         steps: deque[tuple[int, Ticket]] = deque()
+        plans: deque[StepPlan] = deque()
         while core.has_work or steps:
             while (plan := core.plan(0.0)) is not None:
-                steps.append((plan.step, self.runner.submit(plan)))
+                plans.append(plan)
+            masks = {made.masks.step: made.masks for made in guiding.made(core)}
+            self._launch(plans, steps, masks)
             self.most = max(self.most, len(steps))
             step, ticket = steps.popleft()
             outcome = self.runner.collect(ticket)
@@ -192,3 +212,16 @@ class Overlapped:
                 tokens.setdefault(output.sequence.request.id, []).extend(output.tokens)
         self.runner.forget()
         return tokens
+
+    def _launch(self, plans: deque[StepPlan], steps: deque[tuple[int, Ticket]], masks: dict[int, Masks]) -> None:
+        """Launches all that can be, as `worker` does: what is behind a step without masks waits with it."""
+        while True:
+            if steps and steps[-1][1].unsampled is not None:
+                if steps[-1][0] not in masks:
+                    return
+                self.runner.sample(steps[-1][1], masks[steps[-1][0]])
+            elif plans:
+                plan = plans.popleft()
+                steps.append((plan.step, self.runner.submit(plan)))
+            else:
+                return

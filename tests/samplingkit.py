@@ -13,10 +13,11 @@ import torch
 
 from treadle.engine.comm import Communicator, SingleComm
 from treadle.engine.sampling.local import TorchOps
+from treadle.engine.sampling.masks import LocalMasks
 from treadle.engine.sampling.sampler import SampleOutput, Sampler
 from treadle.engine.sampling.state import SamplingState
 from treadle.transport.codec import pack
-from treadle.transport.messages import RowStart, SamplingParams, TokenLogprobs
+from treadle.transport.messages import Masks, RowStart, SamplingParams, TokenLogprobs
 
 T = TypeVar("T")
 
@@ -104,8 +105,12 @@ class Batch:
         rows: Sequence[int] | None = None,
         torch_ops: bool = False,
         device: str = "cpu",
+        masks: Masks | None = None,
     ) -> SampleOutput:
-        """logits: float32 [S, vocab] of `rows` (all by default). All ranks must agree; rank 0's output is given."""
+        """logits: float32 [S, vocab] of `rows` (all by default). All ranks must agree; rank 0's output is given.
+
+        masks: of the first rows.
+        """
         chosen = np.arange(len(self.params)) if rows is None else np.array(rows, np.int64)
 
         def work(comm: Communicator, start: int, count: int) -> SampleOutput:
@@ -115,8 +120,15 @@ class Batch:
                 sampler._host = False
             part = logits[:, start : start + count].contiguous().to(device)
             before = part.clone()
-            out = sampler.sample(part, chosen, self.lengths[chosen], self.tokens.to(device), self.lengths[chosen])
-            assert torch.equal(part.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0)), "the logits were changed"
+            local = None
+            if masks is not None:
+                places = np.arange(len(masks.rows) // 4)
+                local = LocalMasks.of(masks, places, start, count, self.vocab)
+            lengths = self.lengths[chosen]
+            out = sampler.sample(part, chosen, lengths, self.tokens.to(device), lengths, local)
+            assert masks is not None or torch.equal(part.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0)), (
+                "the logits were changed"
+            )
             return out
 
         outs = on_ranks(cuts or [0, self.vocab], work)

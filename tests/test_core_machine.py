@@ -13,7 +13,7 @@ from treadle.errors import DeadlineUnreachable, Overloaded, PromptTooLong
 from treadle.scheduler.config import RESERVE_OUTPUT, CoreConfig
 from treadle.scheduler.policies import POLICIES
 from treadle.scheduler.request import Output
-from treadle.transport.messages import RowFault, StepResult
+from treadle.transport.messages import Guided, RowFault, StepResult
 
 VOCAB = 12
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
@@ -54,6 +54,7 @@ params = st.fixed_dictionaries(
         "ignore_eos": st.booleans(),
         "logprobs": st.sampled_from([None, None, 2]),
         "prompt_logprobs": st.sampled_from([None, None, None, 1]),
+        "guided": st.sampled_from([None, None, Guided(choice=["3", "3 1 4 1 5 9 2 6", "7 7 7 7 7", "3 1 8"])]),
     }
 )
 

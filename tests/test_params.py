@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from treadle.errors import InvalidParameter, ProtocolError
 from treadle.transport.codec import service_codec
-from treadle.transport.messages import SamplingParams, Submit
-from treadle.transport.params import check_params
+from treadle.transport.messages import Guided, SamplingParams, Submit
+from treadle.transport.params import MAX_GRAMMAR, check_params
 
 VOCAB = 100
 FIELDS = SamplingParams.__struct_fields__
@@ -59,6 +59,13 @@ WRONG: dict[str, list[Any]] = {
     ],
     "allowed_token_ids": [[], *NOT_IDS],
     "banned_token_ids": [list(range(VOCAB)), *NOT_IDS],
+    "guided": [
+        {}, "a", Hostile(), Guided(), Guided(json="{}", regex="a"), Guided(json_object=True, choice=["a"]),
+        Guided(json=""), Guided(json="x" * (MAX_GRAMMAR + 1)), Guided(regex=3), Guided(regex="\ud800"),
+        Guided(grammar=b"a"), Guided(choice=[]), Guided(choice=["a", ""]), Guided(choice=["a", 3]),
+        Guided(choice=("a",)), Guided(choice=["a"] * 4097), Guided(choice=["x" * MAX_GRAMMAR, "y"]),
+        Guided(json_object=1), Guided(json=["a"]),
+    ],
 }  # fmt: skip
 
 RIGHT: dict[str, list[Any]] = {
@@ -83,7 +90,11 @@ RIGHT: dict[str, list[Any]] = {
     "logit_bias": [None, {}, {0: -100.0, VOCAB - 1: 100}],
     "allowed_token_ids": [None, [0], [5, 5]],
     "banned_token_ids": [None, [], list(range(VOCAB - 1))],
-}
+    "guided": [
+        None, Guided(json={"type": "object", "é": [1, None]}), Guided(json="true"), Guided(json_object=True),
+        Guided(regex="[a-z]+"), Guided(choice=["a", "\n\"é"]), Guided(grammar='start: "a"'),
+    ],
+}  # fmt: skip
 
 
 def test_the_tables_cover_every_field() -> None:
@@ -176,3 +187,20 @@ def test_anything_is_either_refused_or_can_travel(fields: dict[str, Any], vocab:
         return
     again = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
     assert again == params
+
+
+def test_a_schema_is_kept_as_text_with_its_order() -> None:
+    assert Guided(json={"b": 1, "a": {"é": True}}).source == ("json", '{"b": 1, "a": {"é": true}}')
+    assert Guided(choice=["a", '"']).source == ("choice", '["a", "\\""]')
+    for value in ({"a": {1, 2}}, {"a": math.nan}, {"a": object()}, {"a": b"a"}):
+        with pytest.raises(InvalidParameter, match="guided"):
+            Guided(json=value)
+    nested: dict[str, Any] = {}
+    nested["a"] = nested
+    with pytest.raises(InvalidParameter, match="guided"):
+        Guided(json=nested)
+
+
+def test_a_grammar_ends_by_eos() -> None:
+    with pytest.raises(InvalidParameter, match="ignore_eos and guided"):
+        check_params(SamplingParams(guided=Guided(regex="a"), ignore_eos=True))

@@ -1,8 +1,9 @@
 """The vocabulary: every struct that crosses a boundary.
 
 Two conversations use it. The scheduler and its engine ranks exchange `Hello`, `Configure`, `Ready`, `StepPlan`,
-`StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`, `Refused` and the
-information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`); nothing is pickled.
+`Masks`, `StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`, `Refused`
+and the information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`); nothing is
+pickled.
 
 Numbers that come in arrays travel as raw little-endian bytes: `int32` unless the field says otherwise. A plan is a
 *delta*: a rank mirrors the rows, so tokens, sampling parameters and the block table of a request travel once.
@@ -10,13 +11,56 @@ Numbers that come in arrays travel as raw little-endian bytes: `int32` unless th
 
 from __future__ import annotations
 
-from typing import NewType
+import json
+from typing import Any, NewType
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+from treadle.errors import InvalidParameter
+
+PROTOCOL_VERSION = 3
 
 Row = NewType("Row", int)
+
+
+class Guided(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+    """What the output must be; exactly one field is given. Field names are those of vLLM's `StructuredOutputsParams`.
+
+    json: a JSON schema, as a dict or as text; kept and sent as text. json_object: any JSON object. regex: the whole
+    output matches it (Rust's syntax, no look-around or back-references). choice: the output is one of these texts.
+    grammar: in the Lark dialect of llguidance, with a rule `start`.
+
+    Raises InvalidParameter for a dict that JSON cannot say; the rest is checked by `transport.params`.
+    """
+
+    json: str | dict[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.json, dict):
+            msgspec.structs.force_setattr(self, "json", _json_text(self.json))
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """(kind, text): which field was given, and its value as text."""
+        if self.json_object:
+            return "json", '{"type": "object"}'
+        if self.choice is not None:
+            return "choice", _json_text(self.choice)
+        for kind, text in (("json", self.json), ("regex", self.regex), ("grammar", self.grammar)):
+            if text is not None:
+                return kind, str(text)
+        return "", ""
+
+
+def _json_text(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidParameter(f"guided: {type(value).__name__} cannot be written as JSON: {error}") from error
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
@@ -29,7 +73,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: None draws one; the same seed gives the same tokens whatever else runs. max_tokens: None is up to the context
     limit. stop: strings that end the text. logprobs, prompt_logprobs: how many of the top log-probabilities to return
     beside the chosen token's; None is none. logit_bias: token id to an addend. allowed_token_ids, banned_token_ids:
-    restrict the vocabulary.
+    restrict the vocabulary. guided: holds the output to a schema, an expression or a grammar; None is free.
     """
 
     n: int = 1
@@ -53,6 +97,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     allowed_token_ids: list[int] | None = None
     banned_token_ids: list[int] | None = None
     skip_special_tokens: bool = True
+    guided: Guided | None = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -146,7 +191,8 @@ class StepPlan(Message, frozen=True):
 
     release: rows that end. grow_rows/grow_blocks: pairs; the block is appended to the row's table. rows/counts: pairs;
     the row computes its next `count` tokens, and samples when that reaches the last token it knows (the rank's own
-    mirror tells), in the order given here.
+    mirror tells), in the order given here. guided: rows among those that sample whose token must wait for this step's
+    `Masks`; empty in nearly all plans, and then no such message comes.
     """
 
     step: int
@@ -156,6 +202,24 @@ class StepPlan(Message, frozen=True):
     grow_blocks: bytes
     rows: bytes
     counts: bytes
+    guided: bytes = b""
+
+
+class Masks(Message, frozen=True):
+    """Scheduler → rank: which tokens the guided rows of a step may sample. It may come before or after the step's plan.
+
+    rows: one number for each of the plan's guided rows, in its order: which mask below is its own, -1 where everything
+    is allowed. kinds: one for each mask, `masks.ONLY` these ids, all `masks.EXCEPT` these ids, or `masks.BITS`. counts:
+    how many ids it has (0 for BITS). ids: int32, of all masks one after the other, ascending within each. bits: uint32,
+    of all BITS masks one after the other, ceil(vocab / 32) words each, the lowest bit of the first is token 0.
+    """
+
+    step: int
+    rows: bytes
+    kinds: bytes
+    counts: bytes
+    ids: bytes
+    bits: bytes
 
 
 class TokenLogprobs(msgspec.Struct, array_like=True, frozen=True):
@@ -184,8 +248,8 @@ class RowFault(msgspec.Struct, array_like=True, frozen=True):
 class StepResult(Message, frozen=True):
     """Rank → scheduler. tokens: one per row that sampled, in plan order; only rank 0 fills it and `logprobs`.
 
-    digest: running CRC-32 over every plan's bytes and every sampled token so far (`codec.Digest`): a rank that
-    applied another plan or sampled another token is found in the same step.
+    digest: running CRC-32 over every plan's bytes, every mask's and every sampled token so far (`codec.Digest`): a rank
+    that applied another plan or sampled another token is found in the same step.
     elapsed_us: time in the step.
     """
 
@@ -412,7 +476,7 @@ class Pong(Message, frozen=True):
 
 
 EngineMessage = Hello | Ready | StepResult | Failure
-PlanMessage = Configure | StepPlan | Ping | Shutdown
+PlanMessage = Configure | StepPlan | Masks | Ping | Shutdown
 ControlMessage = Drain | Reload
 ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload
 ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong | Done

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from treadle.errors import InvalidParameter
 
-from .messages import SamplingParams, Submit
+from .messages import Guided, SamplingParams, Submit
 
 MAX_N = 64
 MAX_LOGPROBS = 64
@@ -26,6 +26,8 @@ MAX_SALT = 1024
 MAX_TENANT = 256
 MAX_TIMEOUT = 1e9
 MAX_PRIORITY = 1 << 20
+MAX_GRAMMAR = 1 << 18
+MAX_CHOICES = 4096
 _INT32_MAX = (1 << 31) - 1
 
 
@@ -41,6 +43,8 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> None:
     _check_lengths(params)
     _check_stop(params)
     _check_vocabulary(params, vocab_size)
+    if params.guided is not None:
+        _check_guided(params.guided, params.ignore_eos)
 
 
 def check_submit(message: Submit) -> None:
@@ -140,6 +144,40 @@ def _check_bias(bias: object, vocab_size: int | None) -> None:
     for token, value in bias.items():
         _token_id("logit_bias", token, vocab_size)
         _number(f"logit_bias[{token}]", value, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_guided(guided: object, ignore_eos: bool) -> None:
+    """Form and size; whether it is a grammar is seen where it is compiled."""
+    if type(guided) is not Guided:
+        raise InvalidParameter(f"guided must be Guided(...), not {type(guided).__name__}")
+    if type(guided.json_object) is not bool:
+        raise _wrong("guided.json_object", guided.json_object, "must be True or False")
+    texts = {"json": guided.json, "regex": guided.regex, "grammar": guided.grammar}
+    given = [name for name, value in (texts | {"choice": guided.choice}).items() if value is not None]
+    if guided.json_object:
+        given.append("json_object")
+    if len(given) != 1:
+        said = " and ".join(given) or "none"
+        raise InvalidParameter(f"guided: give one of json, json_object, regex, choice, grammar; got {said}")
+    for name, value in texts.items():
+        if value is not None and (type(value) is not str or not value or len(value) > MAX_GRAMMAR):
+            raise _wrong(f"guided.{name}", value, f"must be text of 1 to {MAX_GRAMMAR} characters")
+        if type(value) is str and not _is_text(value):
+            raise _wrong(f"guided.{name}", value, "must be Unicode text")
+    if guided.choice is not None:
+        _check_choice(guided.choice)
+    if ignore_eos:
+        raise InvalidParameter("ignore_eos and guided contradict each other: a finished grammar allows only EOS")
+
+
+def _check_choice(choice: object) -> None:
+    if type(choice) is not list or not 1 <= len(choice) <= MAX_CHOICES:
+        raise _wrong("guided.choice", choice, f"must be a list of 1 to {MAX_CHOICES} texts")
+    for text in choice:
+        if type(text) is not str or not text or not _is_text(text):
+            raise _wrong("guided.choice", text, "must hold texts of at least one Unicode character")
+    if sum(map(len, choice)) > MAX_GRAMMAR:
+        raise InvalidParameter(f"guided.choice: at most {MAX_GRAMMAR} characters are allowed in all")
 
 
 def _token_ids(name: str, values: object, most: int, vocab_size: int | None) -> set[int]:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from .llm import LLM
     from .outputs import CompletionOutput, RequestOutput
     from .stream import Stream
-    from .transport.messages import SamplingParams
+    from .transport.messages import Guided, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Client", "CompletionOutput", "RequestOutput", "SamplingParams", "Stream", "__version__"]
+__all__ = ["LLM", "Client", "CompletionOutput", "Guided", "RequestOutput", "SamplingParams", "Stream", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -37,8 +37,8 @@ def __getattr__(name: str) -> object:
         from .stream import Stream
 
         return Stream
-    if name == "SamplingParams":
-        from .transport.messages import SamplingParams
+    if name in ("Guided", "SamplingParams"):
+        from .transport import messages
 
-        return SamplingParams
+        return {"Guided": messages.Guided, "SamplingParams": messages.SamplingParams}[name]
     raise AttributeError(f"module 'treadle' has no attribute {name!r}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ from treadle.errors import ConfigError
 from treadle.scheduler.config import RESERVE_OUTPUT
 from treadle.scheduler.options import ATTENTION_BACKENDS, DEVICES, DTYPES, ServiceOptions
 from treadle.scheduler.policies import POLICIES
-from treadle.transport.messages import SamplingParams
+from treadle.transport.messages import Guided, SamplingParams
 
 SERVICE_HELP: Mapping[str, str] = {
     "tensor_parallel_size": "engine ranks that share the model, one process each",
@@ -42,6 +43,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "step_timeout": "seconds until a step must be finished, or the engines are restarted",
     "step_timeout_floor": "seconds that a step has at least, however short steps have been",
     "stop_timeout": "seconds to end in order, before engines are killed",
+    "grammar_timeout": "seconds that the grammar of a guided request may take to compile",
     "max_restarts": "of the engines, without a finished step in between, before giving up",
     "standby": "keep a second, loaded set of engines for a quick recovery; takes the memory twice",
     "dump_dir": "directory for the dumps of stuck steps; not given: $XDG_STATE_HOME/treadle or ~/.local/state/treadle",
@@ -96,13 +98,44 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--stop", dest="sampling_stop", action="append", metavar="TEXT", help="ends the answer; may be repeated"
     )
+    add_guided_options(parser)
+
+
+def add_guided_options(parser: argparse.ArgumentParser) -> None:
+    """What the answer must be. The names are those of `Guided`, with files where texts are long."""
+    group = parser.add_argument_group("structured output", "one of these; needs `pip install 'treadle[guided]'`")
+    group.add_argument("--json-schema", type=Path, metavar="FILE", help="the answer is JSON of this schema")
+    group.add_argument("--json-object", action="store_true", help="the answer is a JSON object, whatever is in it")
+    group.add_argument("--regex", metavar="TEXT", help="the answer matches this expression as a whole")
+    group.add_argument("--choice", action="append", metavar="TEXT", help="the answer is this text; repeat for others")
+    group.add_argument("--grammar", type=Path, metavar="FILE", help="the answer is of this grammar (Lark)")
+
+
+def _guided(options: argparse.Namespace) -> Guided | None:
+    """Not checked yet; None where nothing of it was given. Raises ConfigError for a file that cannot be read."""
+    given: dict[str, Any] = {
+        "json": _text_of(options.json_schema, "--json-schema"),
+        "json_object": options.json_object or None,
+        "regex": options.regex,
+        "choice": options.choice,
+        "grammar": _text_of(options.grammar, "--grammar"),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    return Guided(**given) if given else None
+
+
+def _text_of(file: Path | None, name: str) -> str | None:
+    try:
+        return None if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{name} {file}: cannot be read: {error}") from error
 
 
 def sampling_params(options: argparse.Namespace) -> SamplingParams:
     """Not checked yet. A person at a terminal wants the whole answer, and one that a small model does not ramble in."""
     values = vars(options)
     given = {name: values[f"sampling_{name}"] for name in (*_SAMPLING_HELP, "stop")}
-    defaults = {"max_tokens": None, "temperature": 0.7, "top_p": 0.95}
+    defaults = {"max_tokens": None, "temperature": 0.7, "top_p": 0.95, "guided": _guided(options)}
     return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
 
 

@@ -10,6 +10,7 @@ from treadle.errors import ConfigError
 from treadle.scheduler.options import service_options
 from treadle.scheduler.policies import Policy
 from treadle.scheduler.policies.guard import Guard
+from treadle.transport.messages import TokenizerInfo
 
 from .backend import Backend
 from .embedded import EmbeddedBackend
@@ -85,9 +86,12 @@ class LLM(Frontend):
 
     def _make_backend(self, located: Located) -> Backend:
         if self._in_process:
-            # its readers have the tokenizer
-            return EmbeddedBackend(located.facts, self._options, lambda: None, self._policy)
+            return EmbeddedBackend(located.facts, self._options, self._tokenizer_info, self._policy)
         return ServerProcess(str(located.path), self._raw_options, self._options.start_timeout)
+
+    def _tokenizer_info(self) -> TokenizerInfo | None:
+        """For guided requests; readers of text have the tokenizer itself. Only an open LLM is asked."""
+        return self._tokenizer.to_info() if self._tokenizer is not None else None
 
 
 def _own_policy(policy: Policy, in_process: bool) -> Policy:

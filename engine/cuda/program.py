@@ -16,6 +16,7 @@ from treadle.engine.batch import ForwardBatch
 from treadle.engine.comm import Communicator
 from treadle.engine.kv import KVCache
 from treadle.engine.model import Decoder
+from treadle.engine.sampling.masks import LocalMasks
 
 from .device_rows import DeviceRows
 from .staging import Field, Layout, Staging
@@ -36,6 +37,10 @@ class FusedSampler(Protocol):
 
         filtered: whether any of the rows may use top-k, top-p or min-p. comm: instead of its own.
         """
+        ...
+
+    def mask(self, logits: Tensor, masks: LocalMasks) -> None:
+        """Makes minus infinity of what the masks forbid; before the call that samples, and outside of a graph."""
         ...
 
 
@@ -146,6 +151,12 @@ class StepProgram:
         positions, targets, numbers = sample_layout(size).device(self.staging.device)
         tokens, peaks = self.fused(self.logits[:size], numbers, positions, filtered)
         self.finish(targets, tokens, peaks)
+
+    def mask(self, masks: LocalMasks) -> None:
+        """Applies masks to the logits that the next `sample` takes. Not for a graph."""
+        if self.fused is None:
+            raise ValueError("there is no fused sampler here")
+        self.fused.mask(self.logits, masks)
 
     def finish(self, targets: Tensor, tokens: Tensor, peaks: Tensor) -> None:
         self.rows.ops.finish(self.rows.history, targets, tokens, peaks, self.out[: 2 * len(targets)])

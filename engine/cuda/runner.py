@@ -14,47 +14,20 @@ import numpy.typing as npt
 import torch
 
 from treadle.engine.rows import Int64, RowMirror, Work
-from treadle.engine.runner import PromptScorer, Scored, StepOutcome
+from treadle.engine.runner import PromptScorer, Scored, StepOutcome, TakeMasks
+from treadle.engine.sampling.masks import LocalMasks, guided_places
 from treadle.engine.sampling.sampler import SampleOutput, Sampler, row_faults
 from treadle.engine.sampling.state import FILTERED, LISTS, LOGPROBS, MIN_TOKENS, PENALTIES, SamplingState
 from treadle.engine.sampling.upload import upload
+from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
-from treadle.transport.messages import StepPlan, TokenLogprobs
+from treadle.transport.messages import Masks, StepPlan, TokenLogprobs
 
 from .graphs import Graphs
 from .program import TURNS, StepProgram, decode_layout, mixed_layout, sample_layout
 
 _EAGER = LISTS | PENALTIES | LOGPROBS
-
-
-@dataclass(slots=True)
-class Ticket:
-    """A step on its way. turn: where its results come. samples: how many were asked for.
-
-    rows: that sample, in the work's order, and `places` theirs among the results; back: those in plan order. output: of
-    the eager sampler, where it was needed.
-    """
-
-    turn: int
-    samples: int
-    rows: Int64
-    places: Int64
-    back: Int64
-    output: SampleOutput | None = None
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-
-@runtime_checkable
-class PipelinedRunner(Protocol):
-    """A runner that can hold several steps at once; collected in the order of submission."""
-
-    def submit(self, plan: StepPlan) -> Ticket: ...
-
-    def done(self, ticket: Ticket) -> bool:
-        """Whether `collect` would return at once."""
-        ...
-
-    def collect(self, ticket: Ticket) -> StepOutcome: ...
+_NOWHERE = np.empty(0, np.int64)
 
 
 @dataclass(slots=True)
@@ -64,6 +37,53 @@ class _Samples:
     rows: Int64
     positions: Int64
     real: npt.NDArray[np.bool_]
+
+
+@dataclass(slots=True)
+class _Unsampled:
+    """What is left to launch of a step whose logits are on their way. size: of the packet. places: of guided rows."""
+
+    samples: _Samples
+    size: int
+    eager: bool
+    places: Int64
+
+
+@dataclass(slots=True)
+class Ticket:
+    """A step on its way. turn: where its results come. samples: how many were asked for.
+
+    rows: that sample, in the work's order, and `places` theirs among the results; back: those in plan order. output: of
+    the eager sampler, where it was needed. unsampled: while the step waits for masks.
+    """
+
+    turn: int
+    samples: int
+    rows: Int64
+    places: Int64
+    back: Int64
+    output: SampleOutput | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    unsampled: _Unsampled | None = None
+
+
+@runtime_checkable
+class PipelinedRunner(Protocol):
+    """A runner that can hold several steps at once; collected in the order of submission."""
+
+    def submit(self, plan: StepPlan) -> Ticket:
+        """Launches the plan; one with guided rows up to its logits only."""
+        ...
+
+    def sample(self, ticket: Ticket, masks: Masks) -> None:
+        """Launches the rest of a step with guided rows, before any other plan is submitted."""
+        ...
+
+    def done(self, ticket: Ticket) -> bool:
+        """Whether `collect` would return at once."""
+        ...
+
+    def collect(self, ticket: Ticket) -> StepOutcome: ...
 
 
 class CudaRunner:
@@ -95,8 +115,13 @@ class CudaRunner:
         self._turn = 0
         self._open = 0
 
-    def step(self, plan: StepPlan) -> StepOutcome:
-        return self.collect(self.submit(plan))
+    def step(self, plan: StepPlan, take_masks: TakeMasks | None = None) -> StepOutcome:
+        ticket = self.submit(plan)
+        if plan.guided:
+            if take_masks is None:
+                raise ProtocolError(f"step {plan.step} has guided rows and nobody brings masks")
+            self.sample(ticket, take_masks())
+        return self.collect(ticket)
 
     def forget(self) -> None:
         self._mirror.forget()
@@ -123,14 +148,30 @@ class CudaRunner:
         else:
             samples = _Samples(sampled, self._mirror.known[sampled], np.ones(len(sampled), np.bool_))
             size, prompt_logprobs = self._mixed(work, samples, scored)
-        ticket = self._sample(work, samples, size, eager)
+        ticket = self._ticket(work, samples, size, eager)
         ticket.prompt_logprobs = prompt_logprobs
+        places = guided_places(plan, samples.rows) if plan.guided else _NOWHERE
+        unsampled = _Unsampled(samples, size, eager, places)
+        if plan.guided:
+            ticket.unsampled = unsampled
+        else:
+            self._sample(ticket, unsampled, None)
         self._mirror.advance(work)
         self._open += 1
         return ticket
 
+    @torch.inference_mode()
+    def sample(self, ticket: Ticket, masks: Masks) -> None:
+        """Launches the rest of a step with guided rows, before any other plan is submitted. Raises ProtocolError."""
+        unsampled, ticket.unsampled = ticket.unsampled, None
+        if unsampled is None:
+            raise ProtocolError(f"masks of step {masks.step}, which waits for none")
+        model, vocab_size = self.program.model, self._rows.vocab_size
+        local = LocalMasks.of(masks, unsampled.places, model.vocab_start, model.vocab_local, vocab_size)
+        self._sample(ticket, unsampled, local)
+
     def done(self, ticket: Ticket) -> bool:
-        return not self._events or self._events[ticket.turn].query()
+        return ticket.unsampled is None and (not self._events or self._events[ticket.turn].query())
 
     @torch.inference_mode()
     def collect(self, ticket: Ticket) -> StepOutcome:
@@ -213,34 +254,44 @@ class CudaRunner:
             return bool((short & (flags & MIN_TOKENS != 0)).any())
         return bool(every & _EAGER)
 
-    def _sample(self, work: Work, samples: _Samples, size: int, eager: bool) -> Ticket:
+    def _ticket(self, work: Work, samples: _Samples, size: int, eager: bool) -> Ticket:
+        """Where the results of the step will be."""
         real = np.flatnonzero(samples.real)
         rows = samples.rows[real]
-        output = None
         if not len(rows):
             size = 0
         elif eager:
-            output = self._sample_eagerly(samples, real, size)
             size, real = len(rows), np.arange(len(rows))
-        else:
-            self._graphs.sample(size, bool(np.bitwise_or.reduce(self._sampling.flags[rows]) & FILTERED))
         self._turn = (self._turn + 1) % TURNS
-        if size:
-            self._results[self._turn, : 2 * size].copy_(self.program.out[: 2 * size], non_blocking=True)
-        if self._events:
-            self._events[self._turn].record()
         order = work.plan_order[work.samples]
-        return Ticket(self._turn, size, rows, real, real[np.argsort(order, kind="stable")], output)
+        return Ticket(self._turn, size, rows, real, real[np.argsort(order, kind="stable")])
 
-    def _sample_eagerly(self, samples: _Samples, real: Int64, size: int) -> SampleOutput:
-        program, device = self.program, self.program.logits.device
+    def _sample(self, ticket: Ticket, step: _Unsampled, masks: LocalMasks | None) -> None:
+        """Launches the samples, and the copy of what they bring."""
+        if len(ticket.rows):
+            if step.eager:
+                ticket.output = self._sample_eagerly(step.samples, step.size, masks)
+            else:
+                if masks is not None:
+                    self.program.mask(masks)
+                self._graphs.sample(step.size, bool(np.bitwise_or.reduce(self._sampling.flags[ticket.rows]) & FILTERED))
+        size = ticket.samples
+        if size:
+            self._results[ticket.turn, : 2 * size].copy_(self.program.out[: 2 * size], non_blocking=True)
+        if self._events:
+            self._events[ticket.turn].record()
+
+    def _sample_eagerly(self, samples: _Samples, size: int, masks: LocalMasks | None) -> SampleOutput:
+        program, device, real = self.program, self.program.logits.device, np.flatnonzero(samples.real)
         logits, targets = program.logits, sample_layout(size).device(program.staging.device)[1]
         if len(real) < len(samples.rows):
             index = upload(real, device)
             logits, targets = logits[index], targets[index]
+            if masks is not None:
+                masks = masks.among(real)
         logits, targets = logits[: len(real)].float(), targets[: len(real)]
         rows, positions = samples.rows[real], samples.positions[real]
-        output = self._sampler.sample(logits, rows, positions, self._rows.history, positions)
+        output = self._sampler.sample(logits, rows, positions, self._rows.history, positions, masks)
         program.finish(targets, output.tokens, output.peaks)
         return output
 

@@ -12,11 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from treadle.engine.batch import ForwardBatch
 from treadle.engine.kv import KVCache
+from treadle.engine.sampling.masks import LocalMasks
 
 from .graphs import ladder
 from .program import StepProgram
@@ -62,6 +64,8 @@ def warm(program: StepProgram, kv: KVCache, *, max_tokens: int, max_len: int, th
         echo = Echo(program.fused.world_size)
         for filtered in (True, False):
             calls += [partial(_sample, program, size, filtered, echo) for size in {1, program.rows.max_rows}]
+        none = LocalMasks(np.zeros(1, np.int64), np.zeros(1, np.int64), np.full((1, 1 << 16), -1, np.int32), 0)
+        calls.append(partial(program.mask, none))
     _run(calls, device, threads)
 
 

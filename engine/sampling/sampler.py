@@ -22,6 +22,7 @@ from .filters import PAD, UNITS, Filters, decode, keep_mask
 from .local import LocalOps, TorchOps
 from .local_cpu import CpuOps
 from .logprobs import LogprobBlock, logprob_block
+from .masks import LocalMasks, mask_logits
 from .noise import fold, gumbel, hash_ids, noise_keys
 from .penalties import LogitEditor
 from .state import EDITED, FILTERED, LOGPROBS, RANDOM, SamplingState
@@ -102,12 +103,14 @@ class Sampler:
         positions: HostArray,
         tokens: torch.Tensor,
         lengths: HostArray,
+        masks: LocalMasks | None = None,
     ) -> SampleOutput:
         """Chooses the token at `positions` of each row.
 
-        local_logits: float32 [S, vocab_local], not changed. rows, positions, lengths: [S], best on the host, so that
-        nothing waits for the device. tokens: int [max_rows, max_len], of which row r's first lengths tokens are known
-        (read for penalties only).
+        local_logits: float32 [S, vocab_local], changed only where there are masks, and only by these. rows, positions,
+        lengths: [S], best on the host, so that nothing waits for the device. tokens: int [max_rows, max_len], of which
+        row r's first lengths tokens are known (read for penalties only). masks: of guided rows; what they forbid is
+        forbidden whatever else is asked for.
         """
         rows, positions, lengths = _host(rows), _host(positions), _host(lengths)
         flags = self._state.flags[rows]
@@ -115,6 +118,10 @@ class Sampler:
         logits = local_logits
         if every_flag & EDITED:
             logits = self._editor.edit(local_logits, rows, positions, tokens, lengths)
+        if masks is not None:
+            if every_flag & LOGPROBS and logits is local_logits:
+                logits = local_logits.clone()  # log-probabilities are those of the model
+            mask_logits(logits, masks)
         if not every_flag & FILTERED:
             chosen = self._unfiltered(logits, np.arange(len(rows)), rows, positions)
         else:
@@ -287,4 +294,6 @@ def _reason(peak: float) -> str:
         return f"the logits of this row are not numbers (NaN): {_DAMAGED}"
     if peak > 0:
         return f"the logits of this row are infinite: {_DAMAGED}"
-    return "no token is allowed: every token of the vocabulary is banned"
+    return (
+        "no token is allowed: the grammar, allowed and banned ids, biases and min_tokens leave none of the vocabulary"
+    )

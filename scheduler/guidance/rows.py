@@ -1,0 +1,95 @@
+"""A matcher for each guided sequence, from its first mask to its end.
+
+Only committed tokens reach a matcher, and these are never taken back: so it outlives preemptions and engine groups, and
+is made anew from the committed tokens where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+
+import numpy as np
+
+from treadle.scheduler.request import Request, Sequence
+from treadle.transport.masks import encode_masks, words_for
+from treadle.transport.messages import Masks
+
+from .matching import Advance, Grammar, Matcher, Matching
+from .pending import MasksDue
+
+
+@dataclass(slots=True)
+class _Place:
+    """seen: output tokens that the matcher has got, or will have once the jobs made so far have run."""
+
+    grammar: Grammar
+    matcher: Matcher | None = None
+    seen: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MadeMasks:
+    """failed: sequences whose grammar cannot go on, and why; their rows may sample anything, for nobody will see it."""
+
+    masks: Masks
+    failed: list[tuple[Sequence, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskJob:
+    """The masks of one step, to be made on any thread; jobs run one at a time, in the order in which they were made."""
+
+    step: int
+    size: int
+    places: list[tuple[int, Sequence, _Place, list[int]]]
+
+    def run(self, matching: Matching) -> MadeMasks:
+        words = np.zeros((self.size, words_for(matching.vocab_size)), np.uint32)
+        free = np.ones(self.size, np.bool_)
+        free[[row for row, *_ in self.places]] = False
+        errors = matching.advance([_advance(*place) for place in self.places], words)
+        free[list(errors)] = True
+        masks = encode_masks(self.step, words, free, matching.vocab_size)
+        return MadeMasks(masks, [(sequence, errors[row]) for row, sequence, *_ in self.places if row in errors])
+
+    def fail(self, matching: Matching, message: str) -> MadeMasks:
+        """What to send when `run` raised: the step must go on for the others."""
+        words = np.zeros((self.size, words_for(matching.vocab_size)), np.uint32)
+        masks = encode_masks(self.step, words, np.ones(self.size, np.bool_), matching.vocab_size)
+        return MadeMasks(masks, [(sequence, message) for _, sequence, *_ in self.places])
+
+
+class GuidedRows:
+    """All matchers. Its methods run on the loop; what they return runs elsewhere."""
+
+    def __init__(self) -> None:
+        self._places: dict[Sequence, _Place] = {}
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def begin(self, request: Request, grammar: Grammar) -> None:
+        for sequence in request.sequences:
+            self._places[sequence] = _Place(grammar)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended. One that was never guided is no error."""
+        self._places.pop(sequence, None)
+
+    def job(self, due: MasksDue) -> MaskJob:
+        places: list[tuple[int, Sequence, _Place, list[int]]] = []
+        for row, sample in enumerate(due.samples):
+            place = None if sample is None else self._places.get(sample.sequence)
+            if sample is None or place is None:
+                continue
+            tokens: list[int] = sample.output[place.seen :].tolist()
+            place.seen += len(tokens)
+            places.append((row, sample.sequence, place, tokens))
+        return MaskJob(due.step, len(due.samples), places)
+
+
+def _advance(row: int, _: Sequence, place: _Place, tokens: Ordered[int]) -> Advance:
+    if place.matcher is None:
+        place.matcher = place.grammar.start()
+    return Advance(place.matcher, tokens, row)

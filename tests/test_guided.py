@@ -1,0 +1,363 @@
+"""Structured output, from a request to a text that parses, whatever happens on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
+from treadle.engine.loading import Emulate
+from treadle.errors import InvalidParameter, InvalidRequest, RequestFailed, TreadleError
+from treadle.scheduler.guidance import guide, llg
+from treadle.scheduler.guidance.cache import GrammarCache
+from treadle.scheduler.guidance.llg import LlgMatching
+from treadle.tokenizer import Tokenizer
+
+from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
+from .guidekit import TrieMatching
+from .modelkit import EOS, VOCAB_SIZE
+from .servekit import serving
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 6},
+        "size": {"type": "integer", "minimum": 0, "maximum": 999},
+        "kind": {"enum": ["cat", "dog", None]},
+    },
+    "required": ["name", "size", "kind"],
+    "additionalProperties": False,
+    "x-guidance": {"whitespace_flexible": False},
+}
+LIST = 'start: "[" ITEM ("," ITEM){0,3} "]"\nITEM: /[a-f]{2,4}/\n'
+KINDS: list[Guided | None] = [
+    Guided(json=SCHEMA),
+    None,
+    Guided(regex=r"[0-9]{3}-(abc|x{2,9})"),
+    Guided(choice=["yes", "no", 'per"haps\n']),
+    None,
+    Guided(grammar=LIST),
+]
+NEW_TOKENS = 64
+
+
+def check(guided: Guided | None, text: str) -> None:
+    """The text is what was asked for."""
+    kind, source = guided.source if guided is not None else ("", "")
+    if kind == "json":
+        value = json.loads(text)
+        assert list(value) == ["name", "size", "kind"] and len(value["name"]) <= 6
+        assert type(value["size"]) is int and 0 <= value["size"] <= 999 and value["kind"] in ("cat", "dog", None)
+    elif kind == "regex":
+        assert re.fullmatch(source, text)
+    elif kind == "choice":
+        assert text in json.loads(source)
+    elif kind == "grammar":
+        assert re.fullmatch(r"\[[a-f]{2,4}(,[a-f]{2,4}){0,3}\]", text)
+
+
+def params(index: int, guided: Guided | None, **more: Any) -> SamplingParams:
+    given = {"temperature": float(index % 3 > 0), "top_p": 0.9 if index % 4 == 2 else 1.0, "seed": index, **more}
+    return SamplingParams(max_tokens=NEW_TOKENS, guided=guided, ignore_eos=guided is None, **given)
+
+
+def requests() -> Requests:
+    """Guided and free ones in turn, some with what the fused sampler has not."""
+    made: Requests = []
+    for index in range(12):
+        more = {7: {"logprobs": 2}, 8: {"repetition_penalty": 1.2}, 6: {"min_tokens": 3}}.get(index, {})
+        prompt = [*range(40 + index, 40 + 3 * index + 5)]
+        made.append((f"r{index}", prompt, params(index, KINDS[index % len(KINDS)], **more)))
+    return made
+
+
+@dataclass
+class Expected:
+    """What each request gives alone, and its text."""
+
+    tokens: dict[str, list[int]]
+    tokenizer: Tokenizer
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Expected:
+    found = Expected({}, Tokenizer.load(tiny))
+    with LocalGroup(tiny, tmp_path_factory.mktemp("alone")) as group:
+        for request in requests():
+            driver = Driver(group, prefix_cache=False, pipeline_depth=1, eos_token_ids=(EOS,))
+            driver.submit(*request)
+            driver.run()
+            tokens = found.tokens[request[0]] = driver.tokens[request[0], 0]
+            guided = request[2].guided
+            assert driver.finish[request[0], 0] == ("length" if guided is None else "stop")
+            check(guided, found.tokenizer.decode(tokens))
+    return found
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("emulate", ["", "rows"])
+def test_the_same_whatever_runs_beside_it(
+    tiny: Path, expected: Expected, tmp_path: Path, world_size: int, emulate: Emulate
+) -> None:
+    """Ranks, depth, forced preemption, chunks; free requests among guided ones too."""
+    with LocalGroup(tiny, tmp_path, world_size=world_size, emulate=emulate) as group:
+        for depth, tight in ((1, False), (1, True), (2, False), (2, True)):
+            driver = Driver(
+                group,
+                pipeline_depth=depth,
+                num_blocks=41 if tight else 512,
+                max_prefill_chunk=16 if tight else None,
+                eos_token_ids=(EOS,),
+            )
+            for request in requests():
+                driver.submit(*request)
+            driver.run()
+            assert {name: tokens for (name, _), tokens in driver.tokens.items()} == expected.tokens
+            assert (driver.core.stats().preemptions > 0) == tight
+
+
+@pytest.mark.parametrize("emulate", ["", "rows"])
+def test_the_same_where_steps_overlap(tiny: Path, expected: Expected, tmp_path: Path, emulate: Emulate) -> None:
+    overlapped = Overlapped(configure_for(tiny, tmp_path), emulate or "rows")
+    for depth in (2, 3):
+        tokens = overlapped.run(requests(), depth, num_blocks=41 if emulate else 512, eos_token_ids=(EOS,))
+        assert tokens == expected.tokens
+
+
+# ── real processes ──
+
+
+async def texts(llm: LLM | Client, wanted: Requests) -> list[RequestOutput]:
+    streams = [llm.generate(prompt, one) for _, prompt, one in wanted]
+    return list(await asyncio.gather(*(stream.final() for stream in streams)))
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("depth", [1, 2])
+async def test_a_killed_rank_is_a_pause(tiny: Path, expected: Expected, depth: int) -> None:
+    async with LLM(
+        str(tiny), tensor_parallel_size=2, dtype="float32", debug=True, max_num_seqs=16, pipeline_depth=depth
+    ) as llm:
+        streams = [llm.generate(prompt, one) for _, prompt, one in requests()]
+        await anext(streams[1])
+        os.kill(llm.engine_pids[depth - 1], signal.SIGKILL)
+        outputs = await asyncio.gather(*(stream.final() for stream in streams))
+        assert [output.token_ids for output in outputs] == list(expected.tokens.values())
+        stats = await llm.stats()
+        assert (stats.recoveries, stats.blocks_used) == (1, 0)
+        for output, (_, _, one) in zip(outputs, requests(), strict=True):
+            check(one.guided, output.text)
+
+
+BAD = [
+    (Guided(regex="((("), InvalidParameter, "guided.regex"),
+    (Guided(json="[1]"), InvalidParameter, "a schema is an object"),
+    (Guided(json="{"), InvalidParameter, "not JSON"),
+    (Guided(json={"type": "objet"}), InvalidParameter, "objet"),
+    (Guided(json="false"), InvalidParameter, "schema is false"),
+    (Guided(grammar="nothing"), InvalidParameter, "guided.grammar"),
+    (Guided(grammar="start: start"), InvalidParameter, "guided.grammar"),
+    (Guided(json={"$ref": "https://example.com/schema.json"}), InvalidParameter, "guided.json"),
+]
+
+
+@pytest.mark.asyncio
+async def test_a_bad_grammar_is_one_requests_error(tiny: Path, expected: Expected) -> None:
+    async with LLM(str(tiny), dtype="float32", debug=True, max_num_seqs=16) as llm:
+        good = asyncio.create_task(texts(llm, requests()))
+
+        async def refused(guided: Guided) -> TreadleError:
+            with pytest.raises(TreadleError) as caught:
+                await llm.generate("a", SamplingParams(guided=guided)).final()
+            return caught.value
+
+        for error, (_, kind, text) in zip(await asyncio.gather(*(refused(g) for g, *_ in BAD)), BAD, strict=True):
+            assert type(error) is kind and text in str(error)
+        choice = Guided(choice=["yes", "no"])
+        contradictions = [{"min_tokens": 9}, {"allowed_token_ids": [1, 2]}, {"banned_token_ids": [*range(256)]}]
+        for contradiction in contradictions:
+            with pytest.raises(RequestFailed, match="no token is allowed"):
+                await llm.generate("a", SamplingParams(guided=choice, **contradiction)).final()  # type: ignore[arg-type]
+        assert [output.token_ids for output in await good] == list(expected.tokens.values())
+        stats = await llm.stats()
+        assert (stats.running, stats.waiting, stats.blocks_used, stats.recoveries) == (0, 0, 0, 0)
+
+
+@pytest.mark.asyncio
+async def test_several_continuations_biases_and_aborts(tiny: Path) -> None:
+    async with LLM(str(tiny), dtype="float32", debug=True, max_num_seqs=16) as llm:
+        regex = Guided(regex="[ab]{40}")
+        several = await llm.generate("a", SamplingParams(n=3, seed=5, guided=regex, max_tokens=50)).final()
+        made = {output.text for output in several.outputs}
+        assert len(made) == 3 and all(re.fullmatch("[ab]{40}", text) for text in made)
+        biased = SamplingParams(guided=regex, max_tokens=50, logit_bias={llm.tokenize("b")[0]: 100.0})
+        assert (await llm.generate("a", biased).final()).text == "b" * 40
+        short = await llm.generate("a", SamplingParams(guided=regex, max_tokens=7)).final()
+        assert (len(short.text), short.finish_reason) == (7, "length")
+        # Left at once, while the grammar is being compiled, and later.
+        for index, tokens in enumerate((0, 0, 1, 5)):
+            stream = llm.generate("a", SamplingParams(guided=Guided(regex=f"[ab]{{{100 + index}}}"), max_tokens=200))
+            for _ in range(tokens):
+                await anext(stream)
+            await stream.aclose()
+        service = llm._made._service  # type: ignore[union-attr]
+        while (await llm.stats()).running or service._compiling:
+            await asyncio.sleep(0.01)
+        assert len(service._guide._rows) == 0, "a matcher is left"
+
+
+@pytest.mark.asyncio
+async def test_a_grammar_that_takes_too_long_is_given_up(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with LLM(str(tiny), dtype="float32", grammar_timeout=0.2) as llm:
+        free = await llm.generate("a", SamplingParams(temperature=0, max_tokens=4)).final()
+        assert (await llm.generate("a", SamplingParams(guided=Guided(choice=["yes"]))).final()).text == "yes"
+        release = _Gate()
+        monkeypatch.setattr(llg.LlgMatching, "compile", lambda matching, guided: release.wait())
+        stream = llm.generate("a", SamplingParams(guided=Guided(choice=["no"])))
+        same = await llm.generate("a", SamplingParams(temperature=0, max_tokens=4)).final()
+        assert same.token_ids == free.token_ids, "the loop is not the one that compiles"
+        with pytest.raises(InvalidParameter, match=r"not compiled within 0\.2 s"):
+            await stream.final()
+        release.set()
+
+
+class _Gate:
+    """A compiler that takes as long as the test says."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def wait(self) -> None:
+        self._event.wait(30)
+        raise InvalidParameter("too late")
+
+    def set(self) -> None:
+        self._event.set()
+
+
+@pytest.mark.asyncio
+async def test_without_llguidance_or_a_tokenizer_it_is_said(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with LLM(str(tiny), dtype="float32") as llm:
+        monkeypatch.setitem(sys.modules, "treadle.scheduler.guidance.llg", None)
+        with pytest.raises(InvalidRequest, match=r"pip install 'treadle\[guided\]'"):
+            await llm.generate("a", SamplingParams(guided=Guided(regex="a"))).final()
+        monkeypatch.undo()
+        monkeypatch.setattr(llm, "_tokenizer", None)
+        with pytest.raises(InvalidRequest, match="without a tokenizer"):
+            await llm.generate([1], SamplingParams(guided=Guided(regex="a"))).final()
+        monkeypatch.undo()
+        assert (await llm.generate("a", SamplingParams(guided=Guided(regex="ab"))).final()).text == "ab"
+
+
+@pytest.mark.asyncio
+async def test_through_a_client_and_the_command_line(tiny: Path, expected: Expected, tmp_path: Path) -> None:
+    with serving(tmp_path / "s", tiny, "--dtype", "float32", "--max-num-seqs", "16") as server:
+        async with Client(server.endpoint) as client:
+            outputs = await texts(client, requests())
+            assert [output.token_ids for output in outputs] == list(expected.tokens.values())
+            with pytest.raises(InvalidParameter, match="objet"):
+                await client.generate("a", SamplingParams(guided=Guided(json={"type": "objet"}))).final()
+            assert (await client.stats()).running == 0
+        schema, grammar = tmp_path / "schema.json", tmp_path / "list.lark"
+        schema.write_text(json.dumps(SCHEMA))
+        grammar.write_text(LIST)
+        for flags, guided in (
+            (["--json-schema", str(schema)], Guided(json=SCHEMA)),
+            (["--grammar", str(grammar)], Guided(grammar=LIST)),
+            (["--choice", "yes", "--choice", "no"], Guided(choice=["yes", "no"])),
+        ):
+            command = [sys.executable, "-m", "treadle", "generate", "Hi", "--endpoint", server.endpoint, *flags]
+            done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=60)
+            assert done.returncode == 0, done.stderr
+            check(guided, done.stdout.removesuffix("\n"))
+    both = [sys.executable, "-m", "treadle", "generate", "Hi", "--regex", "a", "--json-object"]
+    done = await asyncio.to_thread(subprocess.run, both, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "guided: give one of" in done.stderr
+
+
+@pytest.mark.asyncio
+async def test_a_real_model_fills_in_a_schema(llm: LLM) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    messages = [{"role": "user", "content": "Write about Ann, who is 34 years old, as JSON."}]
+    guided = SamplingParams(temperature=0, max_tokens=60, guided=Guided(json=schema))
+    free = SamplingParams(temperature=0, max_tokens=12)
+    alone = await llm.generate("The capital of France is", free).final()
+    answer, beside = await asyncio.gather(
+        llm.chat(messages, guided).final(), llm.generate("The capital of France is", free).final()
+    )
+    value = json.loads(answer.text)
+    assert list(value) == ["name", "age"] and type(value["age"]) is int and answer.finish_reason == "stop"
+    assert "Ann" in value["name"] and value["age"] == 34
+    assert beside.token_ids == alone.token_ids
+
+
+# ── small parts ──
+
+
+def test_llguidance_has_the_bytes_that_we_decode(tiny: Path) -> None:
+    tokenizer = Tokenizer.load(tiny)
+    theirs = LlgMatching(tokenizer.to_info().tokenizer_json.decode(), VOCAB_SIZE, (EOS,))._tokenizer
+    for token in range(256):
+        piece = tokenizer.pieces.piece(token, False)
+        assert theirs.decode_bytes([token]) == piece or piece == b"\xff", "which is in no text"
+    assert theirs.eos_tokens == [EOS]
+
+
+def test_tokenizers_that_cannot_be_served_are_said(tiny: Path) -> None:
+    text = Tokenizer.load(tiny).to_info().tokenizer_json.decode()
+    with pytest.raises(InvalidRequest, match="no end-of-sequence token"):
+        LlgMatching(text, VOCAB_SIZE, (VOCAB_SIZE,))
+    with pytest.raises(InvalidRequest, match="does not serve this model's tokenizer"):
+        LlgMatching("{}", VOCAB_SIZE, (EOS,))
+
+
+def test_the_cache_of_grammars_is_bounded() -> None:
+    grammar = TrieMatching(10).compile(Guided(choice=["1"]))
+    cache = GrammarCache(max_grammars=3, max_characters=100)
+    for name in ("a", "b", "c"):
+        cache.put(("regex", name), grammar)
+    assert cache.get(("regex", "a")) is grammar
+    cache.put(("regex", "d"), grammar)
+    assert [cache.get(("regex", name)) is not None for name in "abcd"] == [True, False, True, True]
+    cache.put(("regex", "x" * 99), grammar)
+    assert len(cache) == 2 and cache.get(("json", "d")) is None
+
+
+@pytest.mark.asyncio
+async def test_equal_grammars_are_compiled_once_and_their_number_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[Guided] = []
+
+    class Counting(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            compiled.append(guided)
+            if guided.source[1] == '["x"]':
+                raise InvalidParameter("x")
+            return super().compile(guided)
+
+    made = guide.Guide(lambda: Counting(10), 5.0)
+    same = await asyncio.gather(*(made.compile(Guided(choice=["1 2"])) for _ in range(9)))
+    assert len(compiled) == 1 and len({id(grammar) for grammar in same}) == 1
+    assert made.cached(Guided(choice=["1 2"])) is same[0] and made.cached(Guided(choice=["1 3"])) is None
+    with pytest.raises(InvalidParameter):
+        await made.compile(Guided(choice=["x"]))
+    assert made.cached(Guided(choice=["x"])) is None
+    monkeypatch.setattr(guide, "_MAX_COMPILING", 1)
+    results = await asyncio.gather(*(made.compile(Guided(choice=[str(i)])) for i in range(3)), return_exceptions=True)
+    assert sorted(type(result).__name__ for result in results) == ["Overloaded", "Overloaded", "TrieGrammar"]
+    made.close()

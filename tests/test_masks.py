@@ -1,0 +1,152 @@
+"""Token masks: on the wire and back, and on a rank's slice of the logits."""
+
+from __future__ import annotations
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from treadle.engine.sampling.masks import LocalMasks, _mask_on_device, guided_places, mask_logits
+from treadle.errors import ProtocolError
+from treadle.transport.codec import pack, rank_codec
+from treadle.transport.masks import BITS, EXCEPT, ONLY, Words, decode_masks, encode_masks, words_for
+from treadle.transport.messages import Masks, SamplingParams, StepPlan
+
+from .guidekit import words_of
+from .samplingkit import Batch, cuts_of
+
+
+def packed(allowed: np.ndarray) -> Words:
+    """bool [rows, vocab] to uint32 [rows, words]."""
+    return np.stack([words_of(frozenset(np.flatnonzero(row).tolist()), allowed.shape[1]) for row in allowed])
+
+
+def unpacked(words: Words, vocab: int) -> np.ndarray:
+    return np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")[..., :vocab].astype(bool)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    vocab=st.sampled_from([1, 31, 32, 33, 100, 1000]),
+    shares=st.lists(st.sampled_from([0.0, 0.002, 0.5, 0.998, 1.0]), min_size=1, max_size=9),
+    same=st.booleans(),
+    free=st.integers(0, 511),
+    seed=st.integers(0, 99),
+)
+def test_masks_travel(vocab: int, shares: list[float], same: bool, free: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    allowed = random.random((len(shares), vocab)) < np.array(shares)[:, None]
+    if same:
+        allowed[-1] = allowed[0]
+    unbound = np.array([bool(free >> row & 1) for row in range(len(shares))])
+    codec = rank_codec()
+    masks = codec.decode(codec.encode(encode_masks(3, packed(allowed), unbound, vocab)))
+    assert isinstance(masks, Masks)
+    found = decode_masks(masks, len(shares), vocab)
+    assert ((found.rows == -1) == unbound).all()
+    for row in np.flatnonzero(~unbound):
+        assert (unpacked(found.words[found.rows[row]], vocab) == allowed[row]).all()
+    assert len(found.words) == len(np.unique(allowed[~unbound], axis=0)), "each distinct mask once"
+
+
+def test_the_shortest_form_is_taken() -> None:
+    vocab = 1000
+    few, most, half = np.zeros(vocab, bool), np.ones(vocab, bool), np.arange(vocab) % 2 == 0
+    few[[3, 999]] = True
+    most[[0, 31, 32]] = False
+    masks = encode_masks(0, packed(np.stack([few, most, half, few])), np.zeros(4, bool), vocab)
+    kinds = np.frombuffer(masks.kinds, np.int32).tolist()
+    assert sorted(kinds) == [ONLY, EXCEPT, BITS]
+    assert len(masks.ids) == 4 * 5 and len(masks.bits) == 4 * words_for(vocab)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": pack([0])},
+        {"rows": pack([0, 2])},
+        {"rows": pack([0, -2])},
+        {"kinds": pack([ONLY])},
+        {"counts": pack([2, -1])},
+        {"counts": pack([3, 0])},
+        {"ids": pack([3, 100])},
+        {"ids": pack([3, -1])},
+        {"bits": b"\0\0\0"},
+        {"bits": b"\0\0\0\0"},
+        {"rows": b"\0"},
+    ],
+)
+def test_masks_that_do_not_fit_are_refused(change: dict[str, bytes]) -> None:
+    allowed = np.zeros((2, 100), bool)
+    allowed[0, [3, 9]] = True
+    allowed[1] = np.arange(100) % 2
+    masks = encode_masks(0, packed(allowed), np.zeros(2, bool), 100)
+    decode_masks(masks, 2, 100)
+    with pytest.raises(ProtocolError):
+        decode_masks(msgspec.structs.replace(masks, **change), 2, 100)
+
+
+@pytest.mark.parametrize(("start", "columns"), [(0, 320), (0, 100), (100, 97), (33, 1), (64, 0), (300, 20)])
+def test_a_rank_applies_its_slice(start: int, columns: int) -> None:
+    vocab, random = 320, np.random.default_rng(1)
+    allowed = random.random((4, vocab)) < np.array([0.01, 0.5, 0.99, 0.5])[:, None]
+    allowed[3] = allowed[1]
+    free = np.array([False, False, True, False])
+    masks = encode_masks(0, packed(allowed), free, vocab)
+    places = np.array([4, 0, 3, 1])
+    local = LocalMasks.of(masks, places, start, columns, vocab)
+    logits = torch.from_numpy(random.standard_normal((6, columns)).astype(np.float32))
+    expected = logits.clone()
+    for place, row, unbound in zip(places, allowed, free, strict=True):
+        if not unbound:
+            expected[place, torch.from_numpy(~row[start : start + columns])] = float("-inf")
+    on_host, on_device, half = logits.clone(), logits.clone(), logits.bfloat16()
+    mask_logits(on_host, local)
+    _mask_on_device(on_device, local)
+    mask_logits(half, local)
+    assert torch.equal(on_host, expected) and torch.equal(on_device, expected)
+    assert torch.equal(half, expected.bfloat16())
+
+
+def test_guided_rows_are_found_among_those_that_sample() -> None:
+    plan = StepPlan(0, b"", [], b"", b"", b"", b"", pack([7, 2, 9]))
+    assert guided_places(plan, np.array([2, 5, 9, 7])).tolist() == [3, 0, 2]
+    for sampled in ([2, 5, 9], []):
+        with pytest.raises(ProtocolError, match="do not sample"):
+            guided_places(plan, np.array(sampled, np.int64))
+
+
+def test_the_sampler_chooses_what_is_left_on_every_cut() -> None:
+    """As if the forbidden had been banned one by one; log-probabilities stay those of the model."""
+    vocab, random = 130, np.random.default_rng(2)
+    kinds = [
+        SamplingParams(temperature=0),
+        SamplingParams(temperature=1),
+        SamplingParams(temperature=1, top_k=5, top_p=0.9),
+        SamplingParams(temperature=1, logprobs=2),
+        SamplingParams(temperature=1, logit_bias={3: 90.0}, repetition_penalty=1.5),
+        SamplingParams(temperature=1),
+    ]
+    allowed = random.random((len(kinds), vocab)) < 0.1
+    allowed[:, 3] = False
+    logits = torch.from_numpy(random.standard_normal((len(kinds), vocab)).astype(np.float32) * 3)
+    free = np.array([False] * 5 + [True])
+    masks = encode_masks(0, packed(allowed), free, vocab)
+    banned = [np.flatnonzero(~row).tolist() for row in allowed[:5]]
+    slow = [msgspec.structs.replace(one, banned_token_ids=ids) for one, ids in zip(kinds, banned, strict=False)]
+    expected = Batch(vocab, [*slow, kinds[5]]).sample(logits)
+    for cuts in cuts_of(vocab):
+        batch = Batch(vocab, kinds)
+        got = batch.sample(logits, cuts, masks=masks)
+        assert got.tokens.tolist() == expected.tokens.tolist()
+        assert got.logprobs == expected.logprobs and not got.faults
+
+
+def test_a_row_for_which_nothing_is_left_is_at_fault_alone() -> None:
+    masks = encode_masks(0, packed(np.zeros((1, 50), bool)), np.zeros(1, bool), 50)
+    batch = Batch(50, [SamplingParams(temperature=0)] * 2)
+    got = batch.sample(torch.zeros((2, 50)), masks=masks)
+    assert [fault.row for fault in got.faults] == [0] and "no token is allowed" in got.faults[0].message

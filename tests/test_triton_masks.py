@@ -1,0 +1,56 @@
+"""Masks on a GPU: the kernel, and the fused sampler on what it leaves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from treadle.engine.sampling.masks import LocalMasks, _mask_on_device
+from treadle.transport.masks import encode_masks
+
+from .samplingkit import Batch
+from .test_masks import packed
+from .test_triton_sampling import MIXED, check, fused, logits_of
+from .tritonkit import DEVICE
+
+from treadle.engine.kernels.masks import mask_logits_fused  # isort: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("start", "columns"), [(0, 700), (350, 350), (33, 1)])
+def test_the_kernel_masks_as_the_reference(start: int, columns: int, dtype: torch.dtype) -> None:
+    vocab, random = 700, np.random.default_rng(3)
+    allowed = random.random((3, vocab)) < np.array([0.01, 0.5, 0.99])[:, None]
+    masks = encode_masks(0, packed(allowed), np.array([False, False, True]), vocab)
+    local = LocalMasks.of(masks, np.array([4, 1, 0]), start, columns, vocab)
+    logits = torch.randn((6, columns + 3), dtype=torch.float32).to(DEVICE, dtype)[:, :columns]
+    expected = logits.clone()
+    _mask_on_device(expected, local)
+    parts = (torch.from_numpy(part).to(DEVICE) for part in (local.places, local.index, local.words))
+    mask_logits_fused(logits, *parts, local.offset)
+    assert torch.equal(logits, expected)
+    assert (expected == float("-inf")).any() or columns == 1
+
+
+@pytest.mark.parametrize("left", [1, 60])
+def test_the_fused_sampler_takes_what_is_left(left: int) -> None:
+    """Whole tiles are minus infinity, which the filters of the fused sampler meet nowhere else."""
+    vocab = 700
+    batch, logits = Batch(vocab, MIXED), logits_of(len(MIXED), vocab)
+    random = np.random.default_rng(left)
+    for row in range(len(MIXED)):
+        banned = np.ones(vocab, bool)
+        banned[random.choice(vocab, left, replace=False)] = False
+        logits[row, torch.from_numpy(banned)] = float("-inf")
+    for cuts in ([0, vocab],) if left == 1 else ([0, 300, vocab],):
+        tokens = check(batch, logits, cuts)
+        assert logits[torch.arange(len(MIXED)), tokens].isfinite().all()
+
+
+def test_nothing_left_is_a_fault_of_that_row() -> None:
+    batch, logits = Batch(300, MIXED[:4]), logits_of(4, 300)
+    logits[1:3] = float("-inf")
+    tokens, peaks = fused(batch, logits)
+    assert peaks.isfinite().tolist() == [True, False, False, True]
+    assert tokens[1:3].tolist() == [0, 0]
