@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from treadle.engine import lifeline
 from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, TreadleError
 from treadle.scheduler.options import service_options
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
@@ -21,6 +22,9 @@ from . import __version__
 from .client import Client
 from .flags import add_sampling_options, add_service_options, flag, sampling_params, service_values
 from .frontend import Frontend
+from .http.extra import check_extra
+from .http.flags import add_gateway_options, gateway_settings
+from .http.settings import GatewaySettings
 from .lines import Lines
 from .llm import LLM
 
@@ -47,14 +51,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"treadle {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = _command(commands, "serve", "serve a model on a ZeroMQ endpoint", "until Ctrl-C or SIGTERM")
+    serve = _command(commands, "serve", "serve a model on a ZeroMQ endpoint", _UNTIL)
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=_MODEL + " (default %(default)s)")
     serve.add_argument("--endpoint", default=default_endpoint(), help=_ENDPOINT + " (default %(default)s)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="key file that `treadle keys` made; tcp needs it")
     serve.add_argument("--parent", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     serve.add_argument("--options", default=None, help=argparse.SUPPRESS)
+    add_gateway_options(serve)
     add_service_options(serve)
     serve.set_defaults(run=_serve)
+
+    gateway = _command(commands, "gateway", "serve OpenAI's HTTP API in front of a running server", _UNTIL)
+    gateway.add_argument("endpoint", help=f"of the server: {_ENDPOINT}, or `default`")
+    gateway.add_argument("--server-key", metavar="KEY", help="the server's public CURVE key, for tcp")
+    gateway.add_argument("--child", type=int, nargs=3, default=None, help=argparse.SUPPRESS)
+    gateway.add_argument("--options", default=None, help=argparse.SUPPRESS)
+    add_gateway_options(gateway)
+    gateway.set_defaults(run=_gateway)
 
     generate = _command(commands, "generate", "stream one answer to a prompt", _SOURCE)
     generate.add_argument("prompt", help="the text, or - for standard input")
@@ -84,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _MODEL = "built-in name, directory with config.json and safetensors, GGUF file, or org/name on the hub"
 _ENDPOINT = "ipc:///absolute/path or tcp://host:port"
+_UNTIL = "until Ctrl-C or SIGTERM"
 _EMBEDDED = "of the engines that run for this command, without --endpoint"
 _SOURCE = "from a running server with --endpoint, else from engines that run for this one command"
 
@@ -125,6 +139,8 @@ def _serve(options: argparse.Namespace) -> int:
         options=service_options(**values),
         keys=read_keys(options.keys) if options.keys is not None else None,
         parent=tuple(options.parent) if options.parent is not None else None,
+        http=options.http,
+        gateway=gateway_settings(options),
     )
     if settings.options.random_weights:
         logging.getLogger("treadle").warning("RANDOM WEIGHTS: the answers mean nothing; for benchmarks only")
@@ -133,6 +149,24 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _announce(endpoint: str) -> None:
     print(f"treadle: ready on {endpoint}", flush=True)
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    check_extra()
+    from .http.child import inherited, tell
+    from .http.command import GatewayCommand, run
+
+    settings = gateway_settings(options)
+    if options.child is not None:
+        held, report, descriptor = options.child
+        lifeline.watch(held, [])
+        settings = msgspec.json.decode(options.options, type=GatewaySettings)
+        command = GatewayCommand(options.endpoint, options.server_key, inherited(descriptor), settings)
+        return run(command, lambda url: tell(report))
+    if options.http is None:
+        raise ConfigError("give --http HOST:PORT: where the gateway is to listen")
+    endpoint = default_endpoint() if options.endpoint == "default" else options.endpoint
+    return run(GatewayCommand(endpoint, options.server_key, options.http, settings), _announce)
 
 
 def _generate(options: argparse.Namespace) -> int:

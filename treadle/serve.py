@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,8 @@ from treadle.transport.endpoints import ServerKeys, check_server, ipc_path
 from treadle.transport.messages import TokenizerInfo
 
 from .facts import Located, load_tokenizer, locate
+from .http.child import GatewayChild
+from .http.settings import GatewaySettings
 from .loop_thread import new_event_loop
 from .server_process import StartReport
 
@@ -31,13 +33,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class ServeSettings:
-    """What `treadle serve` was asked to do. parent: file descriptors (lifeline, report) when an `LLM` started us."""
+    """What `treadle serve` was asked to do.
+
+    parent: file descriptors (lifeline, report) when an `LLM` started us. http: "HOST:PORT" of a gateway beside us.
+    """
 
     model: str
     endpoint: str
     options: ServiceOptions
     keys: ServerKeys | None = None
     parent: tuple[int, int] | None = None
+    http: str | None = None
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
 
 
 def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
@@ -63,11 +70,12 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
     check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
     tasks = _Tasks()
     try:
+        http = _start_gateway(settings, tasks)
         stopping = tasks.start(stop.wait())
         locating = tasks.start(asyncio.to_thread(locate, settings.model))
         if await tasks.first(locating, stopping) is stopping:
             return 0
-        return await _serve_model(settings, locating.result(), stopping, tasks, announce)
+        return await _serve_model(settings, locating.result(), stopping, tasks, announce, http)
     finally:
         await tasks.end()
 
@@ -78,6 +86,7 @@ async def _serve_model(
     stopping: asyncio.Task[Any],
     tasks: _Tasks,
     announce: Callable[[str], None],
+    http: GatewayChild | None,
 ) -> int:
     path = ipc_path(settings.endpoint)
     reading = tasks.start(asyncio.to_thread(_tokenizer_info, located.path))
@@ -98,11 +107,23 @@ async def _serve_model(
         await reading
         announce(settings.endpoint)
         _report(settings, StartReport())
+        if http is not None and await tasks.first(tasks.start(http.ready.wait()), stopping) is not stopping:
+            announce(http.url)
         failed = tasks.start(service.failed.wait())
         return 1 if await tasks.first(stopping, failed) is failed else 0
     finally:
         server.close()
         await service.close()
+
+
+def _start_gateway(settings: ServeSettings, tasks: _Tasks) -> GatewayChild | None:
+    """Its address is taken, or refused, before a model is loaded."""
+    if settings.http is None:
+        return None
+    key = settings.keys.public if settings.keys is not None else None
+    child = GatewayChild(settings.http, settings.endpoint, key, settings.gateway)
+    tasks.start(child.run())
+    return child
 
 
 def _tokenizer_info(path: Path) -> TokenizerInfo | None:
