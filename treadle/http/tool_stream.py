@@ -18,6 +18,8 @@ class Found:
 class ToolStream:
     """One continuation's text in, plain text and calls out. What may be the beginning of a call is held back.
 
+    White space before a call belongs to the call, so it is held back, too, and a call takes it away.
+
     forced: the beginning of a call that was put at the end of the prompt, "" for none; the model did not write it, and
     the call is read with it. A text that looked like a call and was none comes out as text.
     """
@@ -26,8 +28,9 @@ class ToolStream:
         self._format = format
         self._forced = bool(forced)
         self._held = forced
+        self._gap = ""
         self._inside = False
-        self._blank = True  # nothing but white space has been written
+        self._blank = True  # nothing has been written
         self.called = 0
 
     def push(self, delta: str) -> Found:
@@ -43,7 +46,7 @@ class ToolStream:
         found = self.push("")
         if self._inside or self._is_bare():
             self._close(self._held, "", found)
-        else:
+        elif self._held.strip() or not self.called:
             found.text += self._held
         self._held = ""
         self._note(found)
@@ -58,20 +61,19 @@ class ToolStream:
             return False
         inside, _, rest = self._held.partition(closes)
         self._close(inside, closes, found)
-        self._held = rest.lstrip("\n") if found.calls else rest
-        self._inside = False
+        self._held, self._inside = rest, False
         return True
 
     def _outside(self, found: Found) -> bool:
         before, mark, after = self._held.partition(self._format.opens)
         if mark:
-            found.text += before if before.strip() else ""
+            text = before.rstrip()
+            found.text += text
+            self._gap = before[len(text) :]
             self._held, self._inside = after, True
             return True
         keep = _overlap(self._held, self._format.opens)
-        sure = len(self._held) - keep
-        if self._blank and not found.text and not self._held[:sure].strip():
-            sure = 0  # white space before a call is no text
+        sure = len(self._held[: len(self._held) - keep].rstrip())
         found.text += self._held[:sure]
         self._held = self._held[sure:]
         return False
@@ -89,11 +91,11 @@ class ToolStream:
             found.calls += calls
             self.called += len(calls)
             return
-        opens = self._format.opens if self._inside else ""
+        opens = self._gap + self._format.opens if self._inside else ""
         found.text += opens + inside + closes
 
     def _note(self, found: Found) -> None:
-        if found.text.strip():
+        if found.text:
             self._blank = False
 
 
