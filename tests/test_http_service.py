@@ -21,9 +21,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from treadle import LLM, SamplingParams
 from treadle.errors import ConfigError, EndpointInUse, EngineFailed
+from treadle.http import GatewaySettings, HttpServer
 from treadle.http.child import reachable
-from treadle.http.server import HttpServer
-from treadle.http.settings import GatewaySettings, listen, read_key_file
+from treadle.http.settings import listen, read_key_file
 from treadle.transport.endpoints import write_keys
 
 from .conftest import alive, eventually
@@ -328,6 +328,10 @@ def test_wrong_options_are_told_before_a_model_is_loaded(tmp_path: Path, tiny: P
     for command in (("serve", str(tiny), "--endpoint", endpoint), ("gateway", endpoint)):
         said = refused(*command, "--http", "127.0.0.1:0", PYTHONPATH=paths)
         assert "pip install 'treadle[http]'" in said and "starlette, uvicorn" in said
+    program = "from treadle.http import HttpServer"
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert "ConfigError: the HTTP gateway needs starlette, uvicorn: pip install 'treadle[http]'" in done.stderr
 
 
 def test_the_extra_is_not_imported_before_it_is_used() -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.errors import EngineFailed, Overloaded, ServerLost
-from treadle.http.server import HttpServer
+from treadle.http import HttpServer
 from treadle.http.tool_formats import HERMES, LLAMA, MISTRAL, Call, ToolFormat, detect_format
 from treadle.http.tool_stream import ToolStream
 

@@ -15,6 +15,7 @@ import sys
 
 import msgspec
 
+from .auth import ApiKeys
 from .extra import check_extra
 from .settings import GatewaySettings, check_settings, listen, url_of
 
@@ -33,6 +34,7 @@ class GatewayChild:
     def __init__(self, address: str, endpoint: str, server_key: str | None, settings: GatewaySettings) -> None:
         check_extra()
         check_settings(settings)
+        ApiKeys.load(settings.api_keys)  # the child reads them for itself; what is wrong with them is said here
         self._endpoint = reachable(endpoint)
         self._server_key = server_key
         self._settings = settings

@@ -128,10 +128,11 @@ class _Teller:
     def __init__(self, index: int, body: CompletionRequest, tokenizer: Tokenizer | None) -> None:
         self._index = index
         self._echo = bool(body.echo)
+        self._skip = body.skip_special_tokens is not False
         self._tokenizer = tokenizer
         self._scores: CompletionScores | None = None
         if body.logprobs is not None and tokenizer is not None:
-            self._scores = CompletionScores(tokenizer, body.logprobs)
+            self._scores = CompletionScores(tokenizer, body.logprobs, self._skip)
         self._top_of_prompt = body.prompt_logprobs
         self._begun = False
         self._done = False
@@ -156,7 +157,7 @@ class _Teller:
         choice.stop_reason = part.stop_reason
         echo = first and self._echo
         if echo and self._tokenizer is not None:
-            choice.text = self._tokenizer.decode(output.prompt_token_ids) + text
+            choice.text = self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=self._skip) + text
         if self._scores is not None and part.logprobs is not None:
             ids = part.token_ids[len(part.token_ids) - fresh :]
             tables = part.logprobs[len(part.logprobs) - fresh :]
@@ -164,7 +165,7 @@ class _Teller:
             before = (output.prompt_logprobs or [])[: len(prompt)]
             choice.logprobs = self._scores.next([*prompt, *ids], [*before, *tables])
         if first and self._top_of_prompt is not None and self._tokenizer is not None:
-            scores = CompletionScores(self._tokenizer, self._top_of_prompt)
+            scores = CompletionScores(self._tokenizer, self._top_of_prompt, self._skip)
             choice.prompt_logprobs = scores.next(output.prompt_token_ids, output.prompt_logprobs or [])
         return choice
 

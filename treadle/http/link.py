@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from treadle.errors import ServiceClosed, TreadleError
+from treadle.errors import ServiceClosed, ServiceError, TreadleError
 from treadle.frontend import Frontend
 from treadle.tokenizer import Tokenizer
 from treadle.transport.messages import Health, ServerInfo
@@ -19,6 +19,7 @@ from .tool_formats import ToolFormat, detect_format
 logger = logging.getLogger("treadle")
 _LOOK_SECONDS = 2.0
 _RETRY_SECONDS = 0.5
+_MISSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +102,27 @@ class Link:
                     await self._while_it_lasts(self._served)
             except TreadleError as error:
                 if str(error) != self._reason:
-                    logger.warning("the gateway has no service: %s", error)
+                    logger.info("the gateway waits for the service: %s", error)
                 self._reason = str(error)
             finally:
                 self._served = None
             await asyncio.sleep(_RETRY_SECONDS)
 
     async def _while_it_lasts(self, served: Served) -> None:
+        """Returns never; raises when the service is another, or has not answered several times.
+
+        One slow answer means nothing: streams may be open, and the client judges for itself when they are lost.
+        """
+        misses = 0
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
-            now = await served.frontend.server_info()
+            try:
+                now = await served.frontend.server_info()
+            except ServiceError:
+                misses += 1
+                if misses == _MISSES:
+                    raise
+                continue
+            misses = 0
             if now.incarnation != served.info.incarnation:
                 raise ServiceClosed("the service was restarted; the gateway is connecting to the new one")

@@ -53,7 +53,11 @@ class HttpServer:
         link = self._service if isinstance(self._service, Link) else await Link.to(self._service)
         self._server = _Uvicorn(make_app(link, self._settings, self._keys), self._settings.stop_seconds)
         self._task = asyncio.get_running_loop().create_task(self._server.serve([self._listener]))
-        await self._server.listening.wait()
+        listening = asyncio.ensure_future(self._server.listening.wait())
+        await asyncio.wait({self._task, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.done():
+            listening.cancel()
+            self._task.result()
 
     async def wait(self) -> None:
         """Until somebody stops it."""

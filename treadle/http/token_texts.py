@@ -53,11 +53,15 @@ def chat_logprobs(
 
 
 class CompletionScores:
-    """Makes the log-probabilities of one completion, whole or in pieces; keeps the offset in between."""
+    """Makes the log-probabilities of one completion, whole or in pieces; keeps the offset in between.
 
-    def __init__(self, tokenizer: Tokenizer, top: int) -> None:
+    skip_special_tokens: whether they are left out of the text, and so take no room in it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, top: int, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._top = top
+        self._skip = skip_special_tokens
         self._offset = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -70,7 +74,8 @@ class CompletionScores:
             made.token_logprobs.append(None if table is None else _finite(table[id].logprob))
             made.top_logprobs.append(None if table is None else self._alternatives(table))
             made.text_offset.append(self._offset)
-            self._offset += len(self._decoder.decode(piece))
+            shown = self._tokenizer.pieces.piece(id, self._skip)
+            self._offset += len(self._decoder.decode(shown))
         return made
 
     def _alternatives(self, table: Mapping[int, Logprob]) -> dict[str, float]:
