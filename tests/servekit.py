@@ -14,7 +14,7 @@ import psutil
 
 
 class Server:
-    """A `treadle serve` that has said it is ready. Its standard error is in `log`."""
+    """A `treadle serve` that has said it is ready. Its standard error is in `log`; `url`: of its gateway."""
 
     def __init__(self, directory: Path, model: str | Path, *arguments: str, endpoint: str = "") -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -33,12 +33,17 @@ class Server:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().decode()
         assert line == f"treadle: ready on {self.endpoint}\n", f"{line}{self.log.read_text()}"
+        self.url = ""
+        if "--http" in arguments:
+            self.url = self.process.stdout.readline().decode().removeprefix("treadle: ready on ").strip()
+            assert self.url.startswith("http://"), f"{self.url}{self.log.read_text()}"
         assert any(self.runtime.iterdir()), "its files are elsewhere, and nobody would see them left"
 
     @property
     def ranks(self) -> list[int]:
         """Process ids of the engine ranks."""
-        return [child.pid for child in psutil.Process(self.process.pid).children()]
+        children = psutil.Process(self.process.pid).children()
+        return [child.pid for child in children if "treadle.engine" in child.cmdline()]
 
     @property
     def files(self) -> list[str]:

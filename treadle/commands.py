@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from treadle.engine import lifeline
 from treadle.errors import ConfigError, InvalidRequest, Overloaded, RequestFailed, ServiceError, TreadleError
 from treadle.scheduler.client_limits import ClientLimits
 from treadle.scheduler.options import service_options
@@ -23,6 +24,9 @@ from . import __version__
 from .client import Client
 from .flags import add_sampling_options, add_service_options, flag, sampling_params, service_values
 from .frontend import Frontend
+from .http.extra import check_extra
+from .http.flags import add_gateway_options, gateway_settings
+from .http.settings import GatewaySettings
 from .lines import Lines
 from .llm import LLM
 from .replaying import add_replay_options
@@ -56,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"treadle {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    serve = _command(commands, "serve", "serve a model on a ZeroMQ endpoint", "until Ctrl-C or SIGTERM")
+    serve = _command(commands, "serve", "serve a model on a ZeroMQ endpoint", _UNTIL)
     serve.add_argument("model", nargs="?", default=DEFAULT_MODEL, help=_MODEL + " (default %(default)s)")
     serve.add_argument("--endpoint", default=default_endpoint(), help=_ENDPOINT + " (default %(default)s)")
     serve.add_argument("--keys", type=Path, metavar="FILE", help="key file that `treadle keys` made; tcp needs it")
@@ -86,8 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.add_argument("--parent", type=int, nargs=2, default=None, help=argparse.SUPPRESS)
     serve.add_argument("--options", default=None, help=argparse.SUPPRESS)
+    add_gateway_options(serve)
     add_service_options(serve)
     serve.set_defaults(run=_serve)
+
+    gateway = _command(commands, "gateway", "serve OpenAI's HTTP API in front of a running server", _UNTIL)
+    gateway.add_argument("endpoint", help=f"of the server: {_ENDPOINT}, or `default`")
+    gateway.add_argument("--server-key", metavar="KEY", help="the server's public CURVE key, for tcp")
+    gateway.add_argument("--child", type=int, nargs=3, default=None, help=argparse.SUPPRESS)
+    gateway.add_argument("--options", default=None, help=argparse.SUPPRESS)
+    add_gateway_options(gateway)
+    gateway.set_defaults(run=_gateway)
 
     generate = _command(commands, "generate", "stream one answer to a prompt", _SOURCE)
     generate.add_argument("prompt", help="the text, or - for standard input")
@@ -137,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
 _MODEL = "built-in name, directory with config.json and safetensors, GGUF file, or org/name on the hub"
 _ENDPOINT = "ipc:///absolute/path or tcp://host:port"
+_UNTIL = "until Ctrl-C or SIGTERM"
 _EMBEDDED = "of the engines that run for this command, without --endpoint"
 _SOURCE = "from a running server with --endpoint, else from engines that run for this one command"
 
@@ -185,6 +199,8 @@ def _serve(options: argparse.Namespace) -> int:
         limits=ClientLimits(requests=options.client_requests, messages_per_second=options.client_rate),
         allowed=read_allow_list(options.allow) if options.allow is not None else None,
         parent=tuple(options.parent) if options.parent is not None else None,
+        http=options.http,
+        gateway=gateway_settings(options),
     )
     if settings.options.random_weights:
         logging.getLogger("treadle").warning("RANDOM WEIGHTS: the answers mean nothing; for benchmarks only")
@@ -193,6 +209,24 @@ def _serve(options: argparse.Namespace) -> int:
 
 def _announce(endpoint: str) -> None:
     print(f"treadle: ready on {endpoint}", flush=True)
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    check_extra()
+    from .http.child import inherited, tell
+    from .http.command import GatewayCommand, run
+
+    settings = gateway_settings(options)
+    if options.child is not None:
+        held, report, descriptor = options.child
+        lifeline.watch(held, [])
+        settings = msgspec.json.decode(options.options, type=GatewaySettings)
+        command = GatewayCommand(options.endpoint, options.server_key, inherited(descriptor), settings)
+        return run(command, lambda url: tell(report))
+    if options.http is None:
+        raise ConfigError("give --http HOST:PORT: where the gateway is to listen")
+    endpoint = default_endpoint() if options.endpoint == "default" else options.endpoint
+    return run(GatewayCommand(endpoint, options.server_key, options.http, settings), _announce)
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleError
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
-from treadle.transport.messages import Abort, Health, SamplingParams, Stats, Submit
+from treadle.transport.messages import Abort, Health, SamplingParams, ServerInfo, Stats, Submit
 from treadle.transport.params import MAX_ID_LENGTH, check_params, check_submit
 
 from .backend import Backend
@@ -133,6 +133,16 @@ class Frontend:
     async def health(self) -> Health:
         """State of the service, judged by progress. Raises ServerLost when nobody answers."""
         return _expect(await self._backend.info("health"), Health)
+
+    async def server_info(self) -> ServerInfo:
+        """What is served: the model's name, its vocabulary, the context limit, and which start of the service it is."""
+        return _expect(await self._backend.info("server"), ServerInfo)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """None where the model came without one."""
+        self._must_be_open()
+        return self._tokenizer
 
     def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._needs_tokenizer("tokenize").encode(text, add_special_tokens=add_special_tokens)

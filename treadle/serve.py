@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,8 @@ from treadle.transport.endpoints import ServerKeys, check_server, ipc_path
 from treadle.transport.messages import ControlMessage, Drain, TokenizerInfo
 
 from .facts import Located, load_tokenizer, locate
+from .http.child import GatewayChild
+from .http.settings import GatewaySettings
 from .loop_thread import new_event_loop
 from .server_process import StartReport
 
@@ -38,6 +40,7 @@ class ServeSettings:
 
     drain_timeout: seconds to finish what runs after the first signal; a second one ends it at once. limits: of each
     client. allowed: public keys of the clients that may connect over tcp, None for all. engine_command: starts a rank.
+    http: "HOST:PORT" of a gateway beside us.
     """
 
     model: str
@@ -49,6 +52,8 @@ class ServeSettings:
     allowed: tuple[str, ...] | None = None
     engine_command: tuple[str, ...] = ENGINE_COMMAND
     parent: tuple[int, int] | None = None
+    http: str | None = None
+    gateway: GatewaySettings = field(default_factory=GatewaySettings)
 
 
 def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
@@ -76,11 +81,12 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
     check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
     tasks = _Tasks()
     try:
+        http = _start_gateway(settings, tasks)
         stopping = tasks.start(end.asked.wait())
         locating = tasks.start(asyncio.to_thread(locate, settings.model))
         if await tasks.first(locating, stopping) is stopping:
             return 0
-        return await _serve_model(settings, locating.result(), end, stopping, tasks, announce)
+        return await _serve_model(settings, locating.result(), end, stopping, tasks, announce, http)
     finally:
         await tasks.end()
 
@@ -92,6 +98,7 @@ async def _serve_model(
     stopping: asyncio.Task[Any],
     tasks: _Tasks,
     announce: Callable[[str], None],
+    http: GatewayChild | None,
 ) -> int:
     path = ipc_path(settings.endpoint)
     reading = tasks.start(asyncio.to_thread(_tokenizer_info, located.path))
@@ -131,6 +138,8 @@ async def _serve_model(
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, service.dump, "SIGUSR1")
         announce(settings.endpoint)
         _report(settings, StartReport())
+        if http is not None and await tasks.first(tasks.start(http.ready.wait()), stopping) is not stopping:
+            announce(http.url)
         failed = tasks.start(service.failed.wait())
         if await tasks.first(stopping, failed) is not failed:
             await tasks.first(tasks.start(service.drain(end.grace)), tasks.start(end.hurry.wait()), failed)
@@ -138,6 +147,16 @@ async def _serve_model(
     finally:
         server.close()
         await service.close()
+
+
+def _start_gateway(settings: ServeSettings, tasks: _Tasks) -> GatewayChild | None:
+    """Its address is taken, or refused, before a model is loaded."""
+    if settings.http is None:
+        return None
+    key = settings.keys.public if settings.keys is not None else None
+    child = GatewayChild(settings.http, settings.endpoint, key, settings.gateway)
+    tasks.start(child.run())
+    return child
 
 
 def _tokenizer_info(path: Path) -> TokenizerInfo | None:

@@ -79,6 +79,11 @@ class Tokenizer:
         )
 
     @property
+    def chat_template(self) -> str:
+        """The source of the model's chat template, "" where it has none."""
+        return self._template_source
+
+    @property
     def adds_bos(self) -> bool:
         """Whether `encode` puts the beginning-of-sequence token first."""
         bos = self.token_id(self.bos_token)

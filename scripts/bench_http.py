@@ -1,0 +1,176 @@
+"""What the HTTP gateway costs: streaming over HTTP beside the embedded API, in turns.
+
+    .venv/bin/python scripts/bench_http.py [--json FILE] [--rounds 5] [--concurrency 32] [--tensor-parallel-size 2]
+
+An embedded `LLM` and a `treadle serve --http` of the same model stand beside each other, and waves of the same requests
+go to one and then the other: 16 words, 64 new tokens, greedy, end of sequence ignored, no cached prefix, every output
+read as it comes. The ratio is the median over the rounds. TTFT is measured one request at a time on idle engines, in
+turns too; over HTTP from the first byte sent to the first event read. The HTTP client is a plain socket, since its work
+happens on the same cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from treadle import LLM, SamplingParams
+
+WORDS = (
+    "time",
+    "person",
+    "year",
+    "way",
+    "day",
+    "thing",
+    "man",
+    "world",
+    "life",
+    "hand",
+    "part",
+    "child",
+    "eye",
+    "woman",
+)
+LENGTH = 16
+Ask = Callable[[str, int], Awaitable[tuple[float, int]]]
+"""(prompt, new tokens) to (seconds to the first output, tokens written)."""
+
+
+def main() -> int:
+    options = _options()
+    result = asyncio.run(_measure(options))
+    print(json.dumps(result, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--tensor-parallel-size", type=int, default=2)
+    parser.add_argument("--ttft-requests", type=int, default=40)
+    parser.add_argument("--dtype", default="bfloat16")
+    return parser.parse_args()
+
+
+async def _measure(options: argparse.Namespace) -> dict[str, Any]:
+    sizes = {"tensor_parallel_size": options.tensor_parallel_size, "max_num_seqs": options.concurrency}
+    with _served(options) as (host, port):
+        async with LLM(options.model, dtype=options.dtype, prefix_cache=False, **sizes) as llm:
+            sides: dict[str, Ask] = {"embedded": _embedded(llm), "http": _http(host, port)}
+            rates: dict[str, list[float]] = {name: [] for name in sides}
+            first: dict[str, list[float]] = {name: [] for name in sides}
+            for ask in sides.values():
+                await _wave(ask, options, seed=0)
+            for turn in range(1, options.rounds + 1):
+                for name in sorted(sides, reverse=turn % 2 == 0):
+                    rates[name].append(await _wave(sides[name], options, seed=turn))
+            for turn in range(options.ttft_requests):
+                for name in sorted(sides, reverse=turn % 2 == 0):
+                    first[name].append((await sides[name](_prompt(random.Random(10_000 + turn)), 2))[0])
+    ratios = [http / embedded for http, embedded in zip(rates["http"], rates["embedded"], strict=True)]
+    ttft = {name: 1000 * statistics.median(values) for name, values in first.items()}
+    return {
+        "model": options.model,
+        "ranks": options.tensor_parallel_size,
+        "cores": len(os.sched_getaffinity(0)),
+        "concurrency": options.concurrency,
+        "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "ttft_ms": ttft,
+        "added_ttft_ms": ttft["http"] - ttft["embedded"],
+    }
+
+
+async def _wave(ask: Ask, options: argparse.Namespace, seed: int) -> float:
+    """Output tokens/s of one wave of requests at once, prefill included."""
+    source = random.Random(seed)
+    prompts = [_prompt(source) for _ in range(options.concurrency)]
+    began = time.perf_counter()
+    answers = await asyncio.gather(*(ask(prompt, options.max_tokens) for prompt in prompts))
+    took = time.perf_counter() - began
+    written = [count for _, count in answers]
+    if set(written) != {options.max_tokens}:
+        raise RuntimeError(f"answers of {set(written)} tokens where {options.max_tokens} were asked for")
+    return sum(written) / took
+
+
+def _prompt(source: random.Random) -> str:
+    return " ".join(source.choice(WORDS) for _ in range(LENGTH))
+
+
+def _embedded(llm: LLM) -> Ask:
+    async def ask(prompt: str, max_tokens: int) -> tuple[float, int]:
+        began, first, count = time.perf_counter(), 0.0, 0
+        async for output in llm.generate(prompt, SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)):
+            first = first or time.perf_counter() - began
+            count = len(output.token_ids)
+        return first, count
+
+    return ask
+
+
+def _http(host: str, port: int) -> Ask:
+    idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ask(prompt: str, max_tokens: int) -> tuple[float, int]:
+        reader, writer = idle.pop() if idle else await asyncio.open_connection(host, port)
+        fields = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True, "stream": True}
+        body = json.dumps({**fields, "stream_options": {"include_usage": True}}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        began, first = time.perf_counter(), 0.0
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        answer = bytearray()
+        while not answer.endswith(b"0\r\n\r\n"):
+            chunk = await reader.read(1 << 16)
+            if not chunk:
+                raise RuntimeError(f"the connection was closed: {bytes(answer[:500])!r}")
+            answer += chunk
+            if not first and b"data: " in answer:
+                first = time.perf_counter() - began
+        idle.append((reader, writer))
+        usage = answer[answer.rindex(b'"completion_tokens":') :]
+        return first, int(usage.split(b":")[1].split(b",")[0])
+
+    return ask
+
+
+@contextmanager
+def _served(options: argparse.Namespace) -> Iterator[tuple[str, int]]:
+    with tempfile.TemporaryDirectory(prefix="bh-") as directory:
+        command = [sys.executable, "-m", "treadle", "serve", options.model, "--http", "127.0.0.1:0"]
+        command += ["--endpoint", f"ipc://{directory}/service.ipc", "--dtype", options.dtype, "--no-prefix-cache"]
+        command += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+        command += ["--max-num-seqs", str(options.concurrency)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            if process.stdout is None or not process.stdout.readline():
+                raise RuntimeError("the server did not start; its standard error is above")
+            host, _, port = process.stdout.readline().strip().rpartition("//")[2].partition(":")
+            yield host, int(port)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The gateway that `treadle serve --http` runs beside it, in a process of its own.
+
+Its work (JSON, text, sockets) then takes no time from the scheduler, which would wait for the interpreter lock in one
+process with it. It speaks to the service like any other client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import subprocess
+import sys
+
+import msgspec
+
+from .auth import ApiKeys
+from .extra import check_extra
+from .settings import GatewaySettings, check_settings, listen, url_of
+
+logger = logging.getLogger("treadle")
+_AGAIN_SECONDS = 1.0
+_KILL_SECONDS = 3.0
+
+
+class GatewayChild:
+    """Holds the socket, so that the address is taken (or refused) before a model is loaded.
+
+    endpoint: to connect to. server_key: public, for tcp. `ready` is set when a gateway has reached the service. A
+    process that ends by itself is started again. Raises ConfigError and EndpointInUse here.
+    """
+
+    def __init__(self, address: str, endpoint: str, server_key: str | None, settings: GatewaySettings) -> None:
+        check_extra()
+        check_settings(settings)
+        ApiKeys.load(settings.api_keys)  # the child reads them for itself; what is wrong with them is said here
+        self._endpoint = reachable(endpoint)
+        self._server_key = server_key
+        self._settings = settings
+        self._listener = listen(address)
+        self.ready = asyncio.Event()
+        self.url = url_of(self._listener)
+
+    async def run(self) -> None:
+        """Keeps a gateway running until cancelled; then ends it."""
+        lifeline, held = os.pipe()  # nobody writes: it closes when we end, however we end
+        report, reporting = os.pipe()
+        asyncio.get_running_loop().add_reader(report, self._reported, report)
+        try:
+            while True:
+                process = self._spawn(lifeline, reporting)
+                try:
+                    await _ended(process.pid)
+                finally:
+                    await asyncio.shield(self._end(process))
+                logger.error("the HTTP gateway ended with code %d; starting it again", process.returncode)
+                await asyncio.sleep(_AGAIN_SECONDS)
+        finally:
+            asyncio.get_running_loop().remove_reader(report)
+            self._listener.close()
+            for descriptor in (lifeline, held, report, reporting):
+                os.close(descriptor)
+
+    def _reported(self, report: int) -> None:
+        os.read(report, 1)
+        self.ready.set()
+
+    def _spawn(self, lifeline: int, reporting: int) -> subprocess.Popen[bytes]:
+        descriptors = [lifeline, reporting, self._listener.fileno()]
+        command = [sys.executable, "-m", "treadle", "gateway", self._endpoint]
+        command += ["--child", *map(str, descriptors), "--options", msgspec.json.encode(self._settings).decode()]
+        if self._server_key is not None:
+            command.append(f"--server-key={self._server_key}")
+        null = subprocess.DEVNULL
+        return subprocess.Popen(command, stdin=null, stdout=null, pass_fds=descriptors, start_new_session=True)
+
+    async def _end(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                async with asyncio.timeout(self._settings.stop_seconds + _KILL_SECONDS):
+                    await _ended(process.pid)
+            except TimeoutError:
+                process.kill()
+        process.wait()
+
+
+async def _ended(pid: int) -> None:
+    """Waits for a child of ours that has not been waited for."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    descriptor = os.pidfd_open(pid)
+    loop.add_reader(descriptor, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+
+
+def reachable(endpoint: str) -> str:
+    """An endpoint to connect to, where the server's own may mean all addresses of the machine."""
+    for every in ("tcp://0.0.0.0:", "tcp://*:", "tcp://[::]:"):
+        if endpoint.startswith(every):
+            return "tcp://127.0.0.1:" + endpoint.removeprefix(every)
+    return endpoint
+
+
+def tell(report: int) -> None:
+    """What the child says to its parent when it has reached the service."""
+    os.write(report, b"!")
+
+
+def inherited(descriptor: int) -> socket.socket:
+    """The listening socket of the parent, in the child."""
+    return socket.socket(fileno=descriptor)

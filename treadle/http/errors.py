@@ -1,0 +1,98 @@
+"""What goes wrong, in the shape that OpenAI's clients understand."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import msgspec
+
+from treadle.errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    PromptTooLong,
+    ServiceError,
+    TreadleError,
+)
+
+_RETRY_SECONDS = 1
+_AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+_UNKNOWN = re.compile(r"unknown field `(.*?)`")
+
+
+class ErrorDetail(msgspec.Struct):
+    """message: for people. type, code: for programs. param: the field of the request that is wrong, where one is."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than 200. retry_after: whole seconds, for the header of that name; 0 is none."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int = 0,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message, type, param, code)
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> bytes:
+        return msgspec.json.encode(ErrorBody(self.detail))
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {"retry-after": str(self.retry_after)} if self.retry_after else {}
+        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+
+
+class ClientGone(Exception):
+    """Whoever asked has closed the connection: there is nobody to answer."""
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def from_validation(error: msgspec.ValidationError) -> ApiError:
+    """A body that is JSON and not what the endpoint takes; `param` is where."""
+    text = str(error)
+    at = _AT.search(text)
+    path = at.group(1) if at else ""
+    unknown = _UNKNOWN.search(text)
+    if unknown:
+        path = f"{path}.{unknown.group(1)}".lstrip(".")
+    return bad_request(text.replace("`$.", "`").replace("`$`", "the body"), path or None)
+
+
+def from_treadle(error: TreadleError) -> ApiError:
+    """The status of a typed error: 400 the caller's, 429 and 503 later or elsewhere, 500 and 504 ours."""
+    text = str(error)
+    if isinstance(error, PromptTooLong):
+        return bad_request(text, code="context_length_exceeded")
+    if isinstance(error, InvalidRequest):
+        return bad_request(text, code=error.code)
+    if isinstance(error, Overloaded):
+        seconds = max(1, math.ceil(error.retry_after))
+        return ApiError(429, text, type="rate_limit_error", code=error.code, retry_after=seconds)
+    if isinstance(error, DeadlineExceeded):
+        return ApiError(504, text, type="server_error", code=error.code)
+    if isinstance(error, ServiceError):
+        return ApiError(503, text, type="service_unavailable", code=error.code, retry_after=_RETRY_SECONDS)
+    return ApiError(500, text, type="server_error", code=error.code)

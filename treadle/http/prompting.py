@@ -1,0 +1,106 @@
+"""Conversations and tools to the tokens of a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+
+from .chat_bodies import ChatMessage, NamedTool, ResponseFormat, Tool
+from .errors import ApiError, bad_request
+from .gateway import off_loop
+from .generation import needs_tokenizer
+from .link import Served
+from .tool_formats import ToolFormat
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolPlan:
+    """How calls are to be found in an answer. forced: what the answer begins with, put at the end of the prompt."""
+
+    format: ToolFormat
+    forced: str = ""
+
+
+def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice) -> ToolPlan | None:
+    """None when no calls are to be looked for. Raises ApiError for what the model's template cannot do."""
+    names = [tool.function.name for tool in tools or ()]
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        raise bad_request(f"tool_choice names {choice.function.name!r:.200}, which is not in tools", "tool_choice")
+    if choice == "required" and not names:
+        raise bad_request("tool_choice is required and there are no tools", "tool_choice")
+    if not names or choice == "none":
+        return None
+    if served.tools is None:
+        raise bad_request("this model's chat template defines no tools, or writes calls in an unknown form", "tools")
+    if isinstance(choice, NamedTool):
+        return ToolPlan(served.tools, served.tools.forced(choice.function.name))
+    return ToolPlan(served.tools, served.tools.forced(None) if choice == "required" else "")
+
+
+def check_format(format: ResponseFormat | None) -> None:
+    """Raises ApiError for a form that cannot be held to yet."""
+    if format is not None and format.type != "text":
+        raise ApiError(
+            400,
+            f"response_format {format.type} is not supported yet: allowed is text",
+            param="response_format",
+            code="unsupported_value",
+        )
+
+
+async def chat_prompt(
+    served: Served,
+    messages: Sequence[ChatMessage],
+    tools: Sequence[Tool] | None,
+    plan: ToolPlan | None,
+    variables: dict[str, Any],
+) -> list[int]:
+    """The tokens of a conversation. Raises InvalidRequest when the template refuses it."""
+    tokenizer = needs_tokenizer(served, "chat")
+    plain = [_plain(message) for message in messages]
+    if plan is not None:
+        variables = {**variables, "tools": msgspec.to_builtins(tools)}
+    text = tokenizer.apply_chat_template(plain, **_allowed(variables))
+    if plan is not None:
+        text += plan.forced
+    return await off_loop(lambda long: tokenizer.encode(long, add_special_tokens=False), text)
+
+
+def _allowed(variables: dict[str, Any]) -> dict[str, Any]:
+    if "messages" in variables:
+        raise bad_request("chat_template_kwargs must not hold messages: they are a field of their own")
+    return variables
+
+
+def _plain(message: ChatMessage) -> dict[str, object]:
+    """As templates expect it: arguments of calls as objects, OpenAI's newer name for a system message as the old."""
+    plain: dict[str, object] = msgspec.to_builtins(message)
+    if message.tool_calls:
+        plain.setdefault("content", "")  # templates concatenate it
+    if message.role == "developer":
+        plain["role"] = "system"
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return plain
+
+
+def _arguments(text: str) -> object:
+    """An object where the text is one; templates write it out as JSON again."""
+    try:
+        value = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, dict) else text

@@ -1,0 +1,89 @@
+"""Answers as server-sent events."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from treadle.errors import TreadleError
+
+from .errors import ApiError, ClientGone, from_treadle
+from .exchange import Exchange
+
+logger = logging.getLogger("treadle")
+encode = msgspec.json.Encoder().encode
+DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect what should be seen as it comes
+]
+
+
+def event(data: object) -> bytes:
+    return b"data: %b\n\n" % encode(data)
+
+
+def named_event(name: str, data: object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), encode(data))
+
+
+class EventStream:
+    """An ASGI answer of status 200. Each item of `blocks` is one write, of one or more events.
+
+    Made by `begin`, when the first block is there: what goes wrong before it has a status of its own.
+    failure: the events that tell the client of an error that comes after.
+    """
+
+    def __init__(
+        self,
+        first: bytes,
+        blocks: AsyncIterator[bytes],
+        exchange: Exchange,
+        failure: Callable[[ApiError], bytes],
+    ) -> None:
+        self._first = first
+        self._blocks = blocks
+        self._exchange = exchange
+        self._failure = failure
+
+    @classmethod
+    async def begin(
+        cls, blocks: AsyncIterator[bytes], exchange: Exchange, failure: Callable[[ApiError], bytes]
+    ) -> EventStream:
+        """Waits for the first block. Raises what comes instead of it."""
+        return cls(await anext(blocks, b""), blocks, exchange, failure)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            await send(_part(self._first))
+            await self._send_rest(send)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self._exchange.close()
+
+    async def _send_rest(self, send: Send) -> None:
+        try:
+            async for block in self._blocks:
+                await send(_part(block))
+        except ClientGone:
+            pass
+        except TreadleError as error:
+            await send(_part(self._failure(from_treadle(error))))
+        except Exception as error:  # the client has its 200: all that is left is to say so in the stream
+            logger.exception("a stream raised")
+            failed = ApiError(500, f"internal error: {type(error).__name__}", type="server_error")
+            await send(_part(self._failure(failed)))
+
+
+def plain_failure(error: ApiError) -> bytes:
+    """An `error` event, as OpenAI's clients look for it, then the end."""
+    return b"data: %b\n\n" % error.body + DONE
+
+
+def _part(body: bytes) -> dict[str, object]:
+    return {"type": "http.response.body", "body": body, "more_body": True}

@@ -1,0 +1,107 @@
+"""Tool calls taken out of a text while it comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .tool_formats import Call, ToolFormat, cut_short, read_calls
+
+
+@dataclass(slots=True)
+class Found:
+    """What has become certain: text for the reader, and whole calls, which come after it."""
+
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+
+
+class ToolStream:
+    """One continuation's text in, plain text and calls out. What may be the beginning of a call is held back.
+
+    White space before a call belongs to the call, so it is held back, too, and a call takes it away.
+
+    forced: the beginning of a call that was put at the end of the prompt, "" for none; the model did not write it, and
+    the call is read with it. A text that looked like a call and was none comes out as text.
+    """
+
+    def __init__(self, format: ToolFormat, forced: str = "") -> None:
+        self._format = format
+        self._forced = bool(forced)
+        self._held = forced
+        self._gap = ""
+        self._inside = False
+        self._blank = True  # nothing has been written
+        self.called = 0
+
+    def push(self, delta: str) -> Found:
+        self._held += delta
+        found = Found()
+        while self._step(found):
+            pass
+        self._note(found)
+        return found
+
+    def finish(self) -> Found:
+        """The text has ended."""
+        found = self.push("")
+        if self._inside or self._is_bare():
+            self._close(self._held, "", found)
+        elif self._held.strip() or not self.called:
+            found.text += self._held
+        self._held = ""
+        self._note(found)
+        return found
+
+    def _step(self, found: Found) -> bool:
+        """Takes the next piece out of what is held; False when more has to come first."""
+        if not self._inside:
+            return not self._is_bare() and self._outside(found)
+        closes = self._format.closes
+        if not closes or closes not in self._held:
+            return False
+        inside, _, rest = self._held.partition(closes)
+        self._close(inside, closes, found)
+        self._held, self._inside = rest, False
+        return True
+
+    def _outside(self, found: Found) -> bool:
+        before, mark, after = self._held.partition(self._format.opens)
+        if mark:
+            text = before.rstrip()
+            found.text += text
+            self._gap = before[len(text) :]
+            self._held, self._inside = after, True
+            return True
+        keep = _overlap(self._held, self._format.opens)
+        sure = len(self._held[: len(self._held) - keep].rstrip())
+        found.text += self._held[:sure]
+        self._held = self._held[sure:]
+        return False
+
+    def _is_bare(self) -> bool:
+        """Whether the answer so far is one that only its end can judge."""
+        return self._format.bare and self._blank and self._held.lstrip().startswith("{")
+
+    def _close(self, inside: str, closes: str, found: Found) -> None:
+        calls = read_calls(inside)
+        if calls is None and self._forced and not self.called:
+            call = cut_short(inside)
+            calls = [call] if call is not None else None
+        if calls is not None:
+            found.calls += calls
+            self.called += len(calls)
+            return
+        opens = self._gap + self._format.opens if self._inside else ""
+        found.text += opens + inside + closes
+
+    def _note(self, found: Found) -> None:
+        if found.text:
+            self._blank = False
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` are the beginning of `mark`."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if mark.startswith(text[-length:]):
+            return length
+    return 0
