@@ -41,29 +41,29 @@ class Job:
 
 
 class Gpus:
-    """Who has which GPU. Jobs wait until enough are free."""
+    """Who has which GPU, by the names that CUDA_VISIBLE_DEVICES knows. Jobs wait until enough are free."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self._free = list(range(count))
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._free = list(names)
         self._changed = asyncio.Condition()
 
-    async def take(self, count: int) -> list[int]:
+    async def take(self, count: int) -> list[str]:
         async with self._changed:
             await self._changed.wait_for(lambda: len(self._free) >= count)
             taken, self._free = self._free[:count], self._free[count:]
             return taken
 
-    async def give(self, taken: list[int]) -> None:
+    async def give(self, taken: list[str]) -> None:
         async with self._changed:
-            self._free = sorted(self._free + taken)
+            self._free = [name for name in self.names if name in self._free or name in taken]
             self._changed.notify_all()
 
 
-async def call(arguments: Sequence[str], log: Path, gpus: Sequence[int] | None = None) -> None:
+async def call(arguments: Sequence[str], log: Path, gpus: Sequence[str] | None = None) -> None:
     environment = dict(os.environ)
     if gpus is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with log.open("ab") as output:
         process = await asyncio.create_subprocess_exec(
             sys.executable, *arguments, env=environment, stdout=output, stderr=output
@@ -79,11 +79,11 @@ async def call(arguments: Sequence[str], log: Path, gpus: Sequence[int] | None =
 
 
 async def measure(options: argparse.Namespace, gpus: Gpus) -> None:
-    jobs = [Job(model, size) for model in options.models for size in options.sizes if size <= gpus.count]
+    jobs = [Job(model, size) for model in options.models for size in options.sizes if size <= len(gpus.names)]
     await call([str(HERE / "gpu_limits.py"), "--json", str(options.limits)], options.log)
     if options.one_at_a_time:
         for job in jobs:
-            await bench(job, options, list(range(job.size)))
+            await bench(job, options, gpus.names[: job.size])
         return
 
     async def wait_and_bench(job: Job) -> None:
@@ -98,7 +98,7 @@ async def measure(options: argparse.Namespace, gpus: Gpus) -> None:
             group.create_task(wait_and_bench(job))
 
 
-async def bench(job: Job, options: argparse.Namespace, gpus: list[int]) -> None:
+async def bench(job: Job, options: argparse.Namespace, gpus: Sequence[str]) -> None:
     modes = ["latency", "ttft"] + ["throughput"] * (options.dataset is not None and job.model in options.throughput)
     arguments = [str(HERE / "bench_gpu.py"), "--model-config", job.model, "--modes", ",".join(modes)]
     arguments += ["--tensor-parallel-size", str(job.size), "--batch-sizes", options.batch_sizes]
@@ -239,7 +239,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ttft-lens", default="2048,8192")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dataset", type=Path)
-    parser.add_argument("--gpus", type=int, default=0, help="how many there are; 0: all")
     parser.add_argument("--one-at-a-time", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args()
@@ -250,13 +249,18 @@ def parse() -> argparse.Namespace:
 
 
 async def everything(options: argparse.Namespace) -> None:
-    import torch
-
-    gpus = Gpus(options.gpus or torch.cuda.device_count())
-    if gpus.count < 1:
+    gpus = Gpus(visible())
+    if not gpus.names:
         raise SystemExit("there is no GPU here")
     await measure(options, gpus)
-    await collectives(options, gpus.count)
+    await collectives(options, len(gpus.names))
+
+
+def visible() -> list[str]:
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else [str(number) for number in range(torch.cuda.device_count())]
 
 
 def main() -> int:
