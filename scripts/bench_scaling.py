@@ -239,6 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ttft-lens", default="2048,8192")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dataset", type=Path)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["model", "comm"], help="%(default)s")
     parser.add_argument("--one-at-a-time", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args()
@@ -252,8 +253,10 @@ async def everything(options: argparse.Namespace) -> None:
     gpus = Gpus(visible())
     if not gpus.names:
         raise SystemExit("there is no GPU here")
-    await measure(options, gpus)
-    await collectives(options, len(gpus.names))
+    if "model" in options.parts:
+        await measure(options, gpus)
+    if "comm" in options.parts:
+        await collectives(options, len(gpus.names))
 
 
 def visible() -> list[str]:
