@@ -1,0 +1,280 @@
+"""What more GPUs bring: one model on 1, 2, 3 and 4 of them, measured beside what the cost model predicts.
+
+    python scripts/bench_scaling.py --json OUT.jsonl --comm COMM.jsonl [--models llama-3.1-8b,llama-3.3-70b-half]
+        [--sizes 1,2,3,4] [--dataset sharegpt_lens.jsonl] [--plot OUT.svg]
+    python scripts/bench_scaling.py --from OUT.jsonl --comm COMM.jsonl [--plot OUT.svg]      tables of an earlier run
+
+THE WEIGHTS ARE RANDOM. llama-3.3-70b-half is 70B's layers, 40 instead of 80, so that one GPU of 141 GB holds them.
+Runs scripts/bench_gpu.py for every model and size (decode steps, time to first token; throughput where there is a
+dataset), groups beside each other on the machine's GPUs unless --one-at-a-time, then scripts/bench_comm.py for every
+size alone: the time of an all-reduce from 1 KB to 64 MB. The tables have speed-up, efficiency, the share of the sums,
+and the step that scripts/scaling_model.py predicts from one GPU's step and those times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compare_gpu import Limits, Record, medians, read, shape_of
+from scaling_model import Model, Sums, predict
+
+from treadle.engine.config import load_config
+
+HERE = Path(__file__).parent
+MODELS = HERE / "models"
+# Up to here the engine sums in symmetric memory (engine/comm_symm.py), above it by NCCL.
+ONE_SHOT_BYTES = 512 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    model: str
+    size: int
+
+
+class Gpus:
+    """Who has which GPU, by the names that CUDA_VISIBLE_DEVICES knows. Jobs wait until enough are free."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._free = list(names)
+        self._changed = asyncio.Condition()
+
+    async def take(self, count: int) -> list[str]:
+        async with self._changed:
+            await self._changed.wait_for(lambda: len(self._free) >= count)
+            taken, self._free = self._free[:count], self._free[count:]
+            return taken
+
+    async def give(self, taken: list[str]) -> None:
+        async with self._changed:
+            self._free = [name for name in self.names if name in self._free or name in taken]
+            self._changed.notify_all()
+
+
+async def call(arguments: Sequence[str], log: Path, gpus: Sequence[str] | None = None) -> None:
+    environment = dict(os.environ)
+    if gpus is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    with log.open("ab") as output:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, env=environment, stdout=output, stderr=output
+        )
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            process.terminate()
+            await process.wait()
+            raise
+    if code:
+        print(f"{' '.join(arguments)}: exit code {code}, see {log}", file=sys.stderr)
+
+
+async def measure(options: argparse.Namespace, gpus: Gpus) -> None:
+    jobs = [Job(model, size) for model in options.models for size in options.sizes if size <= len(gpus.names)]
+    await call([str(HERE / "gpu_limits.py"), "--json", str(options.limits)], options.log)
+    if options.one_at_a_time:
+        for job in jobs:
+            await bench(job, options, gpus.names[: job.size])
+        return
+
+    async def wait_and_bench(job: Job) -> None:
+        taken = await gpus.take(job.size)
+        try:
+            await bench(job, options, taken)
+        finally:
+            await gpus.give(taken)
+
+    async with asyncio.TaskGroup() as group:
+        for job in jobs:
+            group.create_task(wait_and_bench(job))
+
+
+async def bench(job: Job, options: argparse.Namespace, gpus: Sequence[str]) -> None:
+    modes = ["latency", "ttft"] + ["throughput"] * (options.dataset is not None and job.model in options.throughput)
+    arguments = [str(HERE / "bench_gpu.py"), "--model-config", job.model, "--modes", ",".join(modes)]
+    arguments += ["--tensor-parallel-size", str(job.size), "--batch-sizes", options.batch_sizes]
+    arguments += ["--ttft-lens", options.ttft_lens, "--repeats", str(options.repeats), "--json", str(options.json)]
+    if options.dataset is not None:
+        arguments += ["--dataset", str(options.dataset)]
+    await call(arguments, options.log, gpus)
+    print(f"{job.model} on {job.size}: done", file=sys.stderr)
+
+
+async def collectives(options: argparse.Namespace, count: int) -> None:
+    options.comm.unlink(missing_ok=True)
+    for size in (size for size in options.sizes if 1 < size <= count):
+        part = options.comm.with_suffix(f".{size}")
+        await call([str(HERE / "bench_comm.py"), "--world-size", str(size), "--json", str(part)], options.log)
+        if part.exists():
+            with options.comm.open("a") as file:
+                file.write(part.read_text())
+            part.unlink()
+
+
+def sums_of(records: Sequence[Record], size: int) -> Sums:
+    """The all-reduces as the engine makes them: of `staged` products where that is used, else NCCL's."""
+    found: dict[int, float] = {}
+    for record in records:
+        if record.get("collective") == "all_reduce" and record["gpus"] == size:
+            kind = "staged" if record["bytes"] <= ONE_SHOT_BYTES else "nccl"
+            if record["kind"] == kind:
+                found[record["bytes"]] = record["us"]
+    sizes = sorted(found)
+    return Sums(sizes, [found[each] for each in sizes])
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One figure on `size` GPUs. sums, predicted: None for throughput, which is no single step."""
+
+    what: str
+    size: int
+    value: float
+    speed_up: float
+    sums: float | None
+    predicted: float | None
+
+
+def lines(name: str, records: Sequence[Record], comm: Sequence[Record], limits: Limits) -> Iterator[Line]:
+    """Times in milliseconds, rates in output tokens/s."""
+    config = json.loads((MODELS / name / "config.json").read_text())
+    model = Model(load_config(MODELS / name), shape_of(config), limits)
+    mine = [record for record in records if record.get("model") == name]
+    sizes = sorted({record["tp"] for record in mine})
+    values = {size: medians(mine, size) for size in sizes}
+    about: dict[Any, Record] = {(r["mode"], r.get("batch") or r.get("input_len")): r for r in mine}
+    for key, one in values.get(1, {}).items():
+        mode, what = key
+        if mode == "start":
+            continue
+        for size in (size for size in sizes if key in values[size]):
+            value, summed, predicted = values[size][key], None, None
+            if mode != "throughput" and size > 1:
+                summed, predicted = (1e3 * t for t in modelled(model, about[key], one / 1e3, size, sums_of(comm, size)))
+            speed_up = value / one if mode == "throughput" else one / value
+            yield Line(f"{mode} {what}", size, value, speed_up, summed, predicted)
+
+
+def modelled(model: Model, record: Record, one: float, ranks: int, sums: Sums) -> tuple[float, float]:
+    """Seconds of all sums, and of the whole step, predicted."""
+    if record["mode"] == "latency":
+        batch, context = record["batch"], record["context"] + record["output_len"] / 2
+        shared, alone = model.decode(ranks, batch, context), model.decode(1, batch, context)
+        summed = model.summed(sums, batch)
+    else:
+        shared, alone = model.prefill(ranks, record["input_len"]), model.prefill(1, record["input_len"])
+        summed = model.summed(sums, record["input_len"])
+    return summed, predict(alone, one, shared, summed)
+
+
+def table(found: Sequence[Line]) -> Iterator[str]:
+    yield "| | GPUs | measured | speed-up | efficiency | sums | share | predicted | off by |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for line in found:
+        cells = [line.what, str(line.size), f"{line.value:,.2f}", f"{line.speed_up:.2f}"]
+        cells.append(f"{line.speed_up / line.size:.0%}")
+        if line.sums is None or line.predicted is None:
+            cells += [""] * 4
+        else:
+            cells += [f"{line.sums:.2f}", f"{line.sums / line.value:.0%}", f"{line.predicted:,.2f}"]
+            cells.append(f"{line.predicted / line.value - 1:+.0%}")
+        yield "| " + " | ".join(cells) + " |"
+
+
+def plot(every: dict[str, list[Line]], file: Path) -> None:
+    """Speed-ups over the number of GPUs, measured and predicted. Needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(every), 4.2), layout="constrained")
+    for axes, (name, found) in zip(figure.subplots(1, len(every), squeeze=False)[0], every.items(), strict=True):
+        most = max(line.size for line in found)
+        axes.plot([1, most], [1, most], color="0.8", linewidth=1, label="linear")
+        for what in dict.fromkeys(line.what for line in found):
+            mine = [line for line in found if line.what == what]
+            (drawn,) = axes.plot([line.size for line in mine], [line.speed_up for line in mine], "o-", label=what)
+            guessed = [(line.size, mine[0].value / line.predicted) for line in mine if line.predicted]
+            axes.plot(*zip(*guessed, strict=True), "x", color=drawn.get_color()) if guessed else None
+        axes.set(title=name, xlabel="GPUs", ylabel="speed-up (x: predicted)", xticks=range(1, most + 1))
+        axes.legend(fontsize="small")
+    figure.savefig(file)
+
+
+def report(options: argparse.Namespace) -> None:
+    records, comm = read(options.json), read(options.comm)
+    measured = read(options.limits)[-1]
+    limits = Limits(measured["copy_tb_s"] * 1e12, measured["bf16_tflop_s"] * 1e12)
+    print(f"{measured['gpu']}: {measured['copy_tb_s']} TB/s copied, {measured['bf16_tflop_s']} TFLOP/s in bf16")
+    every = {name: list(lines(name, records, comm, limits)) for name in options.models}
+    every = {name: found for name, found in every.items() if found}
+    for name, found in every.items():
+        print(f"\n{name}, random weights; ms, or output tokens/s\n")
+        print("\n".join(table(found)))
+    if options.plot is not None and every:
+        plot(every, options.plot)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["llama-3.1-8b", "llama-3.3-70b-half"]
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to append what is measured")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FILE", help="measure nothing")
+    parser.add_argument("--comm", type=Path, required=True, metavar="FILE", help="times of the collectives")
+    parser.add_argument("--limits", type=Path, metavar="FILE", help="default: beside --comm")
+    parser.add_argument("--log", type=Path, default=Path("bench_scaling.log"), help="what the programs say")
+    parser.add_argument("--models", type=lambda text: text.split(","), default=names)
+    parser.add_argument(
+        "--throughput", type=lambda text: text.split(","), default=names[:1], help="models of --dataset"
+    )
+    parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=[1, 3, 2, 4])
+    parser.add_argument("--batch-sizes", default="1,32,256")
+    parser.add_argument("--ttft-lens", default="2048,8192")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--dataset", type=Path)
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=["model", "comm"], help="%(default)s")
+    parser.add_argument("--one-at-a-time", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="FILE.svg")
+    options = parser.parse_args()
+    if (options.json is None) == (options.source is None):
+        parser.error("give --json to measure, or --from")
+    options.limits = options.limits or options.comm.with_name("limits.json")
+    return options
+
+
+async def everything(options: argparse.Namespace) -> None:
+    gpus = Gpus(visible())
+    if not gpus.names:
+        raise SystemExit("there is no GPU here")
+    if "model" in options.parts:
+        await measure(options, gpus)
+    if "comm" in options.parts:
+        await collectives(options, len(gpus.names))
+
+
+def visible() -> list[str]:
+    import torch
+
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names.split(",") if names else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def main() -> int:
+    options = parse()
+    if options.source is None:
+        asyncio.run(everything(options))
+    else:
+        options.json = options.source
+    report(options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
