@@ -141,6 +141,7 @@ class _Loading:
                 triton=self._kernels,
                 attention=configure.attention_backend,
                 max_rows=configure.max_num_seqs,
+                fused_linears=configure.fused_linears,
                 max_positions=min(configure.max_model_len, config.max_position) if on_gpu else None,
             )
         except torch.OutOfMemoryError as error:

@@ -83,7 +83,8 @@ class Configure(Message, frozen=True, kw_only=True):
     collective_timeout: seconds that a rank waits for its peers, in loading and in a step.
     On "cuda" only: cuda_graphs: replay decode steps from graphs. overlap: begin a step before the last one's tokens are
     there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
-    "triton", "flashinfer", "torch".
+    "triton", "flashinfer", "torch". fused_linears: products of few rows through kernels that take the norm before them
+    and the activation or the sum after them along.
     """
 
     model: str
@@ -109,6 +110,7 @@ class Configure(Message, frozen=True, kw_only=True):
     overlap: bool = True
     gpu_memory_utilization: float = 0.9
     attention_backend: str = "auto"
+    fused_linears: bool = True
 
 
 class Ready(Message, frozen=True, kw_only=True):

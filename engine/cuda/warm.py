@@ -23,6 +23,8 @@ from .program import StepProgram
 
 _THREADS = 12
 _QUERIES = (2, 16, 64, 256, 1024)
+# One of each kind that the kernels for few rows tell apart.
+_FEW_ROWS = (1, 2, 4, 8, 16, 24, 32)
 Call = Callable[[], object]
 
 
@@ -58,6 +60,9 @@ def warm(program: StepProgram, kv: KVCache, *, max_tokens: int, max_len: int, th
     for counts in ([1], [3, 4]):
         batch = _batch(program, counts, max(counts), device)
         calls += program.model.operations(batch, kv)
+    for rows in _FEW_ROWS:
+        if rows <= max_tokens:
+            calls += program.model.few_rows(rows)
     if program.fused is not None:
         echo = Echo(program.fused.world_size)
         for filtered in (True, False):
