@@ -25,10 +25,13 @@ FIRST_ROPE_LENGTH = 2048
 class RowParallelLinear:
     """Each rank multiplies its columns of W with its part of x; the sum over the ranks is the result."""
 
-    def __init__(self, linear: Linear, comm: Communicator) -> None:
+    def __init__(self, linear: Linear, comm: Communicator, turn: int = 0) -> None:
+        """turn: 0 and 1 for the two sums of a layer, see `comm_fused`."""
         self._linear = linear
         self._comm = comm
         self._symmetric = comm if isinstance(comm, SymmetricComm) else None
+        self._fused = comm.fused
+        self._turn = turn
         self._few = linear if isinstance(linear, FewRowLinear) and comm.world_size == 1 else None
         self.weight_bytes = linear.weight_bytes
 
@@ -44,6 +47,11 @@ class RowParallelLinear:
         """Adds the result to residual in place; returns the norm of that, or leaves it to the product that reads it."""
         if self._few is not None and self._few.few(x, add=True, out=residual) is not None:
             return Unnormed(residual, norm)
+        if self._fused is not None:
+            part = self._fused.slot(self._turn, (x.shape[0], self._linear.out_features), x.dtype)
+            if part is not None:
+                self._linear.into(x, part)
+                return self._fused.add_norm(part, residual, norm.weight, norm.eps)
         return norm.of_sum(self(x), residual)
 
     def warm(self, x: Tensor) -> None:
@@ -103,15 +111,15 @@ class GatedLinear:
 
 
 def row_parallel(
-    source: WeightSource, name: str, columns: Span, bias: bool, comm: Communicator, placement: Placement
+    source: WeightSource, name: str, columns: Span, bias: bool, comm: Communicator, placement: Placement, turn: int
 ) -> RowParallelLinear:
-    """The given columns of the named projection; its bias is added by rank 0 alone."""
+    """The given columns of the named projection; its bias is added by rank 0 alone. turn: see `RowParallelLinear`."""
     own_bias = source.read(f"{name}.bias", placement.dtype) if bias and comm.rank == 0 else None
     stored = source.blocks(f"{name}.weight", 1, columns.start, columns.stop)
     weight: Tensor | StoredBlocks | None = usable_blocks([stored], placement)
     if weight is None:
         weight = source.read(f"{name}.weight", placement.dtype, 1, columns.start, columns.stop)
-    return RowParallelLinear(make_linear(weight, own_bias, placement), comm)
+    return RowParallelLinear(make_linear(weight, own_bias, placement), comm, turn)
 
 
 def _stacked(

@@ -88,6 +88,7 @@ class _Loading:
             init_method=configure.init_method,
             shared_dir=Path(configure.shared_dir),
             native=configure.native,
+            fused=configure.fused_sums and self._kernels,
             timeout=configure.collective_timeout,
         )
         model = self._model(config, source, comm)

@@ -78,7 +78,7 @@ class Attention:
         q, kv = shard.q_heads.scaled(dim), shard.kv_heads.scaled(dim)
         projections = ((f"{prefix}.q_proj", q), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv))
         self.qkv = column_parallel(source, projections, config.attention_bias, env.placement)
-        self.out = row_parallel(source, f"{prefix}.o_proj", q, config.output_bias, env.comm, env.placement)
+        self.out = row_parallel(source, f"{prefix}.o_proj", q, config.output_bias, env.comm, env.placement, 0)
         self.layout = HeadLayout(
             q_heads=shard.q_heads.size,
             kv_heads=shard.kv_heads.size,
@@ -105,7 +105,7 @@ class MLP:
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, prefix: str, env: Environment) -> None:
         columns, bias = shard.intermediate, config.mlp_bias
         self.gate_up = GatedLinear(source, prefix, columns, bias, env.placement, env.ops)
-        self.down = row_parallel(source, f"{prefix}.down_proj", columns, bias, env.comm, env.placement)
+        self.down = row_parallel(source, f"{prefix}.down_proj", columns, bias, env.comm, env.placement, 1)
         self.weight_bytes = self.gate_up.weight_bytes + self.down.weight_bytes
 
     def add_norm(self, x: Hidden, residual: Tensor, norm: Norm) -> Hidden:

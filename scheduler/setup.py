@@ -48,6 +48,7 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         gpu_memory_utilization=options.gpu_memory_utilization,
         attention_backend=options.attention_backend,
         fused_linears=options.fused_linears,
+        fused_sums=options.fused_sums,
     )
 
 

@@ -95,13 +95,14 @@ def test_the_gpu_draws_what_the_cpu_draws(checkpoint: Path, tmp_path: Path) -> N
     assert same >= 0.9 * len(expected)
 
 
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "apart"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_match_transformers(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_logits_match_transformers(family: str, dtype: torch.dtype, fused: bool, tmp_path: Path) -> None:
     """Relative error ‖ours − reference‖ ∕ ‖reference‖; the reference is float32 on the same weights."""
     model = make_checkpoint(tmp_path / family, family, dtype=dtype)
     name = str(dtype).removeprefix("torch.")
-    runner = on_gpu(model, tmp_path, dtype=name, cuda_graphs=False).runner
+    runner = on_gpu(model, tmp_path, dtype=name, cuda_graphs=False, fused_linears=fused).runner
     chosen = prompts()[:8]
     for row, prompt in enumerate(chosen):
         blocks = pack(np.arange(1 + 10 * row, 11 + 10 * row))
@@ -123,7 +124,9 @@ def test_logits_match_transformers(family: str, dtype: torch.dtype, tmp_path: Pa
             exact = torch.stack([reference(one).logits[0, -1] for one in ids])
             found = ours if label == "ours" else torch.stack([other(one).logits[0, -1].float() for one in ids])
         errors[label] = float((found - exact).norm() / exact.norm())
-    print(f"{family} {name}: relative error {errors['ours']:.2e}, transformers' own {errors['transformers']:.2e}")
+    print(
+        f"{family} {name} {fused=}: relative error {errors['ours']:.2e}, transformers' own {errors['transformers']:.2e}"
+    )
     assert errors["ours"] < (1e-4 if dtype is torch.float32 else 2 * errors["transformers"] + 1e-3)
 
 
@@ -185,8 +188,8 @@ def test_the_loop_of_a_rank_overlaps_and_gives_the_same(checkpoint: Path) -> Non
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("graphs", [True, False])
-def test_two_ranks_give_the_tokens_of_one(checkpoint: Path, graphs: bool) -> None:
+@pytest.mark.parametrize(("graphs", "fused"), [(True, True), (True, False), (False, True)])
+def test_two_ranks_give_the_tokens_of_one(checkpoint: Path, graphs: bool, fused: bool) -> None:
     one = asyncio.run(_served(checkpoint))
-    two = asyncio.run(_served(checkpoint, tensor_parallel_size=2, cuda_graphs=graphs))
+    two = asyncio.run(_served(checkpoint, tensor_parallel_size=2, cuda_graphs=graphs, fused_sums=fused))
     assert two == one

@@ -84,7 +84,7 @@ class Configure(Message, frozen=True, kw_only=True):
     On "cuda" only: cuda_graphs: replay decode steps from graphs. overlap: begin a step before the last one's tokens are
     there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
     "triton", "flashinfer", "torch". fused_linears: products of few rows through kernels that take the norm before them
-    and the activation or the sum after them along.
+    and the activation or the sum after them along. fused_sums: small sums over the ranks in one launch with the norm.
     """
 
     model: str
@@ -111,6 +111,7 @@ class Configure(Message, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     attention_backend: str = "auto"
     fused_linears: bool = True
+    fused_sums: bool = True
 
 
 class Ready(Message, frozen=True, kw_only=True):
