@@ -155,7 +155,7 @@ def linear(
     if rows == 0:
         return out
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    ahead = min(config.ahead, width // 64) if config.pdl else 0
+    ahead = min(config.ahead, (1 << (width // 64).bit_length()) >> 1) if config.pdl else 0
     kernel = _vector_kernel if config.rows == 1 else _matrix_kernel
     kernel[(ceil_div(columns, config.columns), ceil_div(rows, config.rows))](
         x,

@@ -7,7 +7,9 @@ where cuBLAS with the small kernels around it is as fast. Shapes that nobody mea
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .shapes import LINES_AHEAD
 
 MOST_ROWS = 32
 _OLDEST = (8, 0)
@@ -57,4 +59,7 @@ def choose(capability: tuple[int, int], rows: int, outputs: int, inner: int, gat
     ladder = _MEASURED.get((outputs, inner, gated)) if capability[0] == 9 else None
     if ladder is None:
         ladder = _NARROW if outputs < _FEW_OUTPUTS else _GENERAL
-    return next((config for limit, config in ladder if rows <= limit), None)
+    config = next((config for limit, config in ladder if rows <= limit), None)
+    if config is None or LINES_AHEAD == 0 or capability < (9, 0):
+        return config
+    return replace(config, pdl=True, ahead=LINES_AHEAD)
