@@ -15,7 +15,9 @@ from pathlib import Path
 import zmq
 
 from treadle.engine import lifeline
+from treadle.engine.early import Start, begin
 from treadle.engine.native import load_native
+from treadle.engine.phases import Phases, process_age
 from treadle.transport.codec import rank_codec
 from treadle.transport.messages import PROTOCOL_VERSION, Hello
 from treadle.transport.sockets import rank_socket
@@ -29,6 +31,7 @@ def main() -> int:
     parser.add_argument("--leftover", type=Path, action="append", default=[], metavar="PATH")
     parser.add_argument("--no-native", action="store_true")
     options = parser.parse_args()
+    phases = Phases(process_age())
     lifeline.watch(options.lifeline, options.leftover)
     codec = rank_codec()
     socket = rank_socket(zmq.Context.instance(), options.rank)
@@ -36,7 +39,10 @@ def main() -> int:
     token = os.environ.pop("TREADLE_GROUP_TOKEN", "")
     socket.send(codec.encode(Hello(PROTOCOL_VERSION, options.rank, os.getpid(), token)))
 
-    # The first start on a machine compiles the CPU kernels; that and the import of torch take seconds each.
+    # The first start on a machine compiles kernels; that and the import of torch take seconds each.
+    frame = socket.recv()
+    phases.end("interpreter")
+    compiler = begin(frame, codec, options.rank)
     compiling = threading.Thread(target=load_native, name="native")
     if not options.no_native:
         compiling.start()
@@ -44,7 +50,8 @@ def main() -> int:
 
     if not options.no_native:
         compiling.join()
-    return serve(socket, codec, options.rank)
+    phases.end("imports")
+    return serve(socket, codec, options.rank, frame, Start(phases, compiler=compiler))
 
 
 if __name__ == "__main__":

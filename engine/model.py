@@ -175,20 +175,20 @@ class Decoder:
         self._head.into(hidden, out)
 
     def attend_once(self, batch: ForwardBatch, kv: KVCache) -> None:
-        """One layer's attention of zeros: to have its kernels compiled for such a batch."""
+        """One layer's attention of anything: to have its kernels compiled for such a batch."""
         env, layout = self._env, self._layers[0].attention.layout
         plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
         heads = layout.q_heads + 2 * layout.kv_heads
-        qkv = self._zeros(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
+        qkv = self._scratch(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
         env.attention.attend(qkv[:, : layout.q_heads], kv.k[0], kv.v[0], plan)
 
     def operations(self, batch: ForwardBatch, kv: KVCache) -> list[Callable[[], object]]:
-        """The small operations of a layer, each on zeros, for the same reason."""
+        """The small operations of a layer, each on anything, for the same reason."""
         ops, eps, layer, tokens = self._env.ops, self.config.rms_norm_eps, self._layers[0], batch.num_tokens
         layout = layer.attention.layout
-        hidden, other = (self._zeros(tokens, self.config.hidden_size) for _ in range(2))
-        gate_up = self._zeros(tokens, 2 * self._shard.intermediate.size)
-        qkv = self._zeros(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
+        hidden, other = (self._scratch(tokens, self.config.hidden_size) for _ in range(2))
+        gate_up = self._scratch(tokens, 2 * self._shard.intermediate.size)
+        qkv = self._scratch(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
         target = KVSlots(kv.k[0], kv.v[0], batch.slots)
         rope = self._rope.upto(batch.max_context)
         return [
@@ -198,9 +198,9 @@ class Decoder:
             partial(ops.rope_store, qkv, layout, rope, batch.positions, target),
         ]
 
-    def _zeros(self, rows: int, width: int) -> Tensor:
+    def _scratch(self, rows: int, width: int) -> Tensor:
         placement = self._env.placement
-        return torch.zeros((rows, width), dtype=placement.dtype, device=placement.device)
+        return torch.empty((rows, width), dtype=placement.dtype, device=placement.device)
 
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:
