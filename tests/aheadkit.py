@@ -1,4 +1,4 @@
-"""Which kernels steps launch, and whether `compile_ahead` knows of them: a program, since Triton's driver is one for all.
+"""Which kernels steps launch, and whether `compile_ahead` knows them: a program, as Triton has one driver for all.
 
 `python -m tests.aheadkit MODEL WORLD_SIZE` prints those that it does not know.
 """
