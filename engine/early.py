@@ -83,6 +83,21 @@ def begin(frame: bytes, codec: Codec[PlanMessage], rank: int) -> Compiler | None
         return None
 
 
+def identify_triton() -> threading.Thread:
+    """Imports Triton and has it hash itself, which is 0.4 GB to read, on a thread. Its cache is looked up by that."""
+
+    def hash_it() -> None:
+        try:
+            from triton.runtime.cache import triton_key
+        except ImportError:  # another version keeps it elsewhere, and will hash when it must
+            return
+        triton_key()
+
+    thread = threading.Thread(target=hash_it, name="triton", daemon=True)
+    thread.start()
+    return thread
+
+
 def _make_context(device: int) -> None:
     """The device's primary context, which torch will use; its errors are torch's to report (CUDA driver API)."""
     try:

@@ -20,7 +20,7 @@ from .cuda import build, memory
 from .cuda.program import StepProgram
 from .cuda.runner import CudaRunner
 from .cuda.warm import warm
-from .early import Start
+from .early import Start, identify_triton
 from .kv import KVCache, bytes_per_block
 from .model import Decoder, load_model
 from .native import load_native
@@ -76,6 +76,7 @@ class _Loading:
         self._rank = rank
         self._start = start
         self._profiled = False
+        self._identifying = identify_triton() if configure.device == "cuda" and has_triton() else None
         self._device = _device(configure.device, rank)
         self._kernels = has_triton() if self._device.type == "cuda" else emulate == "kernels"
         self._device_rows = self._kernels or emulate == "rows"
@@ -180,6 +181,8 @@ class _Loading:
         if self._start.compiler is not None:
             for name, seconds in self._start.compiler.wait().items():
                 phases.seconds[f"+ {name}"] = seconds
+        if self._identifying is not None:
+            self._identifying.join()
         comm.barrier()
         self._ended("compiling")
         tokens, length = configure.max_num_batched_tokens, configure.max_model_len

@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from treadle.engine.early import Compiler, begin
+from treadle.transport.codec import rank_codec
+from treadle.transport.messages import Shutdown
+
+from .groupkit import configure_for
 from .modelkit import make_checkpoint
 
 RUN_FORKED = """
@@ -63,3 +68,17 @@ def test_children_share_the_tasks_and_one_that_fails_is_counted(tmp_path: Path) 
     assert done.stdout == "1\n", done.stderr
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [n for n in range(40) if n != 7]
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_only_gpus_have_a_compiler(tmp_path: Path) -> None:
+    codec = rank_codec()
+    assert begin(codec.encode(configure_for(tmp_path, tmp_path)), codec, 0) is None
+    assert begin(b"no message", codec, 0) is None
+    assert begin(codec.encode(Shutdown()), codec, 0) is None
+
+
+def test_a_compiler_that_fails_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
+    """Its rank goes on without it."""
+    compiler = Compiler(rank_codec().encode(Shutdown()))
+    assert compiler.wait() == {}
+    assert "not compiled ahead" in caplog.text

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from treadle.engine.config import ModelConfig, load_config
+from treadle.engine.early import identify_triton
 from treadle.engine.flashinfer.modules import prebuilt
 from treadle.engine.kv import KVCache
 from treadle.engine.loading import parse_dtype
@@ -225,7 +226,9 @@ def main() -> int:
     capability = capability_of(0)
     if not isinstance(configure, Configure) or capability == 0:
         return 1
+    identifying = identify_triton()
     tasks = tasks_for(wanted(configure, capability))
+    identifying.join()  # once, for all children
     phases.end("list")
     failed = run_forked(tasks, min(_WORKERS, len(os.sched_getaffinity(0))))
     phases.end(f"{len(tasks)} compiled")
