@@ -15,7 +15,7 @@ from pathlib import Path
 import zmq
 
 from treadle.engine import lifeline
-from treadle.engine.early import Start, begin
+from treadle.engine.early import Start, begin, wants_gpu
 from treadle.engine.native import load_native
 from treadle.engine.phases import Phases, process_age
 from treadle.transport.codec import rank_codec
@@ -42,15 +42,18 @@ def main() -> int:
     # The first start on a machine compiles kernels; that and the import of torch take seconds each.
     frame = socket.recv()
     phases.end("interpreter")
-    compiler = begin(frame, codec, options.rank)
+    on_gpu = wants_gpu(frame, codec)
+    compiler = begin(frame, options.rank) if on_gpu else None
     compiling = threading.Thread(target=load_native, name="native")
-    if not options.no_native:
+    native = not options.no_native and not on_gpu
+    if native:
         compiling.start()
     from treadle.engine.worker import serve
 
-    if not options.no_native:
-        compiling.join()
     phases.end("imports")
+    if native:
+        compiling.join()
+        phases.end("native")
     return serve(socket, codec, options.rank, frame, Start(phases, compiler=compiler))
 
 

@@ -64,14 +64,17 @@ class Start:
     compiler: Compiler | None = None
 
 
-def begin(frame: bytes, codec: Codec[PlanMessage], rank: int) -> Compiler | None:
+def wants_gpu(frame: bytes, codec: Codec[PlanMessage]) -> bool:
     """frame: the message that should be `Configure`; if it is not, others will say so."""
     try:
         configure = codec.decode(frame)
     except ProtocolError:
-        return None
-    if not isinstance(configure, Configure) or configure.device != "cuda":
-        return None
+        return False
+    return isinstance(configure, Configure) and configure.device == "cuda"
+
+
+def begin(frame: bytes, rank: int) -> Compiler | None:
+    """For a rank on a GPU. frame: of `Configure`."""
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch has it
     threading.Thread(target=_make_context, args=(rank,), name="context", daemon=True).start()
     if rank or importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") != "0":

@@ -69,7 +69,7 @@ class _Loading:
 
     def __init__(self, configure: Configure, rank: int, emulate: Emulate, start: Start) -> None:
         torch.set_num_threads(configure.threads)
-        native = load_native() if configure.native else None
+        native = load_native() if configure.native and configure.device == "cpu" else None  # GPUs do not wait for gcc
         if native is not None:
             native.keep_memory()
         self._configure = configure

@@ -34,9 +34,9 @@ from treadle.transport.messages import (
 )
 from treadle.transport.sockets import group_socket
 
-from .loading_progress import LoadingProgress, phases_line
+from .loading_progress import LOGGER, LoadingProgress, phases_line
 
-logger = logging.getLogger("treadle")
+logger = logging.getLogger(LOGGER)
 _LOG_TAIL = 2_000
 
 

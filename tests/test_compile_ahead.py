@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.engine.early import Compiler, begin
+from treadle.engine.early import Compiler, wants_gpu
 from treadle.transport.codec import rank_codec
 from treadle.transport.messages import Shutdown
 
@@ -70,11 +70,12 @@ def test_children_share_the_tasks_and_one_that_fails_is_counted(tmp_path: Path) 
     assert "ZeroDivisionError" in done.stderr
 
 
-def test_only_gpus_have_a_compiler(tmp_path: Path) -> None:
+def test_what_a_rank_begins_early_is_for_gpus(tmp_path: Path) -> None:
     codec = rank_codec()
-    assert begin(codec.encode(configure_for(tmp_path, tmp_path)), codec, 0) is None
-    assert begin(b"no message", codec, 0) is None
-    assert begin(codec.encode(Shutdown()), codec, 0) is None
+    assert not wants_gpu(codec.encode(configure_for(tmp_path, tmp_path)), codec)
+    assert not wants_gpu(b"no message", codec)
+    assert not wants_gpu(codec.encode(Shutdown()), codec)
+    assert wants_gpu(codec.encode(configure_for(tmp_path, tmp_path, device="cuda")), codec)
 
 
 def test_a_compiler_that_fails_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,14 +12,16 @@ _BAR = 24
 
 
 class TerminalProgress(logging.Handler):
-    """Draws every record of `treadle.loading` over the one before, and ends the line with the last."""
+    """Draws every record of progress over the one before, and ends the line with the last; others are not for it."""
 
     def __init__(self, terminal: TextIO) -> None:
         super().__init__()
         self._terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        share = float(vars(record).get("share", 0.0))
+        share = vars(record).get("share")
+        if not isinstance(share, float):
+            return
         filled = int(share * _BAR)
         text = f"[{'#' * filled}{'.' * (_BAR - filled)}] {record.getMessage()}"
         width = shutil.get_terminal_size().columns - 1
