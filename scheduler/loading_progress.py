@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from treadle.transport.messages import Loading
 
 LOGGER = "treadle.loading"
-"""Progress is logged here at DEBUG, every few seconds and at its end at INFO, in records that carry `share`, 0 to 1; and
-for each rank that is ready where its time went, at INFO."""
+"""Progress is logged here at DEBUG, every few seconds and at its end at INFO, in records that carry `share`, 0 to 1;
+and for each rank that is ready where its time went, at INFO."""
 _EVERY = 5.0
 _GB = 1e9
 logger = logging.getLogger(LOGGER)
