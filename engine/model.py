@@ -181,20 +181,20 @@ class Decoder:
         self._head.into(hidden, out)
 
     def attend_once(self, batch: ForwardBatch, kv: KVCache) -> None:
-        """One layer's attention of zeros: to have its kernels compiled for such a batch."""
+        """One layer's attention of anything: to have its kernels compiled for such a batch."""
         env, layout = self._env, self._layers[0].attention.layout
         plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
         heads = layout.q_heads + 2 * layout.kv_heads
-        qkv = self._zeros(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
+        qkv = self._scratch(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
         env.attention.attend(qkv[:, : layout.q_heads], kv.k[0], kv.v[0], plan)
 
     def operations(self, batch: ForwardBatch, kv: KVCache) -> list[Callable[[], object]]:
-        """The small operations of a layer, each on zeros, for the same reason."""
+        """The small operations of a layer, each on anything, for the same reason."""
         ops, layer, tokens = self._env.ops, self._layers[0], batch.num_tokens
         layout = layer.attention.layout
-        hidden, other = (self._zeros(tokens, self.config.hidden_size) for _ in range(2))
-        gate_up = self._zeros(tokens, 2 * self._shard.intermediate.size)
-        qkv = self._zeros(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
+        hidden, other = (self._scratch(tokens, self.config.hidden_size) for _ in range(2))
+        gate_up = self._scratch(tokens, 2 * self._shard.intermediate.size)
+        qkv = self._scratch(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
         target = KVSlots(kv.k[0], kv.v[0], batch.slots)
         rope = self._rope.upto(batch.max_context)
         return [
@@ -205,11 +205,11 @@ class Decoder:
         ]
 
     def few_rows(self, rows: int) -> list[Callable[[], object]]:
-        """The products of a layer and the head with `rows` rows of zeros, as far as kernels of ours take them."""
+        """The products of a layer and the head with `rows` rows of anything, as far as kernels of ours take them."""
         layer, head = self._layers[0], self._head
-        hidden = self._zeros(rows, self.config.hidden_size)
-        found = self._zeros(rows, layer.attention.layout.q_heads * layer.attention.layout.head_dim)
-        inner = self._zeros(rows, self._shard.intermediate.size)
+        hidden = self._scratch(rows, self.config.hidden_size)
+        found = self._scratch(rows, layer.attention.layout.q_heads * layer.attention.layout.head_dim)
+        inner = self._scratch(rows, self._shard.intermediate.size)
         calls: list[Callable[[], object]] = [
             partial(layer.attention.out.warm, found),
             partial(layer.mlp.down.warm, inner),
@@ -219,9 +219,9 @@ class Decoder:
             calls += [partial(layer.attention.qkv.warm, x), partial(layer.mlp.gate_up.warm, x)]
         return [*calls, partial(head.few, hidden)] if isinstance(head, FewRowLinear) else calls
 
-    def _zeros(self, rows: int, width: int) -> Tensor:
+    def _scratch(self, rows: int, width: int) -> Tensor:
         placement = self._env.placement
-        return torch.zeros((rows, width), dtype=placement.dtype, device=placement.device)
+        return torch.empty((rows, width), dtype=placement.dtype, device=placement.device)
 
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:

@@ -6,6 +6,7 @@ A group is disposable (D7). It never restarts anything: it reports one death, an
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import secrets
 import signal
@@ -26,12 +27,16 @@ from treadle.transport.messages import (
     Configure,
     Failure,
     Hello,
+    Loading,
     Ready,
     Shutdown,
     StepResult,
 )
 from treadle.transport.sockets import group_socket
 
+from .loading_progress import LOGGER, LoadingProgress, phases_line
+
+logger = logging.getLogger(LOGGER)
 _LOG_TAIL = 2_000
 
 
@@ -78,6 +83,7 @@ class EngineGroup:
         self._number = number
         self._processes: list[_Process] = []
         self._ready: dict[int, Ready] = {}
+        self._progress = LoadingProgress(configure.world_size)
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
         self.death: Death | None = None
         self._known: set[int] = set()
@@ -216,8 +222,11 @@ class EngineGroup:
                 self._die(rank, message.step, ProtocolError(f"rank {rank} answered as rank {message.rank}"))
             else:
                 self._on_result(message)
+        elif isinstance(message, Loading):
+            self._progress.update(message, self._loop.time())
         elif isinstance(message, Ready):
             self._ready[rank] = message
+            logger.info("engine rank %d is ready after %s", rank, phases_line(message.phases))
             if len(self._ready) == self._configure.world_size and not self._all_ready.done():
                 self._all_ready.set_result(None)
         else:

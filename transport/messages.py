@@ -1,8 +1,9 @@
 """The vocabulary: every struct that crosses a boundary.
 
-Two conversations use it. The scheduler and its engine ranks exchange `Hello`, `Configure`, `Ready`, `StepPlan`,
-`StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`, `Refused` and the
-information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`); nothing is pickled.
+Two conversations use it. The scheduler and its engine ranks exchange `Hello`, `Configure`, `Loading`, `Ready`,
+`StepPlan`, `StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`, `Refused`
+and the information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`); nothing is
+pickled.
 
 Numbers that come in arrays travel as raw little-endian bytes: `int32` unless the field says otherwise. A plan is a
 *delta*: a rank mirrors the rows, so tokens, sampling parameters and the block table of a request travel once.
@@ -114,8 +115,19 @@ class Configure(Message, frozen=True, kw_only=True):
     fused_sums: bool = True
 
 
+class Loading(Message, frozen=True):
+    """Rank → scheduler, some times a second while weights are read: bytes as the model will hold them, of this rank."""
+
+    rank: int
+    done: int
+    total: int
+
+
 class Ready(Message, frozen=True, kw_only=True):
-    """Rank → scheduler: loaded. `fingerprint` is equal on all ranks of a group or they hold different models."""
+    """Rank → scheduler: loaded. `fingerprint` is equal on all ranks of a group or they hold different models.
+
+    phases: where the time since the process began went, in seconds; what ran beside it has names that begin with "+".
+    """
 
     rank: int
     fingerprint: str
@@ -124,6 +136,7 @@ class Ready(Message, frozen=True, kw_only=True):
     weight_bytes: int
     kv_bytes: int
     backend: str
+    phases: dict[str, float] = {}
 
 
 class RowStart(Message, frozen=True):
@@ -357,7 +370,7 @@ class Pong(Message, frozen=True):
     incarnation: str
 
 
-EngineMessage = Hello | Ready | StepResult | Failure
+EngineMessage = Hello | Loading | Ready | StepResult | Failure
 PlanMessage = Configure | StepPlan | Shutdown
 ClientMessage = Submit | Abort | InfoRequest | Ping
 ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong

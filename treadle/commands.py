@@ -23,6 +23,7 @@ from .flags import add_sampling_options, add_service_options, flag, sampling_par
 from .frontend import Frontend
 from .lines import Lines
 from .llm import LLM
+from .progress import show_on
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
@@ -32,6 +33,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; typed errors become one clear line on standard error and exit code 2."""
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    show_on(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
