@@ -1,6 +1,7 @@
 """Products of few rows on one GPU: our kernels in many tiles beside cuBLAS with what stands around it.
 
     python scripts/bench_linears.py [--models 8b,0.6b,8b/2] [--rows 1,4,8,16,32] [--json FILE]
+    python scripts/bench_linears.py --report FILE     # the tables once more, also of a run that was cut short
 
 The products of a decoder layer, and the head, of Llama 3.1 8B, of half of it (a rank of two), and of Qwen3 0.6B, in
 bfloat16. A time is that of one call in a replayed graph of many, over weights that are all distinct and together exceed
@@ -195,7 +196,7 @@ def case_reports(floor: Floor, model: str, shape: Shape, rows: int) -> Iterator[
     for us, config in timed:
         yield report("ours", us) | {"config": asdict(config)}
     fastest = min(timed, key=lambda pair: pair[0])[1]
-    if rows <= 64 and shape.weight_rows < 1 << 16:
+    if shape.weight_rows < 1 << 16:
         yield about | {"kind": "error", "error": case.wrong(fastest), "config": asdict(fastest)}
 
 
@@ -231,9 +232,13 @@ def numbers(text: str) -> list[int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--report", type=Path, metavar="FILE")
     parser.add_argument("--models", type=lambda text: text.split(","), default=["8b", "0.6b"])
     parser.add_argument("--rows", type=numbers, default=[1, 4, 8, 16, 32])
     options = parser.parse_args()
+    if options.report is not None:
+        print(summary([json.loads(line) for line in options.report.read_text().splitlines()]))
+        return 0
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"unknown models {sorted(unknown)}; there are {', '.join(MODELS)}")
     if not torch.cuda.is_available():
@@ -249,9 +254,7 @@ def main() -> int:
                     found = list(case_reports(floor, model, shape, rows))
                     reports += found
                     torch.cuda.empty_cache()
-                    for one in found:
-                        if one["kind"] != "ours":
-                            print(json.dumps(one), flush=True)
+                    print(summary(found).splitlines()[2], flush=True)
                     if options.json is not None:
                         with options.json.open("a") as file:
                             file.writelines(json.dumps(one) + "\n" for one in found)
