@@ -11,7 +11,7 @@ the time.
   cublas    the product alone, as torch calls it
   today     with what our kernels do in the same launch: the sum with the residual and its norm before it (or after it),
             silu(gate) * up after it, each a launch of its own
-  ours      everything in one launch, in each tile; the best are measured once more with dependent launches (pdl)
+  ours      everything in one launch, in each tile
 
 One JSON object per line, appended to FILE too. What comes last are lines for `engine/kernels/linear_table.py`: for each
 shape, the fastest tile where it is faster than `today`, and None where it is not.
@@ -24,7 +24,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,6 @@ from treadle.engine.kernels.linear_table import LinearConfig, choose
 DTYPE = torch.bfloat16
 ROTATE_BYTES = 256 << 20
 THREADS = 12
-PDL_BEST = 2
 Report = dict[str, Any]
 Call = Callable[[], object]
 
@@ -189,10 +188,6 @@ def case_reports(floor: Floor, model: str, shape: Shape, rows: int) -> Iterator[
     timed: list[tuple[float, LinearConfig]] = []
     for config in case.compiled(case.candidates()):
         timed.append((measure(case, partial(case.ours, config)), config))
-    best = [config for _, config in sorted(timed, key=lambda pair: pair[0])[:PDL_BEST]]
-    dependent = [replace(config, pdl=True, ahead=ahead) for config in best for ahead in (0, 8, 32)]
-    for config in case.compiled(dependent):
-        timed.append((measure(case, partial(case.ours, config)), config))
     for us, config in timed:
         yield report("ours", us) | {"config": asdict(config)}
     fastest = min(timed, key=lambda pair: pair[0])[1]
@@ -207,19 +202,17 @@ def summary(reports: list[Report]) -> str:
         if "us" in one:
             key = (one["model"], one["shape"], one["rows"], one["outputs"], one["inner"], one["gated"])
             groups.setdefault(key, []).append(one)
-    lines = ["| product | rows | cublas | today | ours | share | with pdl | |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| product | rows | cublas | today | ours | share | |", "|---|---|---|---|---|---|---|"]
     table: dict[tuple[int, int, bool], list[str]] = {}
     for (model, name, rows, outputs, inner, gated), found in groups.items():
         by_kind = {one["kind"]: one for one in found if one["kind"] != "ours"}
-        ours = [one for one in found if one["kind"] == "ours"]
-        plain = min((one for one in ours if not one["config"]["pdl"]), key=lambda one: float(one["us"]))
-        pdl = min((one for one in ours if one["config"]["pdl"]), key=lambda one: float(one["us"]), default=plain)
-        tile = ", ".join(str(plain["config"][name]) for name in ("rows", "columns", "depth", "warps", "stages"))
+        best = min((one for one in found if one["kind"] == "ours"), key=lambda one: float(one["us"]))
+        tile = ", ".join(str(best["config"][name]) for name in ("rows", "columns", "depth", "warps", "stages"))
         lines.append(
             f"| {model} {name} {outputs} x {inner} | {rows} | {by_kind['cublas']['us']} | {by_kind['today']['us']} "
-            f"| {plain['us']} | {plain['share']:.0%} | {pdl['us']} (ahead {pdl['config']['ahead']}) | {tile} |"
+            f"| {best['us']} | {best['share']:.0%} | {tile} |"
         )
-        chosen = f"LinearConfig({tile})" if plain["us"] < by_kind["today"]["us"] else "None"
+        chosen = f"LinearConfig({tile})" if best["us"] < by_kind["today"]["us"] else "None"
         table.setdefault((outputs, inner, gated), []).append(f"({rows}, {chosen})")
     entries = [f"    {key}: ({', '.join(parts)},)," for key, parts in table.items()]
     return "\n".join([*lines, "", "_MEASURED = {", *entries, "}"])

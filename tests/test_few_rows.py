@@ -15,7 +15,7 @@ from .tritonkit import DEVICE
 
 from treadle.engine.comm import SingleComm  # isort: skip
 from treadle.engine.kernels.elementwise import TritonOps  # isort: skip
-from treadle.engine.kernels.linear_table import MOST_ROWS, LinearConfig, choose  # isort: skip
+from treadle.engine.kernels.linear_table import MOST_ROWS, LinearConfig, choose, row_kinds  # isort: skip
 from treadle.engine.kernels.products import TritonProducts  # isort: skip
 from treadle.engine.norm import Norm, Unnormed  # isort: skip
 
@@ -54,6 +54,24 @@ def test_a_choice_for_every_number_of_rows() -> None:
         assert isinstance(one, LinearConfig) and one.rows == 1
         assert all(config is None or config.rows > 1 for config in chosen[1:])
         assert choose((7, 5), 1, outputs, 4096, False) is None
+
+
+def test_layers_of_measured_models_end_at_one_number_of_rows() -> None:
+    """What leaves its norm to the next product is followed by one that takes it."""
+    for layer in (
+        [(6144, 4096, False), (4096, 4096, False), (14336, 4096, True), (4096, 14336, False)],
+        [(4096, 1024, False), (1024, 2048, False), (3072, 1024, True), (1024, 3072, False)],
+        [(3072, 4096, False), (4096, 2048, False), (7168, 4096, True), (4096, 7168, False)],
+    ):
+        for rows in range(1, MOST_ROWS + 1):
+            assert len({choose((9, 0), rows, *shape) is None for shape in layer}) == 1, (layer, rows)
+
+
+def test_every_tile_is_met_by_one_of_the_kinds_of_rows() -> None:
+    for shape in ((6144, 4096, False), (1024, 3072, False), (20000, 512, True), (64, 64, False)):
+        for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
+            every = {choose(capability, rows, *shape) for rows in range(1, MOST_ROWS + 1)} - {None}
+            assert every <= {choose(capability, rows, *shape) for rows in row_kinds()}
 
 
 def test_float16_takes_the_norm_apart() -> None:

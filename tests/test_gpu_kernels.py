@@ -192,7 +192,7 @@ def multiply(product: Product, config: LinearConfig) -> Tensor:
     ids=str,
 )  # fmt: skip
 def test_products_of_few_rows(outputs: int, inner: int, extras: Extras) -> None:
-    """What the table chooses, with and without dependent launches, for every number of rows it serves."""
+    """What the table chooses, for every number of rows it serves."""
     capability = torch.cuda.get_device_capability()
     for rows in (1, 2, 5, 8, 9, 16, 17, MOST_ROWS):
         config = choose(capability, rows, outputs, inner, extras.gated)
@@ -205,15 +205,15 @@ def test_products_of_few_rows(outputs: int, inner: int, extras: Extras) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 16])
 def test_products_among_others(rows: int) -> None:
-    """Each reads what the one before wrote; launched early or not, again and again, the bits are the same."""
+    """Each reads what the one before wrote; again and again, the bits are the same."""
     sizes = [(1024, 1024, NORM), (1024, 1024, ADD), (3072, 1024, GATED), (1024, 3072, ADD)]
     products = [Product(rows, *size[:2], size[2], torch.bfloat16, DEVICE) for size in sizes]
     residual = torch.randn(rows, 1024, device=DEVICE).bfloat16()
     q, a, b, inner = products[0], products[1], products[3], products[2]
 
-    def layer(pdl: bool) -> Tensor:
+    def layer() -> Tensor:
         stream = residual.clone()
-        tile = LinearConfig(1, 8, 512, 4, 4, pdl, 8) if rows == 1 else LinearConfig(16, 32, 128, 2, 4, pdl, 8)
+        tile = LinearConfig(1, 8, 512, 4, 4) if rows == 1 else LinearConfig(16, 32, 128, 2, 4)
         for _ in range(8):
             linear(stream, q.weight, q.out, tile, norm=q.norm, eps=EPS)
             linear(q.out, a.weight, stream, tile, add=True)
@@ -221,7 +221,7 @@ def test_products_among_others(rows: int) -> None:
             linear(inner.out, b.weight, stream, tile, add=True)
         return stream
 
-    first = layer(False)
+    first = layer()
     assert bool(first.isfinite().all())
     for _ in range(50):
-        assert torch.equal(layer(True), first)
+        assert torch.equal(layer(), first)

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from .pages import page_of, page_place, widen
 from .shapes import (
@@ -23,7 +22,6 @@ from .shapes import (
     ceil_div,
     decode_config,
     dot_precision,
-    early_weights,
     power_of_two,
     sm_count,
 )
@@ -130,14 +128,8 @@ def _decode_kernel(
     COMBINE: tl.constexpr,
     GROUP_POW2: tl.constexpr,
     FUSED: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
-    """Program (h, r, s): KV head h of row r, part s of its context.
-
-    EARLY: the product that comes next may be launched at once, and fetches its weights while this runs.
-    """
-    if EARLY:
-        gdc_launch_dependents()
+    """Program (h, r, s): KV head h of row r, part s of its context."""
     kv_head = tl.program_id(0)
     kv_heads = tl.num_programs(0)
     r = tl.program_id(1)
@@ -358,7 +350,6 @@ def paged_decode(
         PRECISION=dot_precision(q.dtype),
         GROUP_POW2=power_of_two(group),
         FUSED=config.fused,
-        EARLY=early_weights(q.device),
         num_warps=config.warps,
         num_stages=config.stages,
         **shape,

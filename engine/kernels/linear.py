@@ -18,26 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .linear_table import LinearConfig
 from .shapes import ceil_div
-
-# A line of the L2 cache in 16-bit elements.
-_LINE = tl.constexpr(64)
-
-
-@triton.jit
-def _await_inputs(weight, column, OUT: tl.constexpr, IN: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):
-    """Programmatic dependent launch: while the kernel before still runs, the weights to begin with come to the L2."""
-    if PDL:
-        if AHEAD > 0:
-            place = column.to(tl.int64)[:, None] * IN + tl.arange(0, AHEAD)[None, :] * _LINE
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [weight + place], tl.int32, is_pure=False, pack=1
-            )
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -45,7 +28,6 @@ def _vector_kernel(
     x, weight, bias, norm, out, rows, x_stride, out_stride, eps,
     OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (n, t): outputs [n * COLUMNS, (n + 1) * COLUMNS) of row t. See `_matrix_kernel`."""
     place = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -54,7 +36,6 @@ def _vector_kernel(
     x += row * x_stride
     out += row * out_stride
     depth = tl.arange(0, DEPTH)
-    _await_inputs(weight, column, OUT, IN, AHEAD, PDL)
     source = weight + column.to(tl.int64)[:, None] * IN + depth[None, :]
     total = tl.zeros((COLUMNS, DEPTH), tl.float32)
     other = tl.zeros((COLUMNS, DEPTH), tl.float32)
@@ -89,7 +70,6 @@ def _matrix_kernel(
     x, weight, bias, norm, out, rows, x_stride, out_stride, eps,
     OUT: tl.constexpr, IN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     STAGES: tl.constexpr, GATED: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
-    AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (n, m): outputs [n * COLUMNS, (n + 1) * COLUMNS) of rows [m * ROWS, (m + 1) * ROWS).
 
@@ -99,7 +79,6 @@ def _matrix_kernel(
     column = tl.where(place < OUT, place, 0)  # reads something; is not written
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     depth = tl.arange(0, DEPTH)
-    _await_inputs(weight, column, OUT, IN, AHEAD, PDL)
     source = weight + column.to(tl.int64)[:, None] * IN + depth[None, :]
     rows_in = x + row.to(tl.int64)[None, :] * x_stride + depth[:, None]
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
@@ -155,7 +134,6 @@ def linear(
     if rows == 0:
         return out
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    ahead = min(config.ahead, (1 << (width // 64).bit_length()) >> 1) if config.pdl else 0
     kernel = _vector_kernel if config.rows == 1 else _matrix_kernel
     kernel[(ceil_div(columns, config.columns), ceil_div(rows, config.rows))](
         x,
@@ -177,10 +155,7 @@ def linear(
         NORM=norm is not None,
         ADD=add,
         BIAS=bias is not None,
-        AHEAD=ahead,
-        PDL=config.pdl,
         num_warps=config.warps,
-        **({"launch_pdl": True} if config.pdl else {}),
     )
     return out
 

@@ -7,7 +7,6 @@ one wins by some percent for few (or for many) rows at most lengths, it takes th
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -67,17 +66,6 @@ def sm_count(device: torch.device) -> int:
     if device.type != "cuda":
         return _SMS_OF_HOPPER
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-# Lines of 128 bytes of each of its first rows of weights that a product of few rows fetches before its inputs are there
-# (Hopper's programmatic dependent launch). 0, none and no such launches, until measurements say otherwise.
-LINES_AHEAD = int(os.environ.get("TREADLE_LINES_AHEAD", "0"))
-
-
-@lru_cache(maxsize=16)
-def early_weights(device: torch.device) -> bool:
-    """Whether a product may be launched while what stands before it still runs."""
-    return LINES_AHEAD > 0 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
