@@ -17,7 +17,9 @@ from pathlib import Path
 import zmq
 
 from treadle.engine import lifeline
+from treadle.engine.early import Start, begin, wants_gpu
 from treadle.engine.native import load_native
+from treadle.engine.phases import Phases, process_age
 from treadle.transport.codec import rank_codec
 from treadle.transport.messages import PROTOCOL_VERSION, Hello
 from treadle.transport.sockets import rank_socket
@@ -32,6 +34,7 @@ def main() -> int:
     parser.add_argument("--stacks", type=Path, metavar="PATH", help="where SIGUSR1 writes the stacks of all threads")
     parser.add_argument("--no-native", action="store_true")
     options = parser.parse_args()
+    phases = Phases(process_age())
     lifeline.watch(options.lifeline, options.leftover)
     if options.stacks is not None:  # before the first message: who has not said hello is not sent the signal
         faulthandler.register(signal.SIGUSR1, options.stacks.open("w"), all_threads=True)
@@ -41,15 +44,22 @@ def main() -> int:
     token = os.environ.pop("TREADLE_GROUP_TOKEN", "")
     socket.send(codec.encode(Hello(PROTOCOL_VERSION, options.rank, os.getpid(), token)))
 
-    # The first start on a machine compiles the CPU kernels; that and the import of torch take seconds each.
+    # The first start on a machine compiles kernels; that and the import of torch take seconds each.
+    frame = socket.recv()
+    phases.end("interpreter")
+    on_gpu = wants_gpu(frame, codec)
+    compiler = begin(frame, options.rank) if on_gpu else None
     compiling = threading.Thread(target=load_native, name="native")
-    if not options.no_native:
+    native = not options.no_native and not on_gpu
+    if native:
         compiling.start()
     from treadle.engine.worker import serve
 
-    if not options.no_native:
+    phases.end("imports")
+    if native:
         compiling.join()
-    return serve(socket, codec, options.rank)
+        phases.end("native")
+    return serve(socket, codec, options.rank, frame, Start(phases, compiler=compiler))
 
 
 if __name__ == "__main__":

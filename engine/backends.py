@@ -11,6 +11,7 @@ from treadle.errors import ConfigError
 
 from .attention import AttentionBackend, NativeAttention, TorchAttention
 from .config import ModelConfig
+from .linear_few import FewRowKernels
 from .native import load_native
 from .ops import NativeOps, Ops, TorchOps, native_serves
 from .sharding import Shard
@@ -18,11 +19,12 @@ from .sharding import Shard
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """graphs: whether a decode step of these may stand in a CUDA graph."""
+    """graphs: whether a decode step of these may stand in a CUDA graph. few: for products of few rows."""
 
     ops: Ops
     attention: AttentionBackend
     graphs: bool = False
+    few: FewRowKernels | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,16 @@ def choose_backends(request: Request) -> Backends:
 def _with_triton(request: Request, scale: float, window: int | None) -> Backends:
     from .kernels.elementwise import TritonOps
     from .kernels.paged_attention import TritonAttention
+    from .kernels.products import TritonProducts
 
+    few = TritonProducts(request.device)
     if request.attention == "torch":
-        return Backends(TritonOps(), TorchAttention(scale, window))
+        return Backends(TritonOps(), TorchAttention(scale, window), few=few)
     attention = TritonAttention(scale, window, request.max_rows)
     attention.prepare(request.shard.q_heads.size, request.config.head_dim, request.device)
     if request.attention == "flashinfer" or (request.attention == "auto" and _flashinfer_is_built(request, window)):
-        return Backends(TritonOps(), _with_flashinfer(request, attention, scale, window), graphs=True)
-    return Backends(TritonOps(), attention, graphs=True)
+        return Backends(TritonOps(), _with_flashinfer(request, attention, scale, window), graphs=True, few=few)
+    return Backends(TritonOps(), attention, graphs=True, few=few)
 
 
 def _flashinfer_is_built(request: Request, window: int | None) -> bool:

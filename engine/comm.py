@@ -9,7 +9,7 @@ import os
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from torch import Tensor
 from treadle.errors import EngineFailed, EngineStartFailed
 
 from .native import Native, load_native
+
+if TYPE_CHECKING:
+    from .comm_fused import FusedSums
 
 DEFAULT_TIMEOUT = 60.0
 # Messages are passed on in pieces of this size, so that both halves of an exchange stay in the cores' caches.
@@ -40,6 +43,11 @@ class Communicator(Protocol):
     @property
     def world_size(self) -> int: ...
 
+    @property
+    def fused(self) -> FusedSums | None:
+        """Sums with residual and norm in one launch, where there are such."""
+        ...
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sums `x` (contiguous) over the ranks in place and returns it: the same bits on every rank."""
         ...
@@ -56,6 +64,7 @@ class SingleComm:
 
     rank = 0
     world_size = 1
+    fused: FusedSums | None = None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         return x
@@ -69,6 +78,8 @@ class SingleComm:
 
 class TorchComm:
     """torch.distributed: NCCL between GPUs, gloo between CPUs."""
+
+    fused: FusedSums | None = None
 
     def __init__(
         self, rank: int, world_size: int, device: torch.device, init_method: str, timeout: float = DEFAULT_TIMEOUT
@@ -114,6 +125,8 @@ class SharedMemoryComm:
 
     directory: private to the group (0700) and to this start of it. name: tells groups in one directory apart.
     """
+
+    fused: FusedSums | None = None
 
     def __init__(
         self,
@@ -187,13 +200,15 @@ def make_comm(
     shared_dir: Path,
     native: bool = True,
     symmetric: bool = True,
+    fused: bool = True,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> Communicator:
     """The fastest communicator there is for the device.
 
     On CPUs `native` picks shared memory in `shared_dir`, if the kernels compile here: the ranks of one group run on one
-    machine, so all come to the same answer. On GPUs `symmetric` takes small messages from NCCL. init_method:
-    torch.distributed's; unique to this start of the group. Raises EngineStartFailed.
+    machine, so all come to the same answer. On GPUs `symmetric` takes small messages from NCCL, and `fused`
+    those sums that a norm follows. init_method: torch.distributed's; unique to this start of the group. Raises
+    EngineStartFailed.
     """
     if world_size == 1:
         return SingleComm()
@@ -206,7 +221,7 @@ def make_comm(
         return comm
     from .comm_symm import accelerate
 
-    return accelerate(comm, device)
+    return accelerate(comm, device, fused=fused)
 
 
 def _map_shared(path: Path, size: int) -> mmap.mmap:

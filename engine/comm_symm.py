@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .comm import Communicator, TorchComm
+from .comm_fused import FusedSums, make_sums
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class SymmetricComm:
 
     def __init__(self, base: Communicator, one_shot: OneShot, limit: int) -> None:
         self.rank = base.rank
+        self.fused: FusedSums | None = None
         self.world_size = base.world_size
         self._base = base
         self._one_shot = one_shot
@@ -110,10 +112,13 @@ class SymmetricComm:
         return dtype in _DTYPES and 0 < size <= limit and size % _ALIGNMENT == 0
 
 
-def accelerate(comm: Communicator, device: torch.device, limit: int = CROSSOVER_BYTES) -> Communicator:
+def accelerate(
+    comm: Communicator, device: torch.device, limit: int = CROSSOVER_BYTES, *, fused: bool = True
+) -> Communicator:
     """`comm`, with symmetric memory for small messages where all ranks can have it. A collective.
 
     Checks one sum against NCCL's before it trusts the hardware. limit: bytes, a multiple of 16; 0 turns it off.
+    fused: let sums be taken with residual and norm, where that works.
     """
     if device.type != "cuda" or comm.world_size == 1 or limit <= 0 or not isinstance(comm, TorchComm):
         return comm
@@ -129,6 +134,8 @@ def accelerate(comm: Communicator, device: torch.device, limit: int = CROSSOVER_
     if not _unanimous(right, comm, device):
         logger.warning("symmetric memory gives wrong sums here: NCCL does it all")
         return comm
+    if fused:
+        fast.fused = make_sums(comm, device, limit)
     return fast
 
 

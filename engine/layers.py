@@ -13,6 +13,8 @@ from .comm import Communicator
 from .comm_symm import SymmetricComm
 from .config import ModelConfig, RopeScaling
 from .linear import Linear, Placement, make_gated, make_linear, usable_blocks
+from .linear_few import FewRowLinear
+from .norm import Hidden, Norm, Unnormed, normed
 from .ops import Ops
 from .sharding import Span
 from .weights import StoredBlocks, WeightSource
@@ -23,10 +25,14 @@ FIRST_ROPE_LENGTH = 2048
 class RowParallelLinear:
     """Each rank multiplies its columns of W with its part of x; the sum over the ranks is the result."""
 
-    def __init__(self, linear: Linear, comm: Communicator) -> None:
+    def __init__(self, linear: Linear, comm: Communicator, turn: int = 0) -> None:
+        """turn: 0 and 1 for the two sums of a layer, see `comm_fused`."""
         self._linear = linear
         self._comm = comm
         self._symmetric = comm if isinstance(comm, SymmetricComm) else None
+        self._fused = comm.fused
+        self._turn = turn
+        self._few = linear if isinstance(linear, FewRowLinear) and comm.world_size == 1 else None
         self.weight_bytes = linear.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -37,12 +43,45 @@ class RowParallelLinear:
                 return self._symmetric.all_reduce(staged)
         return self._comm.all_reduce(self._linear(x))
 
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Hidden:
+        """Adds the result to residual in place; returns the norm of that, or leaves it to the product that reads it."""
+        if self._few is not None and self._few.few(x, add=True, out=residual) is not None:
+            return Unnormed(residual, norm)
+        if self._fused is not None:
+            part = self._fused.slot(self._turn, (x.shape[0], self._linear.out_features), x.dtype)
+            if part is not None:
+                self._linear.into(x, part)
+                return self._fused.add_norm(part, residual, norm.weight, norm.eps)
+        return norm.of_sum(self(x), residual)
+
+    def warm(self, x: Tensor) -> None:
+        """Has the kernels for so few rows compiled, if there are such."""
+        if isinstance(self._linear, FewRowLinear):
+            out = x.new_zeros((x.shape[0], self._linear.out_features))
+            self._linear.few(x, add=self._few is not None, out=out)
+
+
+class ColumnParallelLinear:
+    """Each rank has all of x and its own rows of W."""
+
+    def __init__(self, linear: Linear) -> None:
+        self._linear = linear
+        self.weight_bytes = linear.weight_bytes
+
+    def __call__(self, x: Hidden) -> Tensor:
+        return self._linear(x) if isinstance(self._linear, FewRowLinear) else self._linear(normed(x))
+
+    def warm(self, x: Hidden) -> None:
+        """See `RowParallelLinear.warm`."""
+        if isinstance(self._linear, FewRowLinear):
+            self._linear.few(x)
+
 
 def column_parallel(
     source: WeightSource, parts: Sequence[tuple[str, Span]], bias: bool, placement: Placement
-) -> Linear:
+) -> ColumnParallelLinear:
     """One product for several projections: the given rows of each named one, below each other."""
-    return make_linear(*_stacked(source, parts, bias, placement), placement)
+    return ColumnParallelLinear(make_linear(*_stacked(source, parts, bias, placement), placement))
 
 
 class GatedLinear:
@@ -55,23 +94,32 @@ class GatedLinear:
         weight, biases = _stacked(source, parts, bias, placement)
         self._fused = make_gated(weight, biases, placement)
         self._both = self._fused or make_linear(weight, biases, placement)
+        self._few = self._both if isinstance(self._both, FewRowLinear) else None
         self._ops = ops
         self.weight_bytes = self._both.weight_bytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._both(x) if self._fused else self._ops.silu_mul(self._both(x))
+    def __call__(self, x: Hidden) -> Tensor:
+        y = None if self._few is None else self._few.few(x, gated=True)
+        if y is not None:
+            return y
+        return self._both(normed(x)) if self._fused else self._ops.silu_mul(self._both(normed(x)))
+
+    def warm(self, x: Hidden) -> None:
+        """See `RowParallelLinear.warm`."""
+        if self._few is not None:
+            self._few.few(x, gated=True)
 
 
 def row_parallel(
-    source: WeightSource, name: str, columns: Span, bias: bool, comm: Communicator, placement: Placement
+    source: WeightSource, name: str, columns: Span, bias: bool, comm: Communicator, placement: Placement, turn: int
 ) -> RowParallelLinear:
-    """The given columns of the named projection; its bias is added by rank 0 alone."""
+    """The given columns of the named projection; its bias is added by rank 0 alone. turn: see `RowParallelLinear`."""
     own_bias = source.read(f"{name}.bias", placement.dtype) if bias and comm.rank == 0 else None
     stored = source.blocks(f"{name}.weight", 1, columns.start, columns.stop)
     weight: Tensor | StoredBlocks | None = usable_blocks([stored], placement)
     if weight is None:
         weight = source.read(f"{name}.weight", placement.dtype, 1, columns.start, columns.stop)
-    return RowParallelLinear(make_linear(weight, own_bias, placement), comm)
+    return RowParallelLinear(make_linear(weight, own_bias, placement), comm, turn)
 
 
 def _stacked(

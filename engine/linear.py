@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear_few import FEW_ROW_DTYPES, FewRowKernels, FewRowLinear
 from .native import Native
 from .weights import StoredBlocks
 
@@ -27,17 +28,20 @@ _FORMS: Mapping[str, int] = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}
 class Placement:
     """Where and how weights live. pack: lay linear weights out for the processor where that is supported.
 
-    native: the C kernels, or None where they are not wanted or do not work.
+    native: the C kernels, or None where they are not wanted or do not work. few: kernels for few rows, likewise.
     """
 
     device: torch.device
     dtype: torch.dtype
     pack: bool = True
     native: Native | None = None
+    few: FewRowKernels | None = None
 
     @property
     def linears(self) -> str:
-        """ "native" (C, bfloat16, one thread), "oneDNN" or "torch"."""
+        """ "native" (C, bfloat16, one thread), "oneDNN", "torch", or "few-row" (beside torch's)."""
+        if self.few is not None and self.dtype in FEW_ROW_DTYPES:
+            return "few-row"
         if not self.pack or self.device.type != "cpu":
             return "torch"
         # The C product runs in one thread, and leaves processors with matrix tiles to oneDNN.
@@ -188,6 +192,8 @@ def make_linear(weight: Tensor | StoredBlocks, bias: Tensor | None, placement: P
             raise ValueError("stored blocks need the C kernels")
         return NativeLinear(weight, bias, placement.native)
     kind = placement.linears
+    if kind == "few-row" and placement.few is not None:
+        return FewRowLinear(weight, bias, placement.device, placement.few)
     if kind == "native" and placement.native is not None and placement.native.linear_elements(*weight.shape):
         return NativeLinear(weight, bias, placement.native)
     if kind == "oneDNN":

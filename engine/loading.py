@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -19,6 +20,7 @@ from .cuda import build, memory
 from .cuda.program import StepProgram
 from .cuda.runner import CudaRunner
 from .cuda.warm import warm
+from .early import Start, identify_triton
 from .kv import KVCache, bytes_per_block
 from .model import Decoder, load_model
 from .native import load_native
@@ -28,11 +30,14 @@ from .sampling.sampler import Sampler
 from .sampling.state import SamplingState
 from .sharding import shard_for
 from .weights import WeightSource, open_weights
+from .weights.counted import Counted
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CPU_CACHE_LIMIT = 4 << 30
 _CPU_CACHE_SHARE = 0.25
 _NULL_BLOCKS = 1
+# Tokens of a step that is large enough to make all that stays.
+_SMALL_STEP = 256
 Emulate: TypeAlias = Literal["", "rows", "kernels"]
 
 
@@ -50,25 +55,28 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def load(configure: Configure, rank: int, *, emulate: Emulate = "") -> Loaded:
+def load(configure: Configure, rank: int, *, emulate: Emulate = "", start: Start | None = None) -> Loaded:
     """Builds everything a rank needs. Raises ModelError, ConfigError, DoesNotFit.
 
     emulate: on a CPU, do as on a GPU: "rows" lie beside the model and steps overlap; "kernels" are Triton's besides,
-    which needs its interpreter. For tests.
+    which needs its interpreter. For tests. start: takes the times and the progress, and has what was begun before.
     """
-    return _Loading(configure, rank, emulate).run()
+    return _Loading(configure, rank, emulate, start or Start()).run()
 
 
 class _Loading:
     """One rank's start; each method is one part of it."""
 
-    def __init__(self, configure: Configure, rank: int, emulate: Emulate) -> None:
+    def __init__(self, configure: Configure, rank: int, emulate: Emulate, start: Start) -> None:
         torch.set_num_threads(configure.threads)
-        native = load_native() if configure.native else None
+        native = load_native() if configure.native and configure.device == "cpu" else None  # GPUs do not wait for gcc
         if native is not None:
             native.keep_memory()
         self._configure = configure
         self._rank = rank
+        self._start = start
+        self._profiled = False
+        self._identifying = identify_triton() if configure.device == "cuda" and has_triton() else None
         self._device = _device(configure.device, rank)
         self._kernels = has_triton() if self._device.type == "cuda" else emulate == "kernels"
         self._device_rows = self._kernels or emulate == "rows"
@@ -77,6 +85,7 @@ class _Loading:
 
     def run(self) -> Loaded:
         began = time.perf_counter()
+        self._ended("device")
         configure, device = self._configure, self._device
         path = Path(configure.model)
         config = load_config(path)
@@ -88,8 +97,10 @@ class _Loading:
             init_method=configure.init_method,
             shared_dir=Path(configure.shared_dir),
             native=configure.native,
+            fused=configure.fused_sums and self._kernels,
             timeout=configure.collective_timeout,
         )
+        self._ended("group")
         model = self._model(config, source, comm)
         program = None
         if self._device_rows:
@@ -97,8 +108,7 @@ class _Loading:
                 configure, model, comm, dtype=self._dtype, device=device, kernels=self._kernels
             )
             if device.type == "cuda":
-                tokens, length = configure.max_num_batched_tokens, configure.max_model_len
-                warm(program, self._cache(config, 2), max_tokens=tokens, max_len=length)
+                self._warm(program, config, comm)
         blocks, block_bytes = self._blocks(config, comm, program)
         try:
             kv = self._cache(config, blocks, poison=configure.debug)
@@ -107,32 +117,38 @@ class _Loading:
                 f"{blocks} blocks of {block_bytes} bytes are a KV cache of {blocks * block_bytes / 1e9:,.1f} GB on "
                 "this rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
             ) from error
+        self._ended("cache")
         runner = self._runner(config, model, comm, kv, program)
+        self._ended("graphs" if program is not None else "runner")
+        fingerprint = source.fingerprint()
         comm.barrier()
+        self._ended("fingerprint")
         return Loaded(
             runner=runner,
             comm=comm,
             ready=Ready(
                 rank=self._rank,
-                fingerprint=source.fingerprint(),
+                fingerprint=fingerprint,
                 num_blocks=blocks,
                 load_seconds=time.perf_counter() - began,
                 weight_bytes=model.weight_bytes,
                 kv_bytes=blocks * block_bytes,
                 backend=model.backend_name,
+                phases=self._start.phases.seconds,
             ),
         )
 
     def _model(self, config: ModelConfig, source: WeightSource, comm: Communicator) -> Decoder:
         configure, device = self._configure, self._device
         on_gpu = device.type == "cuda"
+        shard = shard_for(config, self._rank, comm.world_size)
         if on_gpu:
-            shard = shard_for(config, self._rank, comm.world_size)
             memory.check_weights(config, shard, self._dtype, device, configure.gpu_memory_utilization)
+        counted = Counted(source, memory.weight_bytes(config, shard, self._dtype), self._dtype, self._report)
         try:
-            return load_model(
+            model = load_model(
                 config,
-                source,
+                counted,
                 comm,
                 device=device,
                 dtype=self._dtype,
@@ -141,10 +157,39 @@ class _Loading:
                 triton=self._kernels,
                 attention=configure.attention_backend,
                 max_rows=configure.max_num_seqs,
+                fused_linears=configure.fused_linears,
                 max_positions=min(configure.max_model_len, config.max_position) if on_gpu else None,
             )
         except torch.OutOfMemoryError as error:
             raise DoesNotFit(f"the weights do not fit into the memory of GPU {device.index}: {error}") from error
+        self._ended("weights")
+        counted.finish()
+        return model
+
+    def _report(self, done: int, total: int) -> None:
+        if not done:
+            self._ended("kernels")  # were chosen and imported before anything is read
+        self._start.report(done, total)
+
+    def _ended(self, phase: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._start.phases.end(phase)
+
+    def _warm(self, program: StepProgram, config: ModelConfig, comm: Communicator) -> None:
+        """Loads every kernel, once they are compiled: rank 0's compiler works for all ranks of the machine."""
+        configure, phases = self._configure, self._start.phases
+        self._ended("program")
+        if self._start.compiler is not None:
+            for name, seconds in self._start.compiler.wait().items():
+                phases.seconds[f"+ {name}"] = seconds
+        if self._identifying is not None:
+            self._identifying.join()
+        comm.barrier()
+        self._ended("compiling")
+        tokens, length = configure.max_num_batched_tokens, configure.max_model_len
+        warm(program, self._cache(config, 2), max_tokens=tokens, max_len=length)
+        self._ended("warm-up")
 
     def _runner(
         self, config: ModelConfig, model: Decoder, comm: Communicator, kv: KVCache, program: StepProgram | None
@@ -157,7 +202,8 @@ class _Loading:
         sampler = Sampler(comm, model.vocab_start, model.vocab_local, config.vocab_size, sampling, device)
         if program is None:
             return Runner(model, kv, mirror, sampling, sampler, device)
-        return build.make_runner(configure, program, kv, build.Host(mirror, sampling, sampler), device)
+        host = build.Host(mirror, sampling, sampler)
+        return build.make_runner(configure, program, kv, host, device, profiled=self._profiled)
 
     def _cache(self, config: ModelConfig, blocks: int, poison: bool = False) -> KVCache:
         return KVCache(
@@ -198,25 +244,22 @@ class _Loading:
         configure, device = self._configure, self._device
         if device.type != "cuda":
             return min(_CPU_CACHE_LIMIT, int(_available_memory() * _CPU_CACHE_SHARE)) // comm.world_size
-        activations = 0
         if program is not None:
+            most, longest = configure.max_num_batched_tokens, configure.max_model_len
 
-            def run() -> None:
-                memory.largest_step(
-                    program,
-                    lambda blocks: self._cache(config, blocks),
-                    configure.max_num_batched_tokens,
-                    configure.max_model_len,
-                )
+            def run(tokens: int) -> None:
+                memory.largest_step(program, lambda blocks: self._cache(config, blocks), tokens, longest)
 
             try:
-                activations = memory.profile(run, device)
+                memory.profile(partial(run, min(_SMALL_STEP, most)), partial(run, most), device)
+                self._profiled = True
             except torch.OutOfMemoryError as error:
                 raise DoesNotFit(
                     f"a step of max_num_batched_tokens={configure.max_num_batched_tokens} tokens and max_num_seqs="
                     f"{configure.max_num_seqs} samples does not fit beside the weights on GPU {device.index}: {error}"
                 ) from error
-        return memory.cache_bytes(activations, device, configure.gpu_memory_utilization, least)
+            self._ended("profile")
+        return memory.cache_bytes(device, configure.gpu_memory_utilization, least)
 
 
 def _device(name: str, rank: int) -> torch.device:

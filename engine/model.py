@@ -32,7 +32,9 @@ from .layers import (
     vocabulary_head,
 )
 from .linear import Placement
+from .linear_few import FewRowLinear
 from .native import load_native
+from .norm import Hidden, Norm, Unnormed, normed
 from .ops import HeadLayout, KVSlots, Ops
 from .sharding import Shard, shard_for
 from .weights import WeightSource
@@ -56,6 +58,9 @@ class Environment:
     def vector(self, source: WeightSource, name: str) -> Tensor:
         return source.read(name, self.placement.dtype).to(self.placement.device)
 
+    def norm(self, source: WeightSource, name: str, config: ModelConfig) -> Norm:
+        return Norm(self.vector(source, f"{name}.weight"), config.rms_norm_eps, self.ops)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -73,7 +78,7 @@ class Attention:
         q, kv = shard.q_heads.scaled(dim), shard.kv_heads.scaled(dim)
         projections = ((f"{prefix}.q_proj", q), (f"{prefix}.k_proj", kv), (f"{prefix}.v_proj", kv))
         self.qkv = column_parallel(source, projections, config.attention_bias, env.placement)
-        self.out = row_parallel(source, f"{prefix}.o_proj", q, config.output_bias, env.comm, env.placement)
+        self.out = row_parallel(source, f"{prefix}.o_proj", q, config.output_bias, env.comm, env.placement, 0)
         self.layout = HeadLayout(
             q_heads=shard.q_heads.size,
             kv_heads=shard.kv_heads.size,
@@ -86,13 +91,13 @@ class Attention:
         self.backend = env.attention
         self.weight_bytes = self.qkv.weight_bytes + self.out.weight_bytes
 
-    def remember(self, x: Tensor, step: Step, layer: int) -> Tensor:
+    def remember(self, x: Hidden, step: Step, layer: int) -> Tensor:
         """Writes the keys and values of x [T, hidden] to the cache; returns its queries [T, q_heads, head_dim]."""
         target = KVSlots(step.kv.k[layer], step.kv.v[layer], step.batch.slots)
         return self.ops.rope_store(self.qkv(x), self.layout, step.rope, step.batch.positions, target)
 
     def look(self, q: Tensor, step: Step, layer: int) -> Tensor:
-        """What the queries find, [T, q_heads * head_dim], still to be projected by `out`."""
+        """What the queries find, [T, q_heads * head_dim], still to be projected by `out` and added to the residual."""
         return self.backend.attend(q, step.kv.k[layer], step.kv.v[layer], step.plan)
 
 
@@ -100,19 +105,20 @@ class MLP:
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, prefix: str, env: Environment) -> None:
         columns, bias = shard.intermediate, config.mlp_bias
         self.gate_up = GatedLinear(source, prefix, columns, bias, env.placement, env.ops)
-        self.down = row_parallel(source, f"{prefix}.down_proj", columns, bias, env.comm, env.placement)
+        self.down = row_parallel(source, f"{prefix}.down_proj", columns, bias, env.comm, env.placement, 1)
         self.weight_bytes = self.gate_up.weight_bytes + self.down.weight_bytes
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.down(self.gate_up(x))
+    def add_norm(self, x: Hidden, residual: Tensor, norm: Norm) -> Hidden:
+        """Adds what it thinks of x to the residual in place; returns the norm of that, perhaps still to be taken."""
+        return self.down.add_norm(self.gate_up(x), residual, norm)
 
 
 class DecoderLayer:
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, index: int, env: Environment) -> None:
         prefix = f"model.layers.{index}"
-        self.input_norm = env.vector(source, f"{prefix}.input_layernorm.weight")
+        self.input_norm = env.norm(source, f"{prefix}.input_layernorm", config)
         self.attention = Attention(config, shard, source, f"{prefix}.self_attn", env)
-        self.post_norm = env.vector(source, f"{prefix}.post_attention_layernorm.weight")
+        self.post_norm = env.norm(source, f"{prefix}.post_attention_layernorm", config)
         self.mlp = MLP(config, shard, source, f"{prefix}.mlp", env)
 
 
@@ -135,7 +141,7 @@ class Decoder:
         table = self._vocab_rows(source, "model.embed_tokens.weight", shard, env.placement)
         self._embed = VocabParallelEmbedding(table.to(env.placement.device), shard.vocab, env.comm)
         self._layers = [DecoderLayer(config, shard, source, index, env) for index in range(config.num_layers)]
-        self._final_norm = env.vector(source, "model.norm.weight")
+        self._final_norm = env.norm(source, "model.norm", config)
         head, known = ("model.embed_tokens.weight", table) if config.tie_embeddings else ("lm_head.weight", None)
         self._head = vocabulary_head(source, head, shard.vocab, known, env.placement)
         layers = sum(layer.attention.weight_bytes + layer.mlp.weight_bytes for layer in self._layers)
@@ -146,25 +152,25 @@ class Decoder:
 
         Without a `sample_index` of every token.
         """
-        env, eps = self._env, self.config.rms_norm_eps
+        env = self._env
         if kv.dtype is not env.kv_dtype:
             raise ConfigError(f"a KV cache of {kv.dtype}: the model was loaded for {env.kv_dtype}")
         plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
         step = Step(batch, kv, self._rope.upto(batch.max_context), plan)
         residual = self._embed(batch.token_ids)
-        x = env.ops.rms_norm(residual, self._layers[0].input_norm, eps)
+        x: Hidden = self._layers[0].input_norm(residual)
         last, chosen = len(self._layers) - 1, batch.sample_index
         for index, layer in enumerate(self._layers):
             q = layer.attention.remember(x, step, index)
             if index == last and chosen is not None and chosen.numel() == 0:
-                return x[:0]
-            x = layer.attention.look(q, step, index)
+                return residual[:0]
+            found = layer.attention.look(q, step, index)
             if index == last and chosen is not None:  # no later layer looks at the others, so only these go on
-                x, residual = x[chosen], residual[chosen]
-            x = env.ops.add_rms_norm(layer.attention.out(x), residual, layer.post_norm, eps)
+                found, residual = found[chosen], residual[chosen]
+            x = layer.attention.out.add_norm(found, residual, layer.post_norm)
             following = self._layers[index + 1].input_norm if index < last else self._final_norm
-            x = env.ops.add_rms_norm(layer.mlp(x), residual, following, eps)
-        return x
+            x = layer.mlp.add_norm(x, residual, following)
+        return normed(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden], S > 0, to float32 [S, vocab_local], for token ids from `vocab_start` on."""
@@ -175,32 +181,47 @@ class Decoder:
         self._head.into(hidden, out)
 
     def attend_once(self, batch: ForwardBatch, kv: KVCache) -> None:
-        """One layer's attention of zeros: to have its kernels compiled for such a batch."""
+        """One layer's attention of anything: to have its kernels compiled for such a batch."""
         env, layout = self._env, self._layers[0].attention.layout
         plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
         heads = layout.q_heads + 2 * layout.kv_heads
-        qkv = self._zeros(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
+        qkv = self._scratch(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
         env.attention.attend(qkv[:, : layout.q_heads], kv.k[0], kv.v[0], plan)
 
     def operations(self, batch: ForwardBatch, kv: KVCache) -> list[Callable[[], object]]:
-        """The small operations of a layer, each on zeros, for the same reason."""
-        ops, eps, layer, tokens = self._env.ops, self.config.rms_norm_eps, self._layers[0], batch.num_tokens
+        """The small operations of a layer, each on anything, for the same reason."""
+        ops, layer, tokens = self._env.ops, self._layers[0], batch.num_tokens
         layout = layer.attention.layout
-        hidden, other = (self._zeros(tokens, self.config.hidden_size) for _ in range(2))
-        gate_up = self._zeros(tokens, 2 * self._shard.intermediate.size)
-        qkv = self._zeros(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
+        hidden, other = (self._scratch(tokens, self.config.hidden_size) for _ in range(2))
+        gate_up = self._scratch(tokens, 2 * self._shard.intermediate.size)
+        qkv = self._scratch(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
         target = KVSlots(kv.k[0], kv.v[0], batch.slots)
         rope = self._rope.upto(batch.max_context)
         return [
-            partial(ops.rms_norm, hidden, layer.input_norm, eps),
-            partial(ops.add_rms_norm, hidden, other, layer.post_norm, eps),
+            partial(layer.input_norm, hidden),
+            partial(layer.post_norm.of_sum, hidden, other),
             partial(ops.silu_mul, gate_up),
             partial(ops.rope_store, qkv, layout, rope, batch.positions, target),
         ]
 
-    def _zeros(self, rows: int, width: int) -> Tensor:
+    def few_rows(self, rows: int) -> list[Callable[[], object]]:
+        """The products of a layer and the head with `rows` rows of anything, as far as kernels of ours take them."""
+        layer, head = self._layers[0], self._head
+        hidden = self._scratch(rows, self.config.hidden_size)
+        found = self._scratch(rows, layer.attention.layout.q_heads * layer.attention.layout.head_dim)
+        inner = self._scratch(rows, self._shard.intermediate.size)
+        calls: list[Callable[[], object]] = [
+            partial(layer.attention.out.warm, found),
+            partial(layer.mlp.down.warm, inner),
+        ]
+        states: list[Hidden] = [hidden, Unnormed(hidden, layer.input_norm)]
+        for x in states:
+            calls += [partial(layer.attention.qkv.warm, x), partial(layer.mlp.gate_up.warm, x)]
+        return [*calls, partial(head.few, hidden)] if isinstance(head, FewRowLinear) else calls
+
+    def _scratch(self, rows: int, width: int) -> Tensor:
         placement = self._env.placement
-        return torch.zeros((rows, width), dtype=placement.dtype, device=placement.device)
+        return torch.empty((rows, width), dtype=placement.dtype, device=placement.device)
 
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:
@@ -221,20 +242,28 @@ def load_model(
     attention: str = "auto",
     max_rows: int = 1024,
     max_positions: int | None = None,
+    fused_linears: bool = True,
 ) -> Decoder:
     """Reads this rank's share of the weights and puts the fastest kernels behind it.
 
     kv_dtype: of the caches it will be given, `dtype` if None. native, pack: switches for the C kernels and for oneDNN's
     weight layout; both are used only where they work. triton: take the kernels of GPUs. attention: which of their
-    backends, see `backends`. max_rows, max_positions: of any step, for what is made ready once. Raises ConfigError (too
-    many ranks, a backend that is not there), CorruptWeights.
+    backends, see `backends`. max_rows, max_positions: of any step, for what is made ready once. fused_linears: few rows
+    go through Triton's kernels for them. Raises ConfigError (too many ranks, a backend that is not there),
+    CorruptWeights.
     """
     kv_dtype = kv_dtype or dtype
     shard = shard_for(config, comm.rank, comm.world_size)
     chosen = choose_backends(Request(config, shard, device, dtype, kv_dtype, native, triton, attention, max_rows))
     env = Environment(
         comm=comm,
-        placement=Placement(device, dtype, pack, load_native() if native and device.type == "cpu" else None),
+        placement=Placement(
+            device,
+            dtype,
+            pack,
+            load_native() if native and device.type == "cpu" else None,
+            chosen.few if fused_linears else None,
+        ),
         kv_dtype=kv_dtype,
         ops=chosen.ops,
         attention=chosen.attention,

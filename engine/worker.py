@@ -16,9 +16,20 @@ import zmq
 
 from treadle.errors import EngineFailed, ProtocolError, TreadleError
 from treadle.transport.codec import Codec, Digest, pack
-from treadle.transport.messages import Configure, Failure, Masks, Ping, PlanMessage, Shutdown, StepPlan, StepResult
+from treadle.transport.messages import (
+    Configure,
+    Failure,
+    Loading,
+    Masks,
+    Ping,
+    PlanMessage,
+    Shutdown,
+    StepPlan,
+    StepResult,
+)
 
 from .cuda.runner import PipelinedRunner, Ticket
+from .early import Start
 from .loading import load
 from .profiling import step_profiler
 from .runner import StepOutcome, StepRunner, TakeMasks
@@ -30,14 +41,15 @@ _PR_SET_TIMERSLACK = 29
 _SLACK_NS = 1_000
 
 
-def serve(socket: zmq.Socket[bytes], codec: Codec[PlanMessage], rank: int) -> int:
+def serve(socket: zmq.Socket[bytes], codec: Codec[PlanMessage], rank: int, first: bytes, start: Start) -> int:
     """Configures itself from the first message, then steps until `Shutdown`. Returns the exit code."""
     loop: _Loop | None = None
     try:
-        configure = codec.decode(socket.recv())
+        configure = codec.decode(first)
         if not isinstance(configure, Configure):
             raise ProtocolError(f"the first message must be Configure, not {type(configure).__name__}")
-        loaded = load(configure, rank)
+        start.report = lambda done, total: socket.send(codec.encode(Loading(rank, done, total)))
+        loaded = load(configure, rank, start=start)
         socket.send(codec.encode(loaded.ready))
         loop = _Loop(socket, codec, rank)
         if configure.overlap and isinstance(loaded.runner, PipelinedRunner):

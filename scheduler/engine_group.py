@@ -31,6 +31,7 @@ from treadle.transport.messages import (
     Configure,
     Failure,
     Hello,
+    Loading,
     Ping,
     Ready,
     Shutdown,
@@ -39,9 +40,11 @@ from treadle.transport.messages import (
 from treadle.transport.sockets import group_socket
 
 from .lifecycle import Cause
+from .loading_progress import LOGGER, LoadingProgress, phases_line
 from .watchdog import process_state
 
 logger = logging.getLogger("treadle")
+loading = logging.getLogger(LOGGER)
 ENGINE_COMMAND = (sys.executable, "-m", "treadle.engine")
 _LOG_TAIL = 2_000
 _LAST_WORDS_SECONDS = 0.05
@@ -98,6 +101,7 @@ class EngineGroup:
         self.number = number
         self._processes: list[_Process] = []
         self._ready: dict[int, Ready] = {}
+        self._progress = LoadingProgress(configure.world_size)
         self._all_ready: asyncio.Future[None] = self._loop.create_future()
         self.death: Death | None = None
         self._known: set[int] = set()
@@ -300,8 +304,11 @@ class EngineGroup:
                 self._die(rank, message.step, "malformed", ProtocolError(text))
             else:
                 self._on_result(message)
+        elif isinstance(message, Loading):
+            self._progress.update(message, self._loop.time())
         elif isinstance(message, Ready):
             self._ready[rank] = message
+            loading.info("engine rank %d is ready after %s", rank, phases_line(message.phases))
             if len(self._ready) == self._configure.world_size and not self._all_ready.done():
                 self._all_ready.set_result(None)
         else:

@@ -41,6 +41,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     On "cuda": cuda_graphs, overlap: switches, for decode steps replayed from graphs and for steps that begin before the
     last one's tokens are back. gpu_memory_utilization: share of each GPU's memory that may be taken in all; what
     weights and a full step leave of it becomes the cache. attention_backend: "auto" is the fastest that is installed.
+    fused_linears: a switch, for products of few rows by kernels that do what stands around them too. fused_sums: one
+    for small sums over the ranks that take the residual and the norm along.
     """
 
     tensor_parallel_size: int = 1
@@ -82,6 +84,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     overlap: bool = True
     gpu_memory_utilization: float = 0.9
     attention_backend: str = "auto"
+    fused_linears: bool = True
+    fused_sums: bool = True
 
 
 def service_options(**values: object) -> ServiceOptions:

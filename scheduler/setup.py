@@ -47,6 +47,8 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         overlap=options.overlap,
         gpu_memory_utilization=options.gpu_memory_utilization / (2 if options.standby else 1),
         attention_backend=options.attention_backend,
+        fused_linears=options.fused_linears,
+        fused_sums=options.fused_sums,
     )
 
 

@@ -13,8 +13,9 @@ replays. Every kind is checked before it is timed.
   two shot      each GPU adds up its share, then all collect
 
 The second table is what all the sums of a step take together (two per layer and one for the embedding, N tokens each),
-by the faster of nccl and symmetric, as a share of the measured step (--steps: the output of bench_gpu.py for this world
-size). Multicast stays off.
+as a share of the measured step (--steps: the output of bench_gpu.py for this world size). Its last two kinds are what a
+layer does with a sum: "staged, norm" adds it to the residual and takes the norm in a second launch, as "nccl, norm"
+does after NCCL; "fused" does all of it in one (`comm_fused.SymmetricSums`), in two slots by turns. Multicast stays off.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from treadle.engine.comm import Communicator, make_comm
+from treadle.engine.comm_fused import SymmetricSums, make_sums
 from treadle.engine.comm_symm import SymmetricBuffer, SymmetricComm
+from treadle.engine.kernels.elementwise import add_rms_norm
 
 SIZES = [1 << shift for shift in range(10, 27)]
 LARGEST_ONE_SHOT = 8 << 20
@@ -58,6 +61,7 @@ class Rank:
         self.group = dist.group.WORLD.group_name
         self.memory = SymmetricBuffer(2 * LARGEST_ONE_SHOT * world_size, self.device, self.group)
         self.fast = SymmetricComm(self.nccl, self.memory, LARGEST_ONE_SHOT * world_size)
+        self.sums: SymmetricSums | None = make_sums(self.nccl, self.device, LARGEST_ONE_SHOT)
         self.options = options
         self.stream = torch.cuda.Stream()
 
@@ -92,7 +96,59 @@ class Rank:
         generator = torch.Generator(self.device).manual_seed(size + self.nccl.rank)
         return torch.randint(-8, 9, (size // 2,), generator=generator, device=self.device).to(torch.bfloat16)
 
+    def with_norm(self, tokens: int, hidden: int) -> dict[str, Action]:
+        """A layer's two sums, each with the residual and the norm behind it."""
+        size = tokens * hidden * 2
+        plain = self.all_reduce(size)
+        residual, weight = (torch.zeros(*shape, hidden, device=self.device) for shape in ((tokens,), ()))
+        stream, norm = residual.bfloat16(), weight.bfloat16()
+        x = stream.clone()
+
+        def apart(kind: str) -> Action:
+            def twice() -> None:
+                for _ in range(2):
+                    plain[kind]()
+                    add_rms_norm(x, stream, norm, 1e-5)
+
+            return twice
+
+        kinds = {f"{kind}, norm": apart(kind) for kind in ("nccl", "staged") if kind in plain}
+        sums = self.sums
+        parts = [] if sums is None else [sums.slot(turn, (tokens, hidden), torch.bfloat16) for turn in (0, 1)]
+        if sums is not None and all(part is not None for part in parts):
+
+            def fused() -> None:
+                for part in parts:
+                    assert part is not None
+                    sums.add_norm(part, stream, norm, 1e-5)
+
+            for part in parts:
+                assert part is not None
+                part.zero_()
+            kinds["fused"] = fused
+        return kinds
+
+    def check_fused(self) -> None:
+        """Against NCCL's sums, in turns; a race would show now and then."""
+        if self.sums is None:
+            print("no fused sums here")
+            return
+        norm = torch.ones(4096, device=self.device, dtype=torch.bfloat16)
+        for turn in range(400):
+            tokens = (1, 2, 7, 32, 64)[turn // 2 % 5]
+            part = self.sums.slot(turn, (tokens, 4096), torch.bfloat16)
+            assert part is not None
+            x = torch.randint(-8, 9, (tokens, 4096), device=self.device).to(torch.bfloat16)
+            part.copy_(x)
+            residual = torch.zeros_like(x)
+            self.sums.add_norm(part, residual, norm, 1e-5)
+            if turn % 10 < 8:  # not always: NCCL would keep the ranks together
+                continue
+            if not torch.equal(residual, self.nccl.all_reduce(x.clone())):
+                raise SystemExit(f"fused sums of {tokens} tokens are wrong, turn {turn}")
+
     def check(self) -> None:
+        self.check_fused()
         for size in (1 << 10, 1 << 16, LARGEST_ONE_SHOT):
             x = self.numbers(size)
             expected = self.nccl.all_reduce(x.clone())
@@ -156,6 +212,9 @@ class Rank:
                 if kind in kinds:
                     us = self.microseconds(kinds[kind], size) * number
                     found.append({"step": tokens, "bytes": size, "sums": number, "kind": kind, "us": us})
+            for kind, action in self.with_norm(tokens, config["hidden_size"]).items():
+                us = self.microseconds(action, size) / 2 * number
+                found.append({"step": tokens, "bytes": size, "sums": number, "kind": kind, "us": us})
         return found
 
 

@@ -12,7 +12,8 @@ answers mean nothing. Prompts are random token ids, all different, prefix cache 
   latency     --batch-sizes N,...: N requests of --latency-input-len tokens; the time between steps in which all N
               decode, as it arrives at a reader of the last request's stream.
   ttft        --ttft-lens L,...: wall time of one request of L tokens for one new token.
-Start-up is measured always: from the start of this process to its first token, and of that the time in `LLM.start`.
+Start-up is measured always: from the start of this process to its first token, and of that the time in `LLM.start`;
+where a rank's share of it went is logged on stderr.
 
 One JSON object per line, on stdout and appended to --json. --engine-arg KEY=JSON passes any option of the service, so
 that every optimisation can be measured with its switch off. --profile DIR has rank 0 write, for each number of rows
@@ -25,6 +26,7 @@ import argparse
 import asyncio
 import gc
 import json
+import logging
 import os
 import random
 import statistics
@@ -265,6 +267,7 @@ def process_age() -> float:
 
 def main() -> int:
     options = parse()
+    logging.basicConfig(level=logging.INFO, format="%(relativeCreated)d ms %(message)s", stream=sys.stderr)
     if options.profile is not None:
         options.profile.mkdir(parents=True, exist_ok=True)
         os.environ["TREADLE_PROFILE"] = str(options.profile.absolute())

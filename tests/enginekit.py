@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,7 @@ class Rig:
             return self.model.logits(hidden) if picked else hidden
 
 
-def make_rig(path: Path, comm: Communicator, dtype: torch.dtype = torch.float32, **switches: bool) -> Rig:
+def make_rig(path: Path, comm: Communicator, dtype: torch.dtype = torch.float32, **switches: Any) -> Rig:
     config = load_config(path)
     model = load_model(config, open_weights(path, config), comm, device=CPU, dtype=dtype, **switches)
     shard = shard_for(config, comm.rank, comm.world_size)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import tritonkit
 from .attentionkit import TOLERANCE, PagedRows, by_definition, relative_error
+from .linearkit import ADD, BIAS, EPS, GATED, NORM, PLAIN, Extras, Product
 from .tritonkit import DEVICE
 
 from treadle.engine.kernels.decode import (  # isort: skip
@@ -19,6 +20,8 @@ from treadle.engine.kernels.decode import (  # isort: skip
     paged_decode,
 )
 from treadle.engine.kernels.elementwise import TritonOps  # isort: skip
+from treadle.engine.kernels.linear import linear  # isort: skip
+from treadle.engine.kernels.linear_table import MOST_ROWS, LinearConfig, choose  # isort: skip
 from treadle.engine.kernels.prefill import PrefillConfig, paged_prefill  # isort: skip
 from treadle.engine.ops import HeadLayout, KVSlots, TorchOps  # isort: skip
 
@@ -169,3 +172,56 @@ def test_elementwise(tokens: int, sizes: tuple[int, int, int, int, int, bool]) -
     check(ours.rope_store(qkv, layout, rope, positions, KVSlots(caches[2], caches[3], slots)), expected)
     check(caches[2], caches[0])
     assert torch.equal(caches[3], caches[1])
+
+
+def multiply(product: Product, config: LinearConfig) -> Tensor:
+    extras = product.extras
+    return linear(
+        product.x, product.weight, product.out, config,
+        bias=product.bias, norm=product.norm, eps=EPS, gated=extras.gated, add=extras.add,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("outputs", "inner", "extras"),
+    [
+        (6144, 4096, NORM), (4096, 4096, ADD), (14336, 4096, GATED), (4096, 14336, ADD), (128256, 4096, PLAIN),
+        (4096, 1024, BIAS), (1024, 2048, ADD), (3072, 1024, GATED), (1024, 3072, ADD), (151936, 1024, PLAIN),
+        (960, 576, NORM), (576, 1536, ADD), (1000, 520, GATED),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_products_of_few_rows(outputs: int, inner: int, extras: Extras) -> None:
+    """What the table chooses, for every number of rows it serves."""
+    capability = torch.cuda.get_device_capability()
+    for rows in (1, 2, 5, 8, 9, 16, 17, MOST_ROWS):
+        config = choose(capability, rows, outputs, inner, extras.gated)
+        if config is None:
+            continue
+        product = Product(rows, outputs, inner, extras, torch.bfloat16, DEVICE)
+        multiply(product, config)
+        product.check()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 16])
+def test_products_among_others(rows: int) -> None:
+    """Each reads what the one before wrote; again and again, the bits are the same."""
+    sizes = [(1024, 1024, NORM), (1024, 1024, ADD), (3072, 1024, GATED), (1024, 3072, ADD)]
+    products = [Product(rows, *size[:2], size[2], torch.bfloat16, DEVICE) for size in sizes]
+    residual = torch.randn(rows, 1024, device=DEVICE).bfloat16()
+    q, a, b, inner = products[0], products[1], products[3], products[2]
+
+    def layer() -> Tensor:
+        stream = residual.clone()
+        tile = LinearConfig(1, 8, 512, 4, 4) if rows == 1 else LinearConfig(16, 32, 128, 2, 4)
+        for _ in range(8):
+            linear(stream, q.weight, q.out, tile, norm=q.norm, eps=EPS)
+            linear(q.out, a.weight, stream, tile, add=True)
+            linear(stream, inner.weight, inner.out, tile, norm=inner.norm, eps=EPS, gated=True)
+            linear(inner.out, b.weight, stream, tile, add=True)
+        return stream
+
+    first = layer()
+    assert bool(first.isfinite().all())
+    for _ in range(50):
+        assert torch.equal(layer(), first)

@@ -1,9 +1,9 @@
 """The vocabulary: every struct that crosses a boundary.
 
-Two conversations use it. The scheduler and its engine ranks exchange `Hello`, `Configure`, `Ready`, `StepPlan`,
-`Masks`, `StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`, `Refused`
-and the information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`); nothing is
-pickled.
+Two conversations use it. The scheduler and its engine ranks exchange `Hello`, `Configure`, `Loading`, `Ready`,
+`StepPlan`, `Masks`, `StepResult`, `Failure`, `Shutdown`. Clients and the service exchange `Submit`, `Abort`, `Delta`,
+`Refused` and the information requests. All structs are tagged msgspec arrays, decoded with types (see `codec.py`);
+nothing is pickled.
 
 Numbers that come in arrays travel as raw little-endian bytes: `int32` unless the field says otherwise. A plan is a
 *delta*: a rank mirrors the rows, so tokens, sampling parameters and the block table of a request travel once.
@@ -128,7 +128,8 @@ class Configure(Message, frozen=True, kw_only=True):
     collective_timeout: seconds that a rank waits for its peers, in loading and in a step.
     On "cuda" only: cuda_graphs: replay decode steps from graphs. overlap: begin a step before the last one's tokens are
     there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
-    "triton", "flashinfer", "torch".
+    "triton", "flashinfer", "torch". fused_linears: products of few rows through kernels that take the norm before them
+    and the activation or the sum after them along. fused_sums: small sums over the ranks in one launch with the norm.
     """
 
     model: str
@@ -154,10 +155,23 @@ class Configure(Message, frozen=True, kw_only=True):
     overlap: bool = True
     gpu_memory_utilization: float = 0.9
     attention_backend: str = "auto"
+    fused_linears: bool = True
+    fused_sums: bool = True
+
+
+class Loading(Message, frozen=True):
+    """Rank → scheduler, some times a second while weights are read: bytes as the model will hold them, of this rank."""
+
+    rank: int
+    done: int
+    total: int
 
 
 class Ready(Message, frozen=True, kw_only=True):
-    """Rank → scheduler: loaded. `fingerprint` is equal on all ranks of a group or they hold different models."""
+    """Rank → scheduler: loaded. `fingerprint` is equal on all ranks of a group or they hold different models.
+
+    phases: where the time since the process began went, in seconds; what ran beside it has names that begin with "+".
+    """
 
     rank: int
     fingerprint: str
@@ -166,6 +180,7 @@ class Ready(Message, frozen=True, kw_only=True):
     weight_bytes: int
     kv_bytes: int
     backend: str
+    phases: dict[str, float] = {}
 
 
 class RowStart(Message, frozen=True):
@@ -475,7 +490,7 @@ class Pong(Message, frozen=True):
     received: int = 0
 
 
-EngineMessage = Hello | Ready | StepResult | Failure
+EngineMessage = Hello | Loading | Ready | StepResult | Failure
 PlanMessage = Configure | StepPlan | Masks | Ping | Shutdown
 ControlMessage = Drain | Reload
 ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload

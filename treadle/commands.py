@@ -29,6 +29,7 @@ from .http.flags import add_gateway_options, gateway_settings
 from .http.settings import GatewaySettings
 from .lines import Lines
 from .llm import LLM
+from .progress import show_on
 from .replaying import add_replay_options
 from .simulating import add_simulate_options
 
@@ -45,6 +46,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if unknown:  # said of the command, not of `treadle`, whose usage would not help
         options.parser.exit(2, f"{options.parser.prog}: unknown: {' '.join(unknown)}; --help lists what there is\n")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s", stream=sys.stderr)
+    show_on(sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another

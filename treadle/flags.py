@@ -52,6 +52,8 @@ SERVICE_HELP: Mapping[str, str] = {
     "overlap": "on GPUs: begin a step before the last one's tokens are back",
     "gpu_memory_utilization": "share of each GPU's memory that may be taken in all",
     "attention_backend": f"on GPUs: {', '.join(ATTENTION_BACKENDS)}; auto is the fastest that is installed",
+    "fused_linears": "on GPUs: few rows through kernels that join a product with what stands around it",
+    "fused_sums": "on GPUs: small sums over the ranks take residual and norm along",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
     "event_log": "file for every input and decision of the scheduler, for `treadle replay`; it holds token ids",

@@ -59,15 +59,16 @@ class Host:
 
 @torch.inference_mode()
 def make_runner(
-    configure: Configure, program: StepProgram, kv: KVCache, host: Host, device: torch.device
+    configure: Configure, program: StepProgram, kv: KVCache, host: Host, device: torch.device, *, profiled: bool
 ) -> CudaRunner:
-    """Warms up and captures, so that the first step is like all others."""
+    """Captures, so that the first step is like all others. profiled: the largest step has run already."""
     program.kv = kv
     graphs = Graphs(program, configure.max_num_seqs)
     if device.type == "cuda":
         run = partial(largest_step, program, lambda _: kv, configure.max_num_batched_tokens, configure.max_model_len)
         if configure.cuda_graphs and program.model.graphs:
             graphs.capture(configure.max_model_len)
-        run()  # fills the allocator's cache, so that no later step has to ask the driver for memory
+        if not profiled:
+            run()  # fills the allocator's cache, so that no later step has to ask the driver for memory
         torch.cuda.synchronize(device)
     return CudaRunner(program, graphs, host.mirror, host.sampling, host.sampler, device)

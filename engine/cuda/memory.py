@@ -79,30 +79,30 @@ def largest_step(program: StepProgram, make_cache: Callable[[int], KVCache], max
     program.kv = kept
 
 
-def profile(run: Callable[[], None], device: torch.device) -> int:
-    """Bytes that `run` takes at most beside what is there already. It runs twice: the first time makes what stays."""
-    run()
+def profile(small: Callable[[], None], large: Callable[[], None], device: torch.device) -> None:
+    """Leaves what the largest step takes in the allocator's cache, so that no later step asks the driver for memory.
+
+    small: a step that makes all that stays, which would else lie between what comes and goes. large: the largest step.
+    """
+    small()
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run()
+    large()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.empty_cache()
-    return int(peak - before)
 
 
-def cache_bytes(activations: int, device: torch.device, share: float, least: int) -> int:
-    """What may become KV blocks, at least `least`. activations: of the largest step. Raises DoesNotFit."""
+def cache_bytes(device: torch.device, share: float, least: int) -> int:
+    """What may become KV blocks after `profile`, at least `least`. Raises DoesNotFit."""
     free, total = torch.cuda.mem_get_info(device)
-    budget = int(free - total * (1 - share)) - activations - _RESERVE
+    activations = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    budget = int(free - total * (1 - share)) - _RESERVE
     if budget < least:
         raise DoesNotFit(
             f"the smallest KV cache takes {least / _GIB:.2f} GiB, and GPU {device.index} has {budget / _GIB:.2f} GiB "
-            f"for it: {free / _GIB:.2f} of {total / _GIB:.2f} GiB are free beside the weights, a step takes "
-            f"{activations / _GIB:.2f}, graphs {_RESERVE / _GIB:.2f}, and gpu_memory_utilization={share} leaves "
-            f"{total * (1 - share) / _GIB:.2f} untouched: {(least - budget) / _GIB:.2f} GiB are missing. Raise "
-            "gpu_memory_utilization, lower max_num_batched_tokens, max_num_seqs or max_model_len, or use more ranks."
+            f"for it: {free / _GIB:.2f} of {total / _GIB:.2f} GiB are free beside the weights and the "
+            f"{activations / _GIB:.2f} of a step, graphs take {_RESERVE / _GIB:.2f}, and "
+            f"gpu_memory_utilization={share} leaves {total * (1 - share) / _GIB:.2f} untouched: "
+            f"{(least - budget) / _GIB:.2f} GiB are missing. Raise gpu_memory_utilization, lower "
+            "max_num_batched_tokens, max_num_seqs or max_model_len, or use more ranks."
         )
     return budget

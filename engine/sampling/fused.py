@@ -151,8 +151,9 @@ class _Call:
     def _find_cuts(self) -> None:
         space, samples, world = self._space, self._samples, self._comm.world_size
         counters = space._counters[: samples * (_SEARCHES * _HISTOGRAM + 1)].zero_()
-        histograms = counters[samples:].view(_SEARCHES, samples, _HISTOGRAM)
-        rank_ties, states = counters[:samples], space._states
+        # Histograms first: 16 divides their size, and kernels are compiled anew for addresses that it does not divide.
+        histograms = counters[:-samples].view(_SEARCHES, samples, _HISTOGRAM)
+        rank_ties, states = counters[-samples:], space._states
         shape = {"TILE": space.tile, "GROUPS": space.groups, "WORDS": WORDS}
         self._first_windows(shape)
         rows = (self._logits, self._stride, self._rows, self._params, space.maxima, space.maxima.stride(0), space._info)

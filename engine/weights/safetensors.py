@@ -16,6 +16,7 @@ from treadle.engine.config import ModelConfig
 from treadle.errors import CorruptWeights, ModelNotFound, UnsupportedModel
 
 from .source import Shape, check_shape, check_slice, expected_shapes
+from .upload import Upload
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -43,7 +44,7 @@ class SafetensorsSource:
     """
 
     def __init__(self, directory: Path, config: ModelConfig, device: torch.device | None = None) -> None:
-        self._device = device or torch.device("cpu")
+        self._upload = None if device is None or device.type == "cpu" else Upload(device)
         self._directory = directory
         self._config = config
         files = _files(directory)
@@ -75,8 +76,10 @@ class SafetensorsSource:
             part: torch.Tensor = stored[start:stop] if dim == 0 else stored[:, start:stop]
         except SafetensorError as error:
             raise CorruptWeights(f"{entry.file}: {name}: {error}") from error
+        if self._upload is not None:
+            return self._upload(part, dtype)
         # A copy in any case: what safetensors returns may be a view of the mapped file.
-        return torch.empty(part.shape, dtype=dtype, device=self._device).copy_(part)
+        return torch.empty(part.shape, dtype=dtype).copy_(part)
 
     def blocks(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> None:
         return None

@@ -1,0 +1,45 @@
+"""`engine.linear_few.FewRowKernels` on NVIDIA GPUs: the table's choice for every product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from treadle.engine.norm import Hidden, Unnormed
+
+from .linear import linear, serves
+from .linear_table import MOST_ROWS, choose
+
+_HOPPER = (9, 0)
+
+
+class TritonProducts:
+    def __init__(self, device: torch.device) -> None:
+        """device: a GPU, or a CPU where kernels are interpreted, as on a Hopper."""
+        self.most_rows = MOST_ROWS
+        self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _HOPPER
+
+    def __call__(
+        self,
+        x: Hidden,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        gated: bool = False,
+        add: bool = False,
+        out: Tensor | None = None,
+    ) -> Tensor | None:
+        rows = x.x if isinstance(x, Unnormed) else x
+        outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+        config = choose(self._capability, rows.shape[0], outputs, rows.shape[1], gated)
+        if config is None or not serves(rows, weight):
+            return None
+        if out is None:
+            out = rows.new_empty((rows.shape[0], outputs))
+        norm, eps = None, 0.0
+        if isinstance(x, Unnormed):
+            if rows.dtype is torch.bfloat16:
+                norm, eps = x.norm.weight, x.norm.eps
+            else:
+                rows = x.taken()
+        return linear(rows, weight, out, config, bias=bias, norm=norm, eps=eps, gated=gated, add=add)
