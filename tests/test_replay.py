@@ -26,11 +26,11 @@ from treadle.errors import ConfigError, EventLogError, Overloaded, ProtocolError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.event_log import Added, AnyEvent, Applied, Event, EventReader, EventWriter, Opened, Planned
 from treadle.scheduler.policies import Policy, Ticket
-from treadle.scheduler.recording import RecordedCore, config_to_log
+from treadle.scheduler.recording import RecordedCore, config_to_log, plan_digest
 from treadle.scheduler.replay import replay
 from treadle.scheduler.request import Outputs
 from treadle.transport.codec import pack
-from treadle.transport.messages import StepPlan, StepResult, Submit
+from treadle.transport.messages import RowStart, StepPlan, StepResult, Submit
 
 from .conftest import OWN
 
@@ -280,3 +280,20 @@ def test_the_command_says_what_differs(rig: RecordedRig) -> None:
     done = command(other_version)
     assert done.returncode == 2 and "EventLogError" in done.stderr and "version 9" in done.stderr
     assert command(rig.path.with_suffix(".none")).returncode == 2
+
+
+def test_every_part_of_a_plan_is_in_its_digest() -> None:
+    start = RowStart(0, 1, 0, b"abcd", b"efgh", SamplingParams(), 1, b"")
+    plan = StepPlan(3, b"abcd", [start], b"abcd", b"efgh", b"ijkl", b"mnop")
+    changes: dict[str, object] = {
+        "step": 4,
+        "release": b"abce",
+        "start": [msgspec.structs.replace(start, seed=2)],
+        "grow_rows": b"abce",
+        "grow_blocks": b"efgi",
+        "rows": b"ijkm",
+        "counts": b"mnoq",
+    }
+    assert set(changes) == set(StepPlan.__struct_fields__)
+    for name, value in changes.items():
+        assert plan_digest(msgspec.structs.replace(plan, **{name: value})) != plan_digest(plan), name
