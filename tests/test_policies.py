@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -323,3 +326,17 @@ def test_least_seconds_counts_what_is_cached() -> None:
     whole = least_seconds(ticket, view)
     half = least_seconds(ticket, View(0.0, 0, 0, 64, 64, CostModel(COSTS), lambda _: 16))
     assert whole == pytest.approx(0.01 + 20 * 0.002 + 210e-6) and half == pytest.approx(0.01 + 4 * 0.002 + 74e-6)
+
+
+def test_the_policy_of_the_documentation_works() -> None:
+    """The first two blocks of docs/policies.md as they stand, and the policy among random arrivals' sizes."""
+    text = (Path(__file__).parent.parent / "docs" / "policies.md").read_text()
+    blocks = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    names: dict[str, Any] = {"__name__": "documentation"}
+    exec(compile(blocks[0] + blocks[1], "docs/policies.md", "exec"), names)
+    compile(blocks[2], "docs/policies.md", "exec")
+    rig = Rig(config(num_blocks=9, max_num_seqs=3), names["ShortestFirst"]())
+    for i in range(8):
+        rig.add(str(i), [i] * (1 + i), max_tokens=20 - i, ignore_eos=True)
+    rig.drain()
+    assert rig.core.policy_errors == 0 and rig.core.stats().preemptions

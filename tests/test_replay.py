@@ -9,25 +9,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
 from hypothesis.stateful import initialize
 
 from tests.corekit import CONFIG, DRAWN_SEED, Rig
+from tests.policykit import ChaosPolicy
 from tests.test_core_machine import CoreMachine, configs
 from treadle import LLM, SamplingParams
 from treadle.errors import ConfigError, EventLogError, Overloaded, ProtocolError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.event_log import Added, AnyEvent, Applied, Event, EventReader, EventWriter, Opened, Planned
 from treadle.scheduler.policies import Policy, Ticket
-from treadle.scheduler.recording import RecordedCore, config_to_log
+from treadle.scheduler.recording import RecordedCore, config_to_log, plan_digest
 from treadle.scheduler.replay import replay
 from treadle.scheduler.request import Outputs
 from treadle.transport.codec import pack
-from treadle.transport.messages import StepResult, Submit
+from treadle.transport.messages import RowStart, StepPlan, StepResult, Submit
 
 from .conftest import OWN
 
@@ -35,11 +38,14 @@ from .conftest import OWN
 class RecordedRig(Rig):
     """A rig whose core writes down what happens."""
 
-    def __init__(self, path: Path, config: CoreConfig = CONFIG) -> None:
+    def __init__(self, path: Path, config: CoreConfig = CONFIG, policy: Policy | None = None) -> None:
         super().__init__(config)
         self.path = path
         self.writer = EventWriter(path)
-        self.core = RecordedCore(config, lambda: DRAWN_SEED, self.writer)  # type: ignore[assignment]
+        self.core = RecordedCore(config, lambda: DRAWN_SEED, self.writer, policy)  # type: ignore[assignment]
+
+    def _check_shape(self, plan: StepPlan) -> None:
+        """Looks into the core itself, which is another one here."""
 
 
 @pytest.fixture
@@ -177,12 +183,13 @@ def test_a_sink_that_raises_is_not_taken_for_the_core() -> None:
 class RecordedMachine(CoreMachine):
     """Whatever hypothesis finds to do is recorded, and replays."""
 
-    @initialize(config=configs)
-    def begin(self, config: CoreConfig) -> None:
-        super().begin(config)
+    @initialize(config=configs, chaos=st.sampled_from([None, None, 1, 2]))
+    def begin(self, config: CoreConfig, chaos: int | None) -> None:
+        super().begin(config, chaos)
+        self.policy = None if chaos is None else partial(ChaosPolicy, chaos)
         path = OWN / "recorded"
         path.unlink(missing_ok=True)
-        self.rig = RecordedRig(path, config)
+        self.rig = RecordedRig(path, config, None if self.policy is None else self.policy())
 
     def teardown(self) -> None:
         if not hasattr(self, "rig"):
@@ -190,15 +197,16 @@ class RecordedMachine(CoreMachine):
         self.rig.drain()
         assert isinstance(self.rig, RecordedRig)
         self.rig.writer.close()
-        report = replay(self.rig.path)
+        report = replay(self.rig.path, own_policy=self.policy)
         assert report.difference is None and report.tail is None and report.events
 
 
 RecordedMachine.TestCase.settings = settings(
-    max_examples=40,
+    max_examples=20,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
+    phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 TestRecordedMachine = RecordedMachine.TestCase
@@ -272,3 +280,20 @@ def test_the_command_says_what_differs(rig: RecordedRig) -> None:
     done = command(other_version)
     assert done.returncode == 2 and "EventLogError" in done.stderr and "version 9" in done.stderr
     assert command(rig.path.with_suffix(".none")).returncode == 2
+
+
+def test_every_part_of_a_plan_is_in_its_digest() -> None:
+    start = RowStart(0, 1, 0, b"abcd", b"efgh", SamplingParams(), 1, b"")
+    plan = StepPlan(3, b"abcd", [start], b"abcd", b"efgh", b"ijkl", b"mnop")
+    changes: dict[str, object] = {
+        "step": 4,
+        "release": b"abce",
+        "start": [msgspec.structs.replace(start, seed=2)],
+        "grow_rows": b"abce",
+        "grow_blocks": b"efgi",
+        "rows": b"ijkm",
+        "counts": b"mnoq",
+    }
+    assert set(changes) == set(StepPlan.__struct_fields__)
+    for name, value in changes.items():
+        assert plan_digest(msgspec.structs.replace(plan, **{name: value})) != plan_digest(plan), name
