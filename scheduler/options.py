@@ -26,6 +26,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_waiting_requests, max_waiting_tokens: bounds of the queue. start_timeout, step_timeout, stop_timeout: seconds.
     step_timeout is what any step may take; step_timeout_floor what it may take at least, however short steps have been:
     between them the deadline is learned. standby: keep a second, loaded engine group, which takes as much memory again.
+    journal: a file in which accepted requests survive the scheduler, "" for none; one service each. journal_sync: least
+    seconds between two fsyncs of it.
     dump_dir: where the dump of a stuck step goes, "" is $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
@@ -58,6 +60,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_timeout: float = 5.0
     max_restarts: int = 3
     standby: bool = False
+    journal: str = ""
+    journal_sync: float = 0.1
     dump_dir: str = ""
     random_weights: bool = False
     weights_seed: int = 0
@@ -91,6 +95,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("start_timeout", 0.1, 86_400),
         ("step_timeout", 0.1, 86_400),
         ("step_timeout_floor", 0.1, 86_400),
+        ("journal_sync", 0.0, 3_600),
         ("stop_timeout", 0.0, 3_600),
         ("max_restarts", 0, 1_000),
         ("gpu_memory_utilization", 0.01, 1.0),

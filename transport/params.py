@@ -44,7 +44,11 @@ def check_params(params: SamplingParams, vocab_size: int | None = None) -> None:
 
 def check_submit(message: Submit) -> None:
     """Raises InvalidParameter for what surrounds the parameters of a request: id, timeout, priority, salt."""
-    for name, value, limit in (("request_id", message.id, MAX_ID_LENGTH), ("cache_salt", message.cache_salt, MAX_SALT)):
+    for name, value, limit in (
+        ("request_id", message.id, MAX_ID_LENGTH),
+        ("cache_salt", message.cache_salt, MAX_SALT),
+        ("key", message.key, MAX_ID_LENGTH),
+    ):
         if type(value) is not str or len(value) > limit or not _is_text(value):
             raise _wrong(name, value, f"must be text of at most {limit} characters")
     _number("timeout", message.timeout, 0.0, MAX_TIMEOUT)
