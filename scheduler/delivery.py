@@ -53,10 +53,11 @@ class Sink:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where the deltas of a request go; travels with it as `Request.context`."""
+    """Where the deltas of a request go; travels with it as `Request.context`. number: in the journal, -1 for none."""
 
     sink: Sink
     request_id: str
+    number: int = -1
 
 
 def refusal(request_id: str, error: Exception) -> Refused:

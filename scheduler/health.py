@@ -11,7 +11,33 @@ from .step import Step
 from .supervisor import Supervisor
 
 
-def stuck(health: Health, oldest: Step, missing: list[int], now: float) -> Health:
+def judge(
+    state: str,
+    detail: str,
+    steps: int,
+    oldest: Step | None,
+    missing: list[int],
+    lost: GroupLost | None,
+    lost_at: float,
+    supervisor: Supervisor | None,
+    now: float,
+) -> Health:
+    """What the service says of itself. oldest: the oldest step in flight. missing: ranks that have not answered it."""
+    health = Health(
+        state=state,
+        detail=detail,
+        step=steps,
+        step_age=now - oldest.began_at if oldest is not None else 0.0,
+        spare=supervisor.spare if supervisor is not None else "",
+    )
+    if state == "recovering" and lost is not None and supervisor is not None:
+        return _degraded(health, lost, supervisor, now - lost_at)
+    if state in ("ready", "draining") and oldest is not None and oldest.late:
+        return _stuck(health, oldest, missing, now)
+    return health
+
+
+def _stuck(health: Health, oldest: Step, missing: list[int], now: float) -> Health:
     """A step has used up half of its time."""
     return msgspec.structs.replace(
         health,
@@ -24,7 +50,7 @@ def stuck(health: Health, oldest: Step, missing: list[int], now: float) -> Healt
     )
 
 
-def degraded(health: Health, lost: GroupLost, supervisor: Supervisor, seconds: float) -> Health:
+def _degraded(health: Health, lost: GroupLost, supervisor: Supervisor, seconds: float) -> Health:
     """A lost group is being replaced, since `seconds`."""
     return msgspec.structs.replace(
         health,

@@ -31,8 +31,9 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     admission leaves free. reserve_output: what it keeps for outputs to come, "estimate", "none" or "full".
     start_timeout, step_timeout, stop_timeout: seconds. step_timeout is what any step may take; step_timeout_floor what
     it may take at least, however short steps have been: between them the deadline is learned. standby: keep a second,
-    loaded engine group, which takes as much memory again. dump_dir: where the dump of a stuck step goes, "" is
-    $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
+    loaded engine group, which takes as much memory again. journal: a file in which accepted requests survive the
+    scheduler, "" for none; one service each. journal_sync: least seconds between two fsyncs of it. dump_dir: where the
+    dump of a stuck step goes, "" is $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
     grammar_timeout: seconds that the grammar of a guided request may take to compile.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
@@ -75,6 +76,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     grammar_timeout: float = 10.0
     max_restarts: int = 3
     standby: bool = False
+    journal: str = ""
+    journal_sync: float = 0.1
     dump_dir: str = ""
     random_weights: bool = False
     weights_seed: int = 0
@@ -112,6 +115,7 @@ def service_options(**values: object) -> ServiceOptions:
         ("start_timeout", 0.1, 86_400),
         ("step_timeout", 0.1, 86_400),
         ("step_timeout_floor", 0.1, 86_400),
+        ("journal_sync", 0.0, 3_600),
         ("stop_timeout", 0.0, 3_600),
         ("grammar_timeout", 0.01, 3_600),
         ("max_restarts", 0, 1_000),

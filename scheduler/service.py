@@ -16,7 +16,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -24,7 +24,6 @@ from typing import cast
 import msgspec
 
 from treadle.errors import (
-    ConfigError,
     EngineFailed,
     InvalidRequest,
     ModelError,
@@ -38,14 +37,12 @@ from treadle.errors import (
 from treadle.transport.codec import Digest, engine_codec
 from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Configure,
     Delta,
     Guided,
     Health,
     InfoRequest,
-    ServerInfo,
     ServiceMessage,
     Stats,
     StepResult,
@@ -54,6 +51,7 @@ from treadle.transport.messages import (
 )
 from treadle.transport.params import check_params, check_submit
 
+from .answers import delta, server_info
 from .config import CoreConfig
 from .core import Core
 from .deadline import StepDeadline
@@ -63,23 +61,25 @@ from .event_log import EventWriter
 from .guidance.guide import Guide
 from .guidance.matching import Grammar, Matching
 from .guidance.rows import MadeMasks
-from .health import degraded, stuck
+from .health import judge
+from .keeping import Keeping
 from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
 from .policies import Policy
 from .recording import RecordedCore
-from .request import Output, Outputs
+from .request import Output, Outputs, Request
 from .request import Sequence as RequestSequence
 from .setup import check_same_shape, configure_message, core_config
 from .step import Step, sent
 from .supervisor import Supervisor
-from .watchdog import Section, dump_directory, own_stacks, write_dump
+from .watchdog import Section, leave_dump, own_stacks
 
 logger = logging.getLogger("treadle")
 _POLICY_LOG_SECONDS = 10.0
 _REMEMBERED_EVENTS = 64
 _REMEMBERED_STEPS = 64
 _LATE = 0.5
+_ORPHAN_SECONDS = 120.0
 
 
 class Service:
@@ -130,6 +130,8 @@ class Service:
         self._lost_at = 0.0
         self._deadline = StepDeadline(options.step_timeout_floor, options.step_timeout)
         self._ended_at = 0.0
+        self._keeping: Keeping | None = None
+        self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._paused = False
         self._landed = asyncio.Event()
@@ -156,10 +158,12 @@ class Service:
             self._supervisor = self._make_supervisor(configure, self._runtime)
             num_blocks = await self._supervisor.start()
             self._core = self._make_core(core_config(self.facts, self.options, num_blocks, configure.max_model_len))
+            await self._take_up_journal(self._core)
         except BaseException:
             await self.close()
             raise
         self._state = "ready"
+        self._pump()
 
     def _make_supervisor(self, configure: Configure, runtime: RuntimeDir) -> Supervisor:
         return Supervisor(
@@ -184,7 +188,7 @@ class Service:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        for timer in (self._step_timer, self._deadline_timer):
+        for timer in (self._step_timer, self._deadline_timer, self._orphan_timer):
             if timer is not None:
                 timer.cancel()
         for task in self._compiling.values():
@@ -199,6 +203,8 @@ class Service:
             await self._supervisor.close()
         if self._event_log is not None:
             self._event_log.close()
+        if self._keeping is not None:
+            await self._keeping.close()
         if self._runtime is not None:
             self._runtime.remove()
 
@@ -231,11 +237,11 @@ class Service:
     async def change_weights(self, facts: ModelFacts) -> None:
         """Goes on with other weights of the same shape: every request continues, from the tokens that it has.
 
-        The new group is loaded beside the old one, so both must fit. Raises ConfigError for another shape, and whatever
-        keeps the group from starting; the old one then goes on.
+        The new group is loaded beside the old one. Raises ConfigError for another shape, and whatever keeps the group
+        from starting; the old one then goes on.
         """
-        supervisor, core = self._supervisor, self._core
-        if supervisor is None or core is None or self._paused:
+        supervisor = self._supervisor
+        if supervisor is None or self._core is None or self._paused:
             raise ServiceClosed("the service is not ready for other weights")
         check_same_shape(self.facts, facts)
         configure = msgspec.structs.replace(supervisor.configure, model=facts.path)
@@ -285,20 +291,22 @@ class Service:
         check_submit(message)
         if message.id in sink.open:
             raise ProtocolError(f"request id {message.id!r} is in use")
+        name = f"{sink.name}/{message.id}"
+        if self._keeping is not None and self._keeping.claim(message, sink, name):
+            return
         grammar = None
         if message.params.guided is not None:
-            if self._guide is None:
-                self._guide = Guide(self._matching, self.options.grammar_timeout)
-            grammar = self._guide.cached(message.params.guided)
+            grammar = self._own_guide().cached(message.params.guided)
             if grammar is None:
-                self._compile(self._guide, message.params.guided, message, sink)
+                self._compile(self._own_guide(), message.params.guided, message, sink)
                 return
         self._enter(message, sink, grammar)
 
     def _enter(self, message: Submit, sink: Sink, grammar: Grammar | None) -> None:
         core = self._accepting()
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
-        request.context = Route(sink, message.id)
+        number = self._keeping.accept(message) if self._keeping is not None and request.unfinished else -1
+        request.context = Route(sink, message.id, number)
         sink.open[message.id] = request.unfinished
         if grammar is not None and self._guide is not None:
             self._guide.begin(request, grammar)
@@ -309,9 +317,26 @@ class Service:
         compiling = self._compiling.get((sink, message.id))
         if compiling is not None:
             self._abort_compiling(compiling, message, sink)
-        elif self._core is not None:
-            self._deliver(self._core.abort(f"{sink.name}/{message.id}", self._loop.time(), message.index))
+            return
+        name = f"{sink.name}/{message.id}"
+        self._abort(self._keeping.name(name) if self._keeping is not None else name, message.index)
+
+    def _abort(self, name: str, index: int) -> None:
+        if self._core is not None:
+            self._deliver(self._core.abort(name, self._loop.time(), index))
             self._pump()
+
+    async def _take_up_journal(self, core: Core | RecordedCore) -> None:
+        """What the service before this one had accepted goes on; for a while without its readers."""
+        if not self.options.journal:
+            return
+        self._keeping = Keeping(self.options.journal, self.options.journal_sync, self._abort)
+        if taken := self._keeping.take_up(core, self._loop.time()):
+            logger.warning("%d requests of the journal go on", len(taken))
+            self._orphan_timer = self._loop.call_later(_ORPHAN_SECONDS, self._keeping.drop_orphans)
+        for request in taken:
+            if request.params.guided is not None:
+                await self._guide_again(core, request, request.params.guided)
 
     def detach(self, sink: Sink) -> None:
         """The receiver is gone: its requests end."""
@@ -319,6 +344,22 @@ class Service:
             self.abort(Abort(request_id), sink)
 
     # ── guided requests ──
+
+    def _own_guide(self) -> Guide:
+        if self._guide is None:
+            self._guide = Guide(self._matching, self.options.grammar_timeout)
+        return self._guide
+
+    async def _guide_again(self, core: Core | RecordedCore, request: Request, guided: Guided) -> None:
+        """One that was accepted by the service before this one: no step runs before its grammar is there."""
+        try:
+            grammar = await self._own_guide().compile(guided)
+        except TreadleError as error:
+            for index in range(request.params.n):
+                text, now = f"guided: {error}", self._loop.time()
+                self._deliver(core.fail(request.id, index, RequestFailed.code, text, now))
+        else:
+            self._own_guide().begin(request, grammar)
 
     def _matching(self) -> Matching:
         """On a thread, at the first guided request. Raises InvalidRequest."""
@@ -393,7 +434,7 @@ class Service:
         if request.kind == "health":
             return msgspec.structs.replace(self.health(), id=request.id)
         if request.kind == "server":
-            return self._server_info(request.id)
+            return server_info(request.id, self.incarnation, self.facts, self.options, self._core)
         if request.kind == "tokenizer":
             info = self._tokenizer_info()
             if info is None:
@@ -410,24 +451,13 @@ class Service:
 
     def health(self) -> Health:
         """Judged by progress. Who is stuck or degraded says which rank, at which step, doing what, for how long."""
-        supervisor, now = self._supervisor, self._loop.time()
         oldest = self._flights[0] if self._flights else None
-        health = Health(
-            state=self._state,
-            detail=self._detail or self._policy_trouble(),
-            step=self._steps,
-            step_age=now - oldest.began_at if oldest is not None else 0.0,
-            spare=supervisor.spare if supervisor is not None else "",
-        )
-        if self._state == "recovering" and self._lost is not None and supervisor is not None:
-            return degraded(health, self._lost, supervisor, now - self._lost_at)
-        if self._state == "ready" and oldest is not None and oldest.late:
-            return stuck(health, oldest, self._missing(oldest), now)
-        if self._state == "ready" and self._draining:
-            return msgspec.structs.replace(
-                health, state="draining", detail=f"{self.unfinished} requests are unfinished"
-            )
-        return health
+        missing = self._missing(oldest) if oldest is not None else []
+        state, detail = self._state, self._detail or self._policy_trouble()
+        if state == "ready" and self._draining:
+            state, detail = "draining", f"{self.unfinished} requests are unfinished"
+        now = self._loop.time()
+        return judge(state, detail, self._steps, oldest, missing, self._lost, self._lost_at, self._supervisor, now)
 
     def _policy_trouble(self) -> str:
         if self._core is None or self._core.policy_error is None:
@@ -447,19 +477,14 @@ class Service:
         group = self._group
         sections: list[Section] = [
             ("health", [str(self.health())]),
-            ("events", [str(event) for event in self.events]),
-            (f"last {len(self._recent)} steps", [str(step) for step in self._recent]),
+            ("events", map(str, self.events)),
+            (f"last {len(self._recent)} steps", map(str, self._recent)),
             ("requests", self._core.snapshot() if self._core is not None else []),
             ("scheduler", own_stacks()),
         ]
         if group is not None:
             sections.append((f"engine group {group.number}", await group.describe()))
-        try:
-            path = await asyncio.to_thread(write_dump, dump_directory(self.options.dump_dir), reason, sections)
-        except ConfigError as error:
-            logger.error("no dump of what happened (%s): %s", reason, error)
-            return
-        logger.warning("%s: dump in %s", reason, path)
+        await leave_dump(self.options.dump_dir, reason, sections)
 
     # ── the step ──
 
@@ -547,6 +572,8 @@ class Service:
 
     def _deliver_step(self, outputs: Outputs) -> None:
         dirty: dict[Sink, None] = {}
+        if self._keeping is not None:
+            self._keeping.note_step(outputs)
         for sequence, token in zip(outputs.sequences, outputs.tokens, strict=True):
             route = _route(sequence)
             sink = route.sink
@@ -557,11 +584,13 @@ class Service:
             dirty[sink] = None
         self._deliver(outputs.others, dirty)
 
-    def _deliver(self, outputs: Iterable[Output], dirty: dict[Sink, None] | None = None) -> None:
+    def _deliver(self, outputs: Sequence[Output], dirty: dict[Sink, None] | None = None) -> None:
         dirty = {} if dirty is None else dirty
+        if self._keeping is not None:
+            self._keeping.note(outputs)
         for output in outputs:
             route = _route(output.sequence)
-            route.sink.put(_delta(output, route.request_id))
+            route.sink.put(delta(output, route.request_id))
             dirty[route.sink] = None
             if output.finish:
                 route.sink.count_down(route.request_id)
@@ -715,19 +744,6 @@ class Service:
             raise ServiceDraining("the service is draining: it finishes what it has and takes nothing new")
         return self._core
 
-    def _server_info(self, request_id: str) -> ServerInfo:
-        if self._core is None:
-            raise ServiceStarting("the service is starting")
-        return ServerInfo(
-            id=request_id,
-            version=PROTOCOL_VERSION,
-            incarnation=self.incarnation,
-            model=self.facts.name,
-            max_model_len=self._core.config.max_model_len,
-            vocab_size=self.facts.vocab_size,
-            world_size=self.options.tensor_parallel_size,
-        )
-
 
 def _draw_seed() -> int:
     return secrets.randbits(64)
@@ -735,18 +751,3 @@ def _draw_seed() -> int:
 
 def _route(sequence: RequestSequence) -> Route:
     return cast(Route, sequence.request.context)  # `submit` put it there
-
-
-def _delta(output: Output, request_id: str) -> Delta:
-    return Delta(
-        request_id,
-        output.sequence.index,
-        output.tokens,
-        output.finish,
-        output.stop_token,
-        output.cached_tokens,
-        output.logprobs,
-        output.prompt_logprobs,
-        output.error_code,
-        output.error,
-    )

@@ -7,6 +7,7 @@ kept after the service has ended, readable by their owner only.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import sys
 import threading
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from treadle.errors import ConfigError
 
+logger = logging.getLogger("treadle")
 _KEPT = 8
 Section = tuple[str, Iterable[str]]
 
@@ -45,6 +47,16 @@ def write_dump(directory: Path, reason: str, sections: Sequence[Section]) -> Pat
     except OSError as error:
         raise ConfigError(f"dump_dir {directory}: {error.strerror or error}") from error
     return path
+
+
+async def leave_dump(chosen: str, reason: str, sections: Sequence[Section]) -> None:
+    """Writes a dump and logs where it is. chosen: see `dump_directory`."""
+    try:
+        path = await asyncio.to_thread(write_dump, dump_directory(chosen), reason, sections)
+    except ConfigError as error:
+        logger.error("no dump of what happened (%s): %s", reason, error)
+        return
+    logger.warning("%s: dump in %s", reason, path)
 
 
 def own_stacks() -> list[str]:

@@ -34,9 +34,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.fuzz_frames import Mutator
 from treadle import Client, RequestOutput, SamplingParams
-from treadle.errors import DeadlineExceeded, TreadleError
+from treadle.errors import DeadlineExceeded, ProtocolError, TreadleError
 from treadle.scheduler.options import service_options
 from treadle.serve import ServeSettings, run
+from treadle.transport.codec import service_codec
+from treadle.transport.messages import Drain, Reload
 
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("kill", "term", "stop", "delay", "spoil", "hostile")
@@ -151,6 +153,14 @@ class Place:
             time.sleep(0.05)
 
 
+def _asks_for_the_end(frame: bytes) -> bool:
+    """A client over ipc may have the server drain or reload, and would be obeyed."""
+    try:
+        return isinstance(service_codec().decode(frame), Drain | Reload)
+    except ProtocolError:
+        return False
+
+
 def _runs(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
@@ -168,18 +178,22 @@ class Chaos:
         self._mutator = Mutator(options.seed)
         self._stop = asyncio.Event()
         self._struck = 0.0
+        self._clients: list[asyncio.Task[None]] = []
         self.tally = Tally()
 
     async def run(self) -> None:
         wanted = await self._undisturbed(jobs(self._rng, self._options.jobs))
         self.tally.memory.append(self._place.memory())
         clients = [asyncio.create_task(self._client(i, wanted)) for i in range(self._options.clients)]
+        self._clients = clients
         strikes = asyncio.create_task(self._strike_on())
         await self._pause(self._options.minutes * 60)
         self._enough = True
         await strikes
         self._stop.set()
-        await asyncio.gather(*clients)
+        await asyncio.gather(*clients, return_exceptions=bool(self.tally.wrong))
+        if self.tally.wrong:
+            return
         async with Client(self._place.endpoint) as client:
             await self._settled(client)
             stats = await client.stats()
@@ -293,7 +307,9 @@ class Chaos:
         raw.sndtimeo = 1_000
         try:
             for _ in range(200):
-                raw.send(self._mutator.frame())
+                frame = self._mutator.frame()
+                if not _asks_for_the_end(frame):
+                    raw.send(frame)
         except zmq.Again:
             pass
         finally:
@@ -309,19 +325,21 @@ class Chaos:
             except TreadleError:
                 await asyncio.sleep(0.1)
                 continue
+            spare_lost = self._options.standby and (await watcher.health()).spare == "loading"
             if recoveries != before:
                 self._recovered = True
-                self.tally.recoveries += max(0, recoveries - before)
                 break
-            if self._options.standby and (await watcher.health()).spare == "loading":
+            if spare_lost and (await watcher.stats()).recoveries == before:
                 break  # it was the spare's rank
             await asyncio.sleep(0.005)
         await self._settled(watcher)
+        if kind != "server" and not self._stop.is_set():
+            self.tally.recoveries += (await watcher.stats()).recoveries - before
 
     async def _settled(self, watcher: Client) -> None:
         """Until the service is ready, its spare too, so that a fault never meets ranks that load."""
         end = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < end:
+        while time.monotonic() < end and self._place.process.poll() is None:
             try:
                 health = await watcher.health()
                 if health.state in ("ready", "stuck") and health.spare in ("", "ready"):
@@ -329,8 +347,10 @@ class Chaos:
             except TreadleError:
                 pass
             await asyncio.sleep(0.02)
-        self.tally.wrong.append("the service did not become ready again")
+        self.tally.wrong.append("the service did not become ready again, or has ended")
         self._stop.set()
+        for task in self._clients:
+            task.cancel()
 
     async def _pause(self, seconds: float) -> None:
         try:

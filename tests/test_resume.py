@@ -36,14 +36,15 @@ def request(i: int) -> SamplingParams:
 class Changing:
     """A server that is replaced by another at the same endpoint."""
 
-    def __init__(self, directory: Path, model: Path, stack: ExitStack) -> None:
+    def __init__(self, directory: Path, model: Path, stack: ExitStack, *options: str) -> None:
+        self._options = (*OPTIONS, *options)
         self._directory = directory
         self._model = model
         self._stack = stack
         self.server = self._start("")
 
     def _start(self, endpoint: str) -> Server:
-        return self._stack.enter_context(serving(self._directory, self._model, *OPTIONS, endpoint=endpoint))
+        return self._stack.enter_context(serving(self._directory, self._model, *self._options, endpoint=endpoint))
 
     async def replace(self, number: signal.Signals) -> None:
         self.server.process.send_signal(number)
@@ -52,15 +53,18 @@ class Changing:
 
 
 @contextmanager
-def changing(directory: Path, model: Path) -> Iterator[Changing]:
+def changing(directory: Path, model: Path, *options: str) -> Iterator[Changing]:
     with ExitStack() as stack:
-        yield Changing(directory, model, stack)
+        yield Changing(directory, model, stack, *options)
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-async def test_streams_go_on_at_another_server(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with changing(tmp_path / "s", tiny) as place:
+@pytest.mark.parametrize(("number", "journal"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
+async def test_streams_go_on_at_another_server(
+    tiny: Path, tmp_path: Path, number: signal.Signals, journal: bool
+) -> None:
+    options = ["--journal", str(tmp_path / "journal")] if journal else []
+    with changing(tmp_path / "s", tiny, *options) as place:
         async with Client(place.server.endpoint, resume=True) as client:
             whole = await client.generate("Once", request(0)).final()
             stop = whole.text[100:103]  # stop strings live in the client, and so survive with it
@@ -81,6 +85,7 @@ async def test_streams_go_on_at_another_server(tiny: Path, tmp_path: Path, numbe
             assert len(got[0].outputs[0].logprobs or []) == LONG
             prompt = got[3].prompt_logprobs
             assert prompt is not None and len(prompt) == len(got[3].prompt_token_ids)
+            assert ("5 requests of the journal go on" in place.server.log.read_text()) == journal
             assert (await client.stats()).blocks_used == 0
             assert (await client.stats()).generated_tokens < 7 * LONG, "what the client had is not made again"
 

@@ -300,7 +300,8 @@ class Submit(Message, frozen=True, kw_only=True):
     cache_salt: requests share cached prefixes only within one salt. With `params.n` > 1 the outputs carry `index`.
     tenant: on whose account, for policies and bounds by tenant.
     outputs: of a request that another server, or this one, had begun and lost: the output that the client has of each
-    continuation, int32; none for a new request. ended: continuations that need nothing more.
+    continuation, int32; none for a new request. ended: continuations that need nothing more. key: the client's secret
+    name for the request, the same each time that it is sent; "" is for one that will not be sent again.
     """
 
     id: str
@@ -312,6 +313,7 @@ class Submit(Message, frozen=True, kw_only=True):
     tenant: str = ""
     outputs: list[bytes] = []
     ended: list[int] = []
+    key: str = ""
 
 
 class Abort(Message, frozen=True):

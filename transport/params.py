@@ -53,6 +53,7 @@ def check_submit(message: Submit) -> None:
         ("request_id", message.id, MAX_ID_LENGTH),
         ("cache_salt", message.cache_salt, MAX_SALT),
         ("tenant", message.tenant, MAX_TENANT),
+        ("key", message.key, MAX_ID_LENGTH),
     ):
         if type(value) is not str or len(value) > limit or not _is_text(value):
             raise _wrong(name, value, f"must be text of at most {limit} characters")

@@ -28,6 +28,7 @@ def group_socket(context: zmq.Context[zmq.Socket[bytes]]) -> zmq.Socket[bytes]:
 def rank_socket(context: zmq.Context[zmq.Socket[bytes]], rank: int) -> zmq.Socket[bytes]:
     sock = _common(context.socket(zmq.DEALER), 1_000)
     sock.routing_id = b"rank-%d" % rank
+    sock.heartbeat_ivl = 0  # the lifeline tells it of the scheduler's end; a scheduler that was stopped finds it again
     sock.reconnect_ivl = -1  # what was on its way is lost with a connection, so the group is: no second one
     return sock
 

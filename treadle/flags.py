@@ -46,6 +46,8 @@ SERVICE_HELP: Mapping[str, str] = {
     "grammar_timeout": "seconds that the grammar of a guided request may take to compile",
     "max_restarts": "of the engines, without a finished step in between, before giving up",
     "standby": "keep a second, loaded set of engines for a quick recovery; takes the memory twice",
+    "journal": "file in which accepted requests survive the server; it holds prompts and answers",
+    "journal_sync": "least seconds between two fsyncs of the journal",
     "dump_dir": "directory for the dumps of stuck steps; not given: $XDG_STATE_HOME/treadle or ~/.local/state/treadle",
     "random_weights": "for benchmarks: any config.json, the answers mean nothing",
     "cuda_graphs": "on GPUs: replay decode steps from CUDA graphs",

@@ -134,7 +134,7 @@ class RemoteBackend:
         if asyncio.get_running_loop() is not self._loop:
             raise ServiceError("this client belongs to another event loop: make one Client per loop")
         if self._resume_timeout:
-            message = stream.fix_seed(secrets.randbits(63))
+            message = stream.make_lasting(secrets.randbits(63))
         self._streams.add(stream)
         try:
             self._send(message)

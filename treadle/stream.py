@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
@@ -125,8 +126,9 @@ class Stream:
             ended=[index for index, part in enumerate(self._parts) if part.finished],
         )
 
-    def fix_seed(self, seed: int) -> Submit:
-        """The request with a seed of the client's, so that every server draws the same tokens."""
+    def make_lasting(self, seed: int) -> Submit:
+        """The request with a key, and a seed of the client's, so that every server draws the same tokens."""
+        self._submit = msgspec.structs.replace(self._submit, key=uuid.uuid4().hex)
         if self._submit.params.seed is None:
             params = msgspec.structs.replace(self._submit.params, seed=seed)
             self._submit = msgspec.structs.replace(self._submit, params=params)

@@ -1,0 +1,145 @@
+"""Accepted means that it survives: a service that is killed, and one after it that goes on with what was accepted."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import stat
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from treadle.errors import ConfigError
+from treadle.scheduler.journal import Journal, read_journal
+from treadle.transport.codec import pack, unpack
+from treadle.transport.messages import Abort, Submit
+
+from .faultkit import PROMPTS, Collector, Faulty, faulty, params, undisturbed
+
+
+def submit(key: str, i: int, n: int = 1) -> Submit:
+    wanted = msgspec.structs.replace(params(i), n=n)
+    return Submit(id=f"id-{key}", tokens=pack(PROMPTS[i]), params=wanted, key=key)
+
+
+def outputs(message: Submit) -> list[list[int]]:
+    return [unpack(output).tolist() for output in message.outputs]
+
+
+@pytest.mark.asyncio
+async def test_what_is_unfinished_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path, 0.0)
+    first, second, third = (journal.accept(submit(key, i, n=2)) for i, key in enumerate("abc"))
+    for token in range(5):
+        journal.token(first, 0, token)
+        journal.token(second, 1, 100 + token)
+    journal.end(second, 0)
+    journal.end(third, 0)
+    journal.end(third, 1)
+    journal.flush()
+    found = read_journal(path)
+    assert [message.key for message in found.values()] == ["a", "b"]
+    assert outputs(found[first]) == [[0, 1, 2, 3, 4], []] and found[first].ended == []
+    assert outputs(found[second]) == [[], [100, 101, 102, 103, 104]] and found[second].ended == [0]
+    with pytest.raises(ConfigError, match="another service"):
+        Journal(path, 0.0)
+    await journal.close()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    again = Journal(path, 0.0)
+    assert again.unfinished == found
+    again.token(first, 0, 5)
+    assert again.accept(submit("d", 0)) > second
+    await again.close()
+    assert outputs(read_journal(path)[first])[0] == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.asyncio
+async def test_a_torn_or_spoiled_end_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = Journal(path, 0.0)
+    number = journal.accept(submit("a", 0))
+    sizes = []
+    for token in range(20):
+        journal.token(number, 0, token)
+        journal.flush()
+        sizes.append(path.stat().st_size)
+    await journal.close()
+    whole = path.read_bytes()
+    rng = random.Random(1)
+    for _ in range(200):
+        at = rng.randrange(sizes[0], len(whole))
+        path.write_bytes(whole[:at])
+        intact = sum(size <= at for size in sizes)
+        assert outputs(read_journal(path)[number])[0] == list(range(intact))
+        spoiled = bytearray(whole)
+        spoiled[at] ^= 1 << rng.randrange(8)
+        path.write_bytes(spoiled)
+        assert outputs(read_journal(path)[number])[0] == list(range(intact))
+
+
+def send(f: Faulty, sink: Collector, key: str, i: int, have: list[int] | None = None) -> None:
+    message = submit(key, i)
+    if have is not None:
+        message = msgspec.structs.replace(message, outputs=[pack(have)])
+    f.service.submit(message, sink)
+
+
+@pytest.mark.asyncio
+async def test_another_service_goes_on_with_what_was_accepted(tmp_path: Path) -> None:
+    """Clients that have more or less than the journal, come late, or never come back."""
+    path = str(tmp_path / "journal")
+    first = tmp_path / "1"
+    first.mkdir()
+    async with faulty(first, pace=0.01, journal=path) as f:
+        for i in range(4):
+            send(f, f.sink, str(i), i)
+        await f.sink.begun("id-3", 5)
+    before = {i: f.sink.tokens[f"id-{i}"] for i in range(4)}
+    assert all(len(tokens) < 40 for tokens in before.values())
+    found = read_journal(Path(path))
+    assert {int(message.key): outputs(message)[0] for message in found.values()} == before, "as it was told"
+
+    async with faulty(tmp_path, pace=0.002, journal=path) as f:
+        wanted = [undisturbed(prompt, params(i)) for i, prompt in enumerate(PROMPTS)]
+        send(f, f.sink, "0", 0, before[0])
+        send(f, f.sink, "1", 1, wanted[1][: len(before[1]) + 3])  # it was told more than was written, as after a fall
+        await f.sink.ended("id-0", "id-1")
+        assert before[0] + f.sink.tokens["id-0"] == wanted[0]
+        assert wanted[1][: len(before[1]) + 3] + f.sink.tokens["id-1"] == wanted[1]
+        async with asyncio.timeout(20):
+            while f.service.unfinished:
+                await asyncio.sleep(0.01)
+        send(f, f.sink, "2", 2, before[2][:2])
+        await f.sink.ended("id-2")
+        assert before[2][:2] + f.sink.tokens["id-2"] == wanted[2], (
+            "it ended without its reader, who gets it all the same"
+        )
+        assert not f.sink.open
+        assert f.service._keeping is not None
+        f.service._keeping.drop_orphans()
+    assert not read_journal(Path(path)), "everything has ended"
+
+
+@pytest.mark.asyncio
+async def test_a_claimed_request_can_be_aborted(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal")
+    first = tmp_path / "1"
+    first.mkdir()
+    async with faulty(first, pace=0.02, journal=path) as f:
+        send(f, f.sink, "a", 0)
+        await f.sink.begun("id-a", 2)
+    async with faulty(tmp_path, pace=0.02, journal=path) as f:
+        send(f, f.sink, "a", 0, [])
+        assert f.service.unfinished == 1
+        f.service.abort(Abort("id-a"), f.sink)
+        await f.sink.ended("id-a")
+        assert f.service.unfinished == 0 and f.sink.last["id-a"].finish == "abort"
+
+
+@pytest.mark.asyncio
+async def test_a_journal_that_cannot_be_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="journal"):
+        Journal(tmp_path / "file" / "j", 0.0)
