@@ -375,17 +375,17 @@ class Service:
     def _compile(self, guide: Guide, guided: Guided, message: Submit, sink: Sink) -> None:
         """The request waits for its grammar, and for nobody else's turn."""
         sink.open[message.id] = message.params.n
-        key = (sink, message.id)
         task = self._loop.create_task(self._enter_compiled(guide, guided, message, sink), name="treadle-grammar")
-        self._compiling[key] = task
-        task.add_done_callback(lambda _: self._compiling.pop(key, None))
+        self._compiling[sink, message.id] = task
 
     async def _enter_compiled(self, guide: Guide, guided: Guided, message: Submit, sink: Sink) -> None:
+        """Whoever cancels this, `abort`, has seen to the rest."""
         try:
             grammar = await guide.compile(guided)
             del self._compiling[sink, message.id]
             self._enter(message, sink, grammar)
         except Exception as error:  # one request must not reach the others, whatever it did
+            self._compiling.pop((sink, message.id), None)
             if not isinstance(error, TreadleError):
                 logger.exception("a grammar raised")
             sink.open.pop(message.id, None)

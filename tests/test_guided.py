@@ -219,7 +219,7 @@ async def test_several_continuations_biases_and_aborts(tiny: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_a_grammar_that_takes_too_long_is_given_up(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with LLM(str(tiny), dtype="float32", grammar_timeout=0.2) as llm:
+    async with LLM(str(tiny), dtype="float32", grammar_timeout=1.0) as llm:
         free = await llm.generate("a", SamplingParams(temperature=0, max_tokens=4)).final()
         assert (await llm.generate("a", SamplingParams(guided=Guided(choice=["yes"]))).final()).text == "yes"
         release = _Gate()
@@ -227,7 +227,7 @@ async def test_a_grammar_that_takes_too_long_is_given_up(tiny: Path, monkeypatch
         stream = llm.generate("a", SamplingParams(guided=Guided(choice=["no"])))
         same = await llm.generate("a", SamplingParams(temperature=0, max_tokens=4)).final()
         assert same.token_ids == free.token_ids, "the loop is not the one that compiles"
-        with pytest.raises(InvalidParameter, match=r"not compiled within 0\.2 s"):
+        with pytest.raises(InvalidParameter, match=r"not compiled within 1 s"):
             await stream.final()
         release.set()
 

@@ -23,6 +23,7 @@ from tests.ggufkit import write_vocabulary
 from tests.modelkit import BOS, EOS, IM_END, IM_START, make_checkpoint, write_tokenizer
 from treadle.errors import CorruptWeights, InvalidRequest, ModelNotFound, ProtocolError, UnsupportedModel
 from treadle.models import resolve_model
+from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.tokenizer import Tokenizer
 from treadle.tokenizer_gguf import merges_from_scores
 
@@ -320,6 +321,13 @@ def test_sentencepiece_gives_the_ids_of_transformers(sentencepiece: tuple[Tokeni
         ids = ours.encode(text)
         assert ids == theirs.encode(text)
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == text
+
+
+def test_llguidance_has_the_bytes_of_its_pieces(sentencepiece: tuple[Tokenizer, Any, Any, Any]) -> None:
+    ours, _, tokens, _ = sentencepiece
+    theirs = LlgMatching(ours.to_info().tokenizer_json.decode(), len(tokens), ours.eos_token_ids)._tokenizer
+    pieces = [ours.pieces.piece(token, False) for token in range(len(tokens))]
+    assert [theirs.decode_bytes([token]) or b"\xff" for token in range(len(tokens))] == pieces
 
 
 @settings(max_examples=200, deadline=None)

@@ -107,7 +107,7 @@ def _grammar(kind: str, text: str) -> str:
     return LLMatcher.grammar_from_lark(text)
 
 
-def _json_options(text: str) -> JsonCompileOptions:
+def _json_options(text: str) -> JsonCompileOptions | None:
     """Ours, unless the schema has its own ("x-guidance") or is true or false, which can have none.
 
     Raises InvalidParameter for what is no schema.
@@ -119,5 +119,5 @@ def _json_options(text: str) -> JsonCompileOptions:
     if not isinstance(schema, dict | bool):
         raise InvalidParameter(f"guided.json: a schema is an object, true or false, not {type(schema).__name__}")
     if isinstance(schema, bool) or "x-guidance" in schema:
-        return {}
+        return None
     return {"whitespace_pattern": _WHITESPACE}
