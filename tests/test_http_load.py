@@ -98,6 +98,24 @@ async def test_clients_that_disconnect_leave_nothing(server: Server) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.parametrize("stream", [False, True])
+async def test_leaving_ends_the_generation(server: Server, stream: bool) -> None:
+    """Whether it was streamed or not, whether it ran or waited."""
+    async with Client(server.endpoint) as direct:
+        before = (await idle(server)).generated_tokens
+        async with async_client(server.url, "sk-one") as api:
+            ask: dict[str, Any] = {**LONG, "n": 64, "prompt": ["Hello", "you"], "max_tokens": 480, "stream": stream}
+            asking = asyncio.create_task(api.post("/completions", body={"model": "tiny", **ask}, cast_to=object))
+            while (await direct.stats()).generated_tokens < before + 64 * 10:
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+        stats = await idle(server)
+    assert stats.generated_tokens - before < 64 * 480, "it went on to its end"
+    assert stats.blocks_used == 0
+
+
+@pytest.mark.asyncio
 async def test_waiting_and_running_streams_all_end_right(server: Server) -> None:
     """64 run, 256 wait behind them, all at once; afterwards each has its own whole answer."""
     lengths = {i: 3 + i % 7 for i in range(320)}
