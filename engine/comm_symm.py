@@ -194,7 +194,7 @@ def _sums_like(fast: SymmetricComm, comm: Communicator, device: torch.device, si
     generator = torch.Generator(device).manual_seed(1 + comm.rank)
     x = torch.randint(-8, 9, (size,), generator=generator, device=device).to(torch.bfloat16)
     expected = comm.all_reduce(x.clone())
-    return torch.equal(fast.all_reduce(x.clone()), expected)
+    return bool(torch.equal(fast.all_reduce(x.clone()), expected))
 
 
 def _unanimous(mine: bool, comm: Communicator, device: torch.device) -> bool:
