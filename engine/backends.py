@@ -32,7 +32,7 @@ class Request:
     """What the kernels are for.
 
     native: allow the C kernels on CPUs. triton: take Triton's. attention: which of those that go with it, "auto" or a
-    name. max_rows: of a step.
+    name. max_rows: of a step. capability: of the GPU, where the device is not it.
     """
 
     config: ModelConfig
@@ -44,6 +44,7 @@ class Request:
     triton: bool = False
     attention: str = "auto"
     max_rows: int = 1024
+    capability: tuple[int, int] | None = None
 
 
 def has_triton() -> bool:
@@ -71,7 +72,7 @@ def _with_triton(request: Request, scale: float, window: int | None) -> Backends
     from .kernels.paged_attention import TritonAttention
     from .kernels.products import TritonProducts
 
-    few = TritonProducts(request.device)
+    few = TritonProducts(request.device, request.capability or (9, 0))
     if request.attention == "torch":
         return Backends(TritonOps(), TorchAttention(scale, window), few=few)
     attention = TritonAttention(scale, window, request.max_rows)

@@ -1,8 +1,9 @@
-"""Small collectives between the GPUs of one machine, through memory that all of them map.
+"""Collectives between the GPUs of one machine, through memory that all of them map.
 
-NCCL moves large messages at the speed of the links, but a small one costs it ten microseconds and more. Here every GPU
-reads its peers' parts directly and adds them up itself ("one shot"), in one kernel of torch's symmetric memory.
-Multicast is never used: it is switched off before the first rendezvous, and no `multimem` operation is called.
+A small message costs NCCL ten microseconds and more. Here every GPU reads its peers' parts directly and adds them up
+itself ("one shot"), in one kernel of torch's symmetric memory. Of a larger message each GPU adds up its share and
+writes the sum to all ("two shot"), in place. Multicast is never used: it is switched off before the first rendezvous,
+and no `multimem` operation is called.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from .comm_fused import FusedSums, make_sums
 
 logger = logging.getLogger(__name__)
 
-# Above this NCCL wins; measured by scripts/bench_comm.py.
-CROSSOVER_BYTES = 512 << 10
+# Up to so many bytes one shot wins, by number of GPUs; measured by scripts/bench_comm.py for two of them.
+ONE_SHOT_BYTES = {2: 1 << 20, 3: 512 << 10, 4: 256 << 10}
+_ONE_SHOT_OF_MANY = 256 << 10
+# Up to so many, two shots, where the memory is there.
+TWO_SHOT_BYTES = 64 << 20
 _GATHER_BYTES = 64 << 10
 _DTYPES = (torch.bfloat16, torch.float32)
 _ALIGNMENT = 16
@@ -34,6 +38,10 @@ class OneShot(Protocol):
 
     def reduce(self, staged: Tensor, out: Tensor) -> None:
         """out = the sum over the ranks of `staged`, which lies in `buffer` at the same place on every rank."""
+        ...
+
+    def reduce_in_place(self, staged: Tensor) -> None:
+        """staged = that sum."""
         ...
 
 
@@ -54,23 +62,29 @@ class SymmetricBuffer:
         # writes to `staging` needs none.
         torch.ops.symm_mem.one_shot_all_reduce_out(staged, "sum", self._group, out)
 
+    def reduce_in_place(self, staged: Tensor) -> None:
+        # Blocks of all ranks meet before and after. An element is read and written by one block of one rank alone, and
+        # the second meeting says that it has arrived; so `staged` may be read, and written, once the kernel has ended.
+        torch.ops.symm_mem.two_shot_all_reduce_(staged, "sum", self._group)
+
 
 class SymmetricComm:
-    """A Communicator: one shot up to `limit` bytes of bfloat16 or float32, the given one for everything else.
+    """A Communicator: one shot up to `limit` bytes of bfloat16 or float32, two up to `two_shot`, else the given one.
 
     Its kernels can be captured in CUDA graphs. Like the rest of a step, calls run on one stream, in the same order on
     every rank; a kernel ends when the peers have read, so the buffer is free for the next call.
     """
 
-    def __init__(self, base: Communicator, one_shot: OneShot, limit: int) -> None:
+    def __init__(self, base: Communicator, one_shot: OneShot, limit: int, two_shot: int = 0) -> None:
         self.rank = base.rank
         self.fused: FusedSums | None = None
         self.world_size = base.world_size
         self._base = base
         self._one_shot = one_shot
         self._limit = limit
-        # One half for sums, the other for gathers.
-        self._sums, self._gathers = one_shot.buffer[:limit], one_shot.buffer[limit:]
+        self._most = max(limit, two_shot)
+        # First sums, then gathers.
+        self._sums, self._gathers = one_shot.buffer[: self._most], one_shot.buffer[self._most :]
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Where to compute what `all_reduce` will sum, so that it need not be copied; None if it would not be used.
@@ -78,7 +92,21 @@ class SymmetricComm:
         The next `all_reduce` or `staging` overwrites it.
         """
         size = torch.Size(shape).numel() * dtype.itemsize
-        return _view(self._sums, shape, dtype) if self._serves(size, dtype, self._limit) else None
+        return _view(self._sums, shape, dtype) if self._serves(size, dtype, self._most) else None
+
+    def reduce_staged(self, staged: Tensor) -> Tensor:
+        """The sum of what was computed into `staging`: a large one stays there, until the next one is overwritten."""
+        if staged.nbytes > self._limit:
+            self._one_shot.reduce_in_place(staged)
+            return staged
+        out = torch.empty_like(staged)
+        self._one_shot.reduce(staged, out)
+        return out
+
+    def owned(self, x: Tensor) -> Tensor:
+        """x, or a copy if it lies in `staging`."""
+        first = self._sums.data_ptr()
+        return x.clone() if first <= x.data_ptr() < first + self._most else x
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Like every Communicator's, but what was computed into `staging` comes back in memory of its own."""
@@ -86,11 +114,12 @@ class SymmetricComm:
         if staged is None:
             return self._base.all_reduce(x)
         if x.data_ptr() == staged.data_ptr():
-            x = torch.empty_like(x)
-        else:
-            staged.copy_(x)
-        self._one_shot.reduce(staged, x)
-        return x
+            return self.owned(self.reduce_staged(staged))
+        staged.copy_(x)
+        if staged.nbytes <= self._limit:
+            self._one_shot.reduce(staged, x)
+            return x
+        return x.copy_(self.reduce_staged(staged))
 
     def all_gather(self, x: Tensor) -> Tensor:
         shape = (self.world_size, *x.shape)
@@ -113,30 +142,51 @@ class SymmetricComm:
 
 
 def accelerate(
-    comm: Communicator, device: torch.device, limit: int = CROSSOVER_BYTES, *, fused: bool = True
+    comm: Communicator,
+    device: torch.device,
+    limit: int | None = None,
+    two_shot: int = TWO_SHOT_BYTES,
+    *,
+    fused: bool = True,
 ) -> Communicator:
-    """`comm`, with symmetric memory for small messages where all ranks can have it. A collective.
+    """`comm`, with symmetric memory where all ranks can have it. A collective.
 
-    Checks one sum against NCCL's before it trusts the hardware. limit: bytes, a multiple of 16; 0 turns it off.
-    fused: let sums be taken with residual and norm, where that works.
+    Checks sums against NCCL's before it trusts the hardware. limit: bytes of one shot, a multiple of 16, None for the
+    table's; 0 turns it all off. two_shot: likewise, where it is more. fused: let sums be taken with residual and norm,
+    where that works.
     """
+    if limit is None:
+        limit = ONE_SHOT_BYTES.get(comm.world_size, _ONE_SHOT_OF_MANY)
     if device.type != "cuda" or comm.world_size == 1 or limit <= 0 or not isinstance(comm, TorchComm):
         return comm
-    buffer: SymmetricBuffer | None = None
-    try:
-        buffer = SymmetricBuffer(limit + _GATHER_BYTES, device, dist.group.WORLD.group_name)
-    except (RuntimeError, ImportError, AttributeError) as error:
-        logger.warning("rank %d has no symmetric memory, NCCL does it all: %s", comm.rank, error)
-    if not _unanimous(buffer is not None, comm, device) or buffer is None:
+    buffer = _shared_buffer(comm, device, max(limit, two_shot))
+    if buffer is None and two_shot > limit:
+        two_shot, buffer = 0, _shared_buffer(comm, device, limit)
+    if buffer is None:
         return comm
-    fast = SymmetricComm(comm, buffer, limit)
+    fast = SymmetricComm(comm, buffer, limit, two_shot)
     right = all(_sums_like(fast, comm, device, size) for size in (8, 4096, limit // 2))
     if not _unanimous(right, comm, device):
         logger.warning("symmetric memory gives wrong sums here: NCCL does it all")
         return comm
+    if two_shot > limit:
+        sizes = [min(size, two_shot // 2) for size in (limit // 2 + 8, 3 * (limit // 2) + 24, 4 * limit)]
+        if not _unanimous(all(_sums_like(fast, comm, device, size) for size in sizes), comm, device):
+            logger.warning("symmetric memory gives wrong sums in two shots here: NCCL takes the large ones")
+            fast = SymmetricComm(comm, buffer, limit)
     if fused:
         fast.fused = make_sums(comm, device, limit)
     return fast
+
+
+def _shared_buffer(comm: Communicator, device: torch.device, sums: int) -> SymmetricBuffer | None:
+    """Room for sums of so many bytes and for gathers; None if any rank has none."""
+    buffer: SymmetricBuffer | None = None
+    try:
+        buffer = SymmetricBuffer(sums + _GATHER_BYTES, device, dist.group.WORLD.group_name)
+    except (RuntimeError, ImportError, AttributeError) as error:
+        logger.warning("rank %d has no symmetric memory for sums of %d bytes: %s", comm.rank, sums, error)
+    return buffer if _unanimous(buffer is not None, comm, device) else None
 
 
 def _sums_like(fast: SymmetricComm, comm: Communicator, device: torch.device, size: int) -> bool:
@@ -144,7 +194,7 @@ def _sums_like(fast: SymmetricComm, comm: Communicator, device: torch.device, si
     generator = torch.Generator(device).manual_seed(1 + comm.rank)
     x = torch.randint(-8, 9, (size,), generator=generator, device=device).to(torch.bfloat16)
     expected = comm.all_reduce(x.clone())
-    return torch.equal(fast.all_reduce(x.clone()), expected)
+    return bool(torch.equal(fast.all_reduce(x.clone()), expected))
 
 
 def _unanimous(mine: bool, comm: Communicator, device: torch.device) -> bool:

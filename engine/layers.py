@@ -36,11 +36,12 @@ class RowParallelLinear:
         self.weight_bytes = linear.weight_bytes
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The result of many rows may lie in `SymmetricComm.staging`: to be read before the next such product."""
         if self._symmetric is not None:
             staged = self._symmetric.staging((x.shape[0], self._linear.out_features), x.dtype)
             if staged is not None:  # computed where the peers read it
                 self._linear.into(x, staged)
-                return self._symmetric.all_reduce(staged)
+                return self._symmetric.reduce_staged(staged)
         return self._comm.all_reduce(self._linear(x))
 
     def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> Hidden:
@@ -52,7 +53,13 @@ class RowParallelLinear:
             if part is not None:
                 self._linear.into(x, part)
                 return self._fused.add_norm(part, residual, norm.weight, norm.eps)
+        # Perhaps in staging's memory. What reads it runs before the next row-parallel product of this stream writes
+        # there, and the peers write there only while this stream takes part in a sum.
         return norm.of_sum(self(x), residual)
+
+    def leaves_norm(self, x: Tensor) -> bool:
+        """Whether `add_norm` of so many rows leaves the norm to the product that follows."""
+        return self._few is not None and self._few.takes(x)
 
     def warm(self, x: Tensor) -> None:
         """Has the kernels for so few rows compiled, if there are such."""

@@ -14,9 +14,14 @@ FEW_ROW_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class FewRowKernels(Protocol):
-    """most_rows: above it there is nothing to ask for."""
+    """most_rows: above it there is nothing to ask for. row_kinds: numbers of rows that together meet every kernel."""
 
     most_rows: int
+    row_kinds: tuple[int, ...]
+
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a product that is not gated would be done."""
+        ...
 
     def __call__(
         self, x: Hidden, weight: Tensor, bias: Tensor | None, *, gated: bool = False, add: bool = False,
@@ -54,6 +59,10 @@ class FewRowLinear:
             out.copy_(F.linear(x, self._weight, self._bias))
         else:
             torch.mm(x, self._weight.t(), out=out)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether `few` would do it."""
+        return 0 < x.shape[0] <= self._kernels.most_rows and self._kernels.takes(x, self._weight)
 
     def few(self, x: Hidden, *, gated: bool = False, add: bool = False, out: Tensor | None = None) -> Tensor | None:
         """By the kernels for few rows alone; None, and nothing done, where they are not the ones to ask."""

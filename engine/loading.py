@@ -17,6 +17,7 @@ from .backends import has_triton
 from .comm import Communicator, make_comm
 from .config import ModelConfig, load_config
 from .cuda import build, memory
+from .cuda.late_kernels import LateKernels
 from .cuda.program import StepProgram
 from .cuda.runner import CudaRunner
 from .cuda.warm import warm
@@ -76,6 +77,7 @@ class _Loading:
         self._rank = rank
         self._start = start
         self._profiled = False
+        self._late: LateKernels | None = None
         self._identifying = identify_triton() if configure.device == "cuda" and has_triton() else None
         self._device = _device(configure.device, rank)
         self._kernels = has_triton() if self._device.type == "cuda" else emulate == "kernels"
@@ -120,6 +122,8 @@ class _Loading:
         self._ended("cache")
         runner = self._runner(config, model, comm, kv, program)
         self._ended("graphs" if program is not None else "runner")
+        if self._late is not None:
+            self._start.phases.seconds |= self._late.end()
         fingerprint = source.fingerprint()
         comm.barrier()
         self._ended("fingerprint")
@@ -187,6 +191,8 @@ class _Loading:
             self._identifying.join()
         comm.barrier()
         self._ended("compiling")
+        if self._kernels:
+            self._late = LateKernels()
         tokens, length = configure.max_num_batched_tokens, configure.max_model_len
         warm(program, self._cache(config, 2), max_tokens=tokens, max_len=length)
         self._ended("warm-up")

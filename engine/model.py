@@ -20,6 +20,7 @@ from .attention import AttentionBackend, AttentionPlan
 from .backends import Request, choose_backends
 from .batch import ForwardBatch
 from .comm import Communicator
+from .comm_symm import SymmetricComm
 from .config import ModelConfig
 from .kv import KVCache
 from .layers import (
@@ -158,7 +159,7 @@ class Decoder:
         plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
         step = Step(batch, kv, self._rope.upto(batch.max_context), plan)
         residual = self._embed(batch.token_ids)
-        x: Hidden = self._layers[0].input_norm(residual)
+        x = self._first(residual)
         last, chosen = len(self._layers) - 1, batch.sample_index
         for index, layer in enumerate(self._layers):
             q = layer.attention.remember(x, step, index)
@@ -170,7 +171,17 @@ class Decoder:
             x = layer.attention.out.add_norm(found, residual, layer.post_norm)
             following = self._layers[index + 1].input_norm if index < last else self._final_norm
             x = layer.mlp.add_norm(x, residual, following)
-        return normed(x)
+        return self._owned(normed(x))
+
+    def _owned(self, x: Tensor) -> Tensor:
+        """In memory that no later collective overwrites: what follows a forward pass may sum, too."""
+        comm = self._env.comm
+        return comm.owned(x) if isinstance(comm, SymmetricComm) else x
+
+    def _first(self, residual: Tensor) -> Hidden:
+        """As the sums of later layers leave it: one rank's with the norm still to be taken, the group's with it."""
+        norm = self._layers[0].input_norm
+        return Unnormed(residual, norm) if self._env.comm.world_size == 1 else norm(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden], S > 0, to float32 [S, vocab_local], for token ids from `vocab_start` on."""
@@ -205,19 +216,31 @@ class Decoder:
         ]
 
     def few_rows(self, rows: int) -> list[Callable[[], object]]:
-        """The products of a layer and the head with `rows` rows of anything, as far as kernels of ours take them."""
+        """The products of a layer and the head with `rows` rows of anything, as far as kernels of ours take them.
+
+        Those that a step launches: a norm is taken along where what stands before leaves it to them.
+        """
         layer, head = self._layers[0], self._head
         hidden = self._scratch(rows, self.config.hidden_size)
         found = self._scratch(rows, layer.attention.layout.q_heads * layer.attention.layout.head_dim)
         inner = self._scratch(rows, self._shard.intermediate.size)
+        attention, mlp, unnormed = layer.attention, layer.mlp, Unnormed(hidden, layer.input_norm)
         calls: list[Callable[[], object]] = [
-            partial(layer.attention.out.warm, found),
-            partial(layer.mlp.down.warm, inner),
+            partial(attention.out.warm, found),
+            partial(mlp.down.warm, inner),
+            partial(mlp.gate_up.warm, unnormed if attention.out.leaves_norm(found) else hidden),
         ]
-        states: list[Hidden] = [hidden, Unnormed(hidden, layer.input_norm)]
-        for x in states:
-            calls += [partial(layer.attention.qkv.warm, x), partial(layer.mlp.gate_up.warm, x)]
+        # The first layer's state comes from the embedding, the others' from the product before.
+        later = unnormed if mlp.down.leaves_norm(inner) else hidden
+        states = [self._first(hidden), later] if self._env.comm.world_size == 1 and later is hidden else [later]
+        calls += [partial(attention.qkv.warm, x) for x in states]
         return [*calls, partial(head.few, hidden)] if isinstance(head, FewRowLinear) else calls
+
+    @property
+    def few_row_kinds(self) -> tuple[int, ...]:
+        """Numbers of rows for `few_rows` that together meet every kernel."""
+        few = self._env.placement.few
+        return () if few is None else few.row_kinds
 
     def _scratch(self, rows: int, width: int) -> Tensor:
         placement = self._env.placement
@@ -243,18 +266,21 @@ def load_model(
     max_rows: int = 1024,
     max_positions: int | None = None,
     fused_linears: bool = True,
+    capability: tuple[int, int] | None = None,
 ) -> Decoder:
     """Reads this rank's share of the weights and puts the fastest kernels behind it.
 
     kv_dtype: of the caches it will be given, `dtype` if None. native, pack: switches for the C kernels and for oneDNN's
     weight layout; both are used only where they work. triton: take the kernels of GPUs. attention: which of their
     backends, see `backends`. max_rows, max_positions: of any step, for what is made ready once. fused_linears: few rows
-    go through Triton's kernels for them. Raises ConfigError (too many ranks, a backend that is not there),
-    CorruptWeights.
+    go through Triton's kernels for them. capability: of the GPU that kernels are only compiled for. Raises
+    ConfigError (too many ranks, a backend that is not there), CorruptWeights.
     """
     kv_dtype = kv_dtype or dtype
     shard = shard_for(config, comm.rank, comm.world_size)
-    chosen = choose_backends(Request(config, shard, device, dtype, kv_dtype, native, triton, attention, max_rows))
+    chosen = choose_backends(
+        Request(config, shard, device, dtype, kv_dtype, native, triton, attention, max_rows, capability)
+    )
     env = Environment(
         comm=comm,
         placement=Placement(

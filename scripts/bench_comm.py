@@ -1,6 +1,7 @@
 """Collectives between the GPUs of one machine: NCCL against symmetric memory, and what they cost a decode step.
 
     python scripts/bench_comm.py [--world-size 2] [--json FILE] [--steps OURS.jsonl --model-config llama-3.1-8b]
+        [--only all_reduce]
 
 All-reduce, all-gather and broadcast of bfloat16 from 1 KB to 64 MB (for all-gather: each rank's part), each captured
 `--calls` times in a CUDA graph, as the engine captures them: microseconds per call, the slowest rank's median over
@@ -10,7 +11,8 @@ replays. Every kind is checked before it is timed.
   symmetric     a copy, then every GPU reads its peers' parts and adds them up (`SymmetricComm.all_reduce`)
   staged        the same without the copy: the product before it wrote where the peers read
   fused copy    torch's kernel that copies first itself. Timed only: its source does not wait for a block's own copies
-  two shot      each GPU adds up its share, then all collect
+  two shot      each GPU adds up its share, then all collect (`two_shot_all_reduce_out`; 2, 4 or 8 GPUs)
+  in place      each GPU adds up its share and writes it to all, where the parts were (`SymmetricComm.reduce_staged`)
 
 The second table is what all the sums of a step take together (two per layer and one for the embedding, N tokens each),
 as a share of the measured step (--steps: the output of bench_gpu.py for this world size). Its last two kinds are what a
@@ -45,6 +47,8 @@ from treadle.engine.kernels.elementwise import add_rms_norm
 
 SIZES = [1 << shift for shift in range(10, 27)]
 LARGEST_ONE_SHOT = 8 << 20
+LARGEST_TWO_SHOT = SIZES[-1]
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 MODELS = Path(__file__).parent / "models"
 Action = Callable[[], object]
 
@@ -59,8 +63,8 @@ class Rank:
             rank, world_size, self.device, init_method=init_method, shared_dir=Path("."), symmetric=False
         )
         self.group = dist.group.WORLD.group_name
-        self.memory = SymmetricBuffer(2 * LARGEST_ONE_SHOT * world_size, self.device, self.group)
-        self.fast = SymmetricComm(self.nccl, self.memory, LARGEST_ONE_SHOT * world_size)
+        self.memory = SymmetricBuffer(LARGEST_TWO_SHOT + LARGEST_ONE_SHOT * world_size, self.device, self.group)
+        self.fast = SymmetricComm(self.nccl, self.memory, LARGEST_ONE_SHOT, LARGEST_TWO_SHOT)
         self.sums: SymmetricSums | None = make_sums(self.nccl, self.device, LARGEST_ONE_SHOT)
         self.options = options
         self.stream = torch.cuda.Stream()
@@ -68,11 +72,12 @@ class Rank:
     def all_reduce(self, size: int) -> dict[str, Action]:
         x = self.numbers(size)
         kinds: dict[str, Action] = {"nccl": lambda: self.nccl.all_reduce(x)}
-        if size > LARGEST_ONE_SHOT:
-            return kinds
         ops, memory = torch.ops.symm_mem, self.memory.buffer
         staged, out = self.fast.staging(tuple(x.shape), x.dtype), torch.empty_like(x)
         assert staged is not None and memory.data_ptr() == staged.data_ptr()
+        kinds["in place"] = lambda: self.memory.reduce_in_place(staged)
+        if size > LARGEST_ONE_SHOT:
+            return kinds
         kinds["symmetric"] = lambda: self.fast.all_reduce(x)
         kinds["staged"] = lambda: self.memory.reduce(staged, out)
         kinds["fused copy"] = lambda: ops.one_shot_all_reduce_copy_out(staged, x, "sum", self.group, out)
@@ -112,7 +117,7 @@ class Rank:
 
             return twice
 
-        kinds = {f"{kind}, norm": apart(kind) for kind in ("nccl", "staged") if kind in plain}
+        kinds = {f"{kind}, norm": apart(kind) for kind in ("nccl", "staged", "in place") if kind in plain}
         sums = self.sums
         parts = [] if sums is None else [sums.slot(turn, (tokens, hidden), torch.bfloat16) for turn in (0, 1)]
         if sums is not None and all(part is not None for part in parts):
@@ -149,6 +154,16 @@ class Rank:
 
     def check(self) -> None:
         self.check_fused()
+        for size in SIZES:
+            x = self.numbers(size)
+            expected = self.nccl.all_reduce(x.clone())
+            staged = self.fast.staging(tuple(x.shape), x.dtype)
+            assert staged is not None
+            for _ in range(20):
+                staged.copy_(x)
+                self.memory.reduce_in_place(staged)
+                if not torch.equal(staged, expected):
+                    raise SystemExit(f"sums in place of {size} bytes are wrong")
         for size in (1 << 10, 1 << 16, LARGEST_ONE_SHOT):
             x = self.numbers(size)
             expected = self.nccl.all_reduce(x.clone())
@@ -190,7 +205,7 @@ class Rank:
     def run(self) -> list[dict[str, Any]]:
         self.check()
         found = []
-        for name in ("all_reduce", "all_gather", "broadcast"):
+        for name in self.options.only:
             for size in SIZES:
                 for kind, action in getattr(self, name)(size).items():
                     found.append(
@@ -208,7 +223,7 @@ class Rank:
         for tokens in options.batch_sizes:
             size = tokens * config["hidden_size"] * 2
             kinds = self.all_reduce(size)
-            for kind in ("nccl", "symmetric", "staged"):
+            for kind in ("nccl", "symmetric", "staged", "in place"):
                 if kind in kinds:
                     us = self.microseconds(kinds[kind], size) * number
                     found.append({"step": tokens, "bytes": size, "sums": number, "kind": kind, "us": us})
@@ -236,7 +251,7 @@ def report(found: list[dict[str, Any]], options: argparse.Namespace, world_size:
     if options.json is not None:
         options.json.write_text("".join(json.dumps(entry | {"gpus": world_size}) + "\n" for entry in found))
     print(f"{world_size} x {name}, microseconds per call in a CUDA graph\n")
-    for collective in ("all_reduce", "all_gather", "broadcast"):
+    for collective in options.only:
         entries = [entry for entry in found if entry.get("collective") == collective]
         kinds = list(dict.fromkeys(entry["kind"] for entry in entries))
         print(f"| {collective} | " + " | ".join(kinds) + " | GB/s of the fastest |\n" + "|---" * (len(kinds) + 2) + "|")
@@ -271,6 +286,7 @@ def main() -> int:
     parser.add_argument(
         "--batch-sizes", type=lambda text: [int(n) for n in text.split(",")], default=[1, 8, 32, 64, 256]
     )
+    parser.add_argument("--only", choices=COLLECTIVES, nargs="+", default=COLLECTIVES)
     parser.add_argument("--steps", type=Path, metavar="FILE")
     parser.add_argument("--calls", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=15)

@@ -9,8 +9,8 @@ square root of the sum of (w_k a_k)^2, y is off by
 - the sum in float32, on tensor cores that may cut what does not fit: a 2^-23 of a partial sum (about L) for each of
   width / 16 steps, 2^-13 L up to a width of 16,384.
 
-A gated product silu(g) u with g off by d and u off by e is off by |silu'| d |u| + |silu(g)| e + |silu'| d e at most, and
-|silu'| is below 1.1. At the end comes one rounding of what was computed.
+A gated product silu(g) u with g off by d and u off by e is off by |silu'| d |u| + |silu(g)| e + |silu'| d e at most,
+and |silu'| is below 1.1. At the end comes one rounding of what was computed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One-shot collectives, with threads for ranks and ordinary memory for symmetric memory."""
+"""Collectives of one shot and of two, with threads for ranks and ordinary memory for symmetric memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from treadle.engine.comm import SingleComm
 from treadle.engine.comm_symm import SymmetricComm, accelerate
 from treadle.engine.layers import RowParallelLinear
 from treadle.engine.linear import Placement, make_linear
+from treadle.engine.norm import Norm, normed
+from treadle.engine.ops import TorchOps
 
-LIMIT = 1024
+LIMIT, LARGE = 1024, 4096
 
 
 class World:
@@ -22,15 +24,16 @@ class World:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.buffers = [torch.full((LIMIT + 256,), 255, dtype=torch.uint8) for _ in range(size)]
+        self.buffers = [torch.full((LARGE + 256,), 255, dtype=torch.uint8) for _ in range(size)]
         self.slow: list[list[Tensor | None]] = [[] for _ in range(size)]
+        self.shots: list[int] = []
         self.barrier = threading.Barrier(size, timeout=20)
 
     def run(self, task: Callable[[SymmetricComm], Tensor]) -> list[Tensor]:
         outcomes: dict[int, Tensor] = {}
 
         def rank(number: int) -> None:
-            comm = SymmetricComm(SlowComm(self, number), PretendedOneShot(self, number), LIMIT)
+            comm = SymmetricComm(SlowComm(self, number), PretendedOneShot(self, number), LIMIT, LARGE)
             outcomes[number] = task(comm)
 
         threads = [threading.Thread(target=rank, args=(number,)) for number in range(self.size)]
@@ -43,7 +46,7 @@ class World:
 
 class PretendedOneShot:
     def __init__(self, world: World, rank: int) -> None:
-        self._world = world
+        self._world, self._rank = world, rank
         self.buffer = world.buffers[rank]
 
     def reduce(self, staged: Tensor, out: Tensor) -> None:
@@ -55,6 +58,28 @@ class PretendedOneShot:
             total += part
         self._world.barrier.wait()
         out.copy_(total)
+
+    def reduce_in_place(self, staged: Tensor) -> None:
+        """This rank's share, for everyone."""
+        size, rank, world = staged.numel(), self._rank, self._world.size
+        share = -(-size // world)
+        parts = [buffer[: staged.nbytes].view(staged.dtype) for buffer in self._world.buffers]
+        self._world.barrier.wait()
+        mine = slice(share * rank, min(share * (rank + 1), size))
+        total = parts[0][mine].clone()
+        for part in parts[1:]:
+            total += part[mine]
+        for part in parts:
+            part[mine] = total
+        self._world.shots.append(size)
+        self._world.barrier.wait()
+
+
+class InPlace(TorchOps):
+    """Norms of sums in the memory of what was added, as Triton's."""
+
+    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x.copy_(super().add_rms_norm(x, residual, weight, eps))
 
 
 class SlowComm(SingleComm):
@@ -107,6 +132,47 @@ def test_what_was_computed_in_place_is_not_copied_and_not_overwritten() -> None:
         assert torch.equal(outcome, value(0, 4, 8) + value(1, 4, 8))
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_large_sum_takes_two_shots_and_is_the_callers(world_size: int) -> None:
+    world = World(world_size)
+    shape = (LARGE // 64, 16)
+    expected = sum(value(rank, *shape).double() for rank in range(world_size))
+
+    def task(comm: SymmetricComm) -> Tensor:
+        first = comm.all_reduce(value(comm.rank, *shape))
+        staged = comm.staging(shape, torch.float32)
+        assert staged is not None
+        staged.copy_(value(comm.rank, *shape))
+        second = comm.all_reduce(staged)
+        assert second.data_ptr() != staged.data_ptr()
+        comm.all_reduce(torch.ones(shape))  # overwrites what lies in staging
+        return torch.stack([first, second])
+
+    for outcome in world.run(task):
+        torch.testing.assert_close(outcome.double(), torch.stack([expected, expected]))  # type: ignore[list-item]
+    assert len(world.shots) == 3 * world_size and not any(world.slow)
+
+
+def test_a_large_sum_may_stay_where_it_was_computed() -> None:
+    world = World(2)
+
+    def task(comm: SymmetricComm) -> Tensor:
+        staged = comm.staging((LARGE // 64, 16), torch.float32)
+        small = comm.staging((4, 8), torch.float32)
+        assert staged is not None and small is not None
+        staged.copy_(value(comm.rank, *staged.shape))
+        found = comm.reduce_staged(staged)
+        assert found.data_ptr() == staged.data_ptr()
+        kept = comm.owned(found)
+        assert comm.owned(found[3:]).data_ptr() != found[3:].data_ptr() and comm.owned(kept) is kept
+        small.fill_(1)
+        assert comm.reduce_staged(small).data_ptr() != small.data_ptr()
+        return kept
+
+    for outcome in world.run(task):
+        assert torch.equal(outcome, value(0, *outcome.shape) + value(1, *outcome.shape))
+
+
 def test_small_gathers_are_sums_with_zeros_and_keep_infinity() -> None:
     world = World(3)
     parts = [value(rank, 2, 4) for rank in range(3)]
@@ -117,7 +183,7 @@ def test_small_gathers_are_sums_with_zeros_and_keep_infinity() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [((LIMIT,), torch.float32), ((3,), torch.float32), ((8,), torch.float16), ((0, 8), torch.float32)],
+    [((LARGE,), torch.float32), ((3,), torch.float32), ((8,), torch.float16), ((0, 8), torch.float32)],
     ids=["too large", "not a multiple of 16 bytes", "another dtype", "empty"],
 )
 def test_everything_else_is_left_to_the_base(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -127,10 +193,11 @@ def test_everything_else_is_left_to_the_base(shape: tuple[int, ...], dtype: torc
     assert [len(asked) for asked in world.slow] == [2, 2]
 
 
-def test_a_row_parallel_product_is_computed_in_place() -> None:
+@pytest.mark.parametrize("rows", [3, 70])
+def test_a_row_parallel_product_is_computed_in_place(rows: int) -> None:
     world = World(2)
     placement = Placement(torch.device("cpu"), torch.float32, pack=False)
-    weights, inputs = [value(10 + rank, 8, 5) for rank in range(2)], [value(rank, 3, 5) for rank in range(2)]
+    weights, inputs = [value(10 + rank, 8, 5) for rank in range(2)], [value(rank, rows, 5) for rank in range(2)]
 
     def task(comm: SymmetricComm) -> Tensor:
         return RowParallelLinear(make_linear(weights[comm.rank], None, placement), comm)(inputs[comm.rank])
@@ -138,7 +205,34 @@ def test_a_row_parallel_product_is_computed_in_place() -> None:
     expected = inputs[0] @ weights[0].T + inputs[1] @ weights[1].T
     for outcome in world.run(task):
         torch.testing.assert_close(outcome, expected)
-    assert not any(world.slow)
+    assert not any(world.slow) and len(world.shots) == (2 if rows > 3 else 0)
+
+
+def test_two_sums_of_many_rows_with_their_norms() -> None:
+    """The norm lies where the sum did; it has been read when the next product is written there."""
+    world = World(2)
+    placement = Placement(torch.device("cpu"), torch.float32, pack=False)
+    weights = [[value(10 * turn + rank, 8, 8) for rank in range(2)] for turn in (1, 2)]
+    norm = Norm(torch.rand(8), 1e-5, InPlace())
+    start, x = value(7, 70, 8), value(8, 70, 8)
+
+    def layers(comm: SymmetricComm) -> list[RowParallelLinear]:
+        return [RowParallelLinear(make_linear(each[comm.rank], None, placement), comm) for each in weights]
+
+    def task(comm: SymmetricComm) -> Tensor:
+        residual, hidden = start.clone(), x
+        for layer in layers(comm):
+            read = normed(layer.add_norm(hidden, residual, norm))
+            hidden = read * 2  # memory of its own, as a product's
+        return torch.cat([residual, comm.owned(read)])
+
+    residual, hidden = start.clone(), x
+    for each in weights:
+        residual = residual + hidden @ (each[0] + each[1]).T
+        read = TorchOps().rms_norm(residual, norm.weight, norm.eps)
+        hidden = read * 2
+    for outcome in world.run(task):
+        torch.testing.assert_close(outcome, torch.cat([residual, read]), rtol=1e-4, atol=1e-4)
 
 
 def test_without_several_gpus_nothing_changes() -> None:

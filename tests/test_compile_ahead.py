@@ -62,6 +62,26 @@ def test_a_noted_kernel_compiles_without_a_gpu(tmp_path: Path) -> None:
     assert list((tmp_path / "cache").rglob("*.cubin"))
 
 
+LATE = """
+import types
+from treadle.engine.cuda.late_kernels import LateKernels
+from triton import knobs
+late = LateKernels()
+for hit in (True, False, False):
+    knobs.compilation.listener(
+        src=None, metadata={"name": "_kernel"}, metadata_group={}, times=types.SimpleNamespace(total=500_000),
+        cache_hit=hit,
+    )
+print(late.end(), knobs.compilation.listener)
+"""
+
+
+def test_what_is_compiled_late_is_counted() -> None:
+    pytest.importorskip("triton")
+    done = run(["-c", LATE])
+    assert done.stdout == "{'+ 2 compiled late': 1.0} None\n", done.stderr
+
+
 def test_children_share_the_tasks_and_one_that_fails_is_counted(tmp_path: Path) -> None:
     """The others take over what a failed child leaves, but for the task that it died of."""
     done = run(["-c", RUN_FORKED, str(tmp_path), "7"])

@@ -185,7 +185,8 @@ def test_the_ladder_ends_where_it_should() -> None:
     assert ladder(8) == [1, 2, 4, 8]
     assert ladder(20) == [1, 2, 4, 8, 16, 20]
     sizes = ladder(1000)
-    assert sizes[-1] == 1000 and len(sizes) < 70
+    assert sizes[-1] == 1000 and len(sizes) < 40
+    assert {24, 64, 80, 256, 288, 512, 576} <= set(sizes) and not {72, 272, 544} & set(sizes)
     assert all(a < b for a, b in itertools.pairwise(sizes))
 
 

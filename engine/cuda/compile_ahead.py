@@ -133,15 +133,31 @@ def wanted(configure: Configure, capability: int) -> Found:
             attention="triton",
             max_rows=configure.max_num_seqs,
             max_positions=min(configure.max_model_len, config.max_position),
+            fused_linears=configure.fused_linears,
+            capability=divmod(capability, 10),
         )
         program = make_program(configure, model, comm, dtype=dtype, device=_CPU, kernels=True)
         shard = shard_for(config, 0, comm.world_size)
         kv = KVCache(config, shard, num_blocks=2, block_size=configure.block_size, dtype=kv_dtype, device=_CPU)
         with noted() as found:
             warm(program, kv, max_tokens=configure.max_num_batched_tokens, max_len=configure.max_model_len, threads=1)
+            if comm.world_size > 1 and configure.fused_sums:
+                _sums(comm.world_size, config.hidden_size, dtype)
     if configure.attention_backend in ("auto", "flashinfer") and prebuilt("fa3", config.head_dim) is not None:
         return {key: function for key, function in found.items() if key[0] != "_prefill_kernel"}
     return found
+
+
+def _sums(world_size: int, hidden: int, dtype: torch.dtype) -> None:
+    """Those over the ranks that take residual and norm along, and those that `make_sums` tries."""
+    from treadle.engine.kernels.sums import MOST_PROGRAMS, sum_add_norm
+
+    addresses = torch.zeros(world_size, dtype=torch.int64)
+    many = MOST_PROGRAMS + 1  # each program takes two
+    tried = ((1, 256, torch.bfloat16), (many, 256, torch.bfloat16))
+    for rows, width, kind in ((1, hidden, dtype), (many, hidden, dtype), *tried):
+        residual, out = torch.zeros((2, rows, width), dtype=kind).unbind()
+        sum_add_norm(addresses, 0, 0, 0, residual, torch.zeros(width, dtype=kind), out, 1.0)
 
 
 def tasks_for(found: Found) -> list[Task]:

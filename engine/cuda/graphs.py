@@ -15,11 +15,14 @@ import torch
 
 from .program import StepProgram
 
-_FINE = ((8, 256), (16, 512), (32, 1024), (64, 1 << 30))
+_FINE = ((8, 64), (16, 256), (32, 512), (64, 1 << 30))
 
 
 def ladder(most: int) -> list[int]:
-    """1, 2, 4, then in steps that grow, up to `most`, which is always one of them."""
+    """1, 2, 4, then in steps that grow, up to `most`, which is always one of them.
+
+    Few, as each is captured at the start; a step is padded by a fifth at most, from 64 rows on.
+    """
     sizes = [size for size in (1, 2, 4) if size < most]
     size = 8
     while size < most:

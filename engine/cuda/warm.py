@@ -7,10 +7,10 @@ what must not be done by several threads, matrix products (each thread's cuBLAS 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -25,8 +25,6 @@ from .program import StepProgram
 
 _THREADS = 12
 _QUERIES = (2, 16, 64, 256, 1024)
-# One of each kind that the table of kernels for few rows tells apart.
-_FEW_ROWS = (1, 4, 8, 16, 32)
 Call = Callable[[], object]
 
 
@@ -63,9 +61,9 @@ def warm(program: StepProgram, kv: KVCache, *, max_tokens: int, max_len: int, th
     for counts in ([1], [3, 4]):
         batch = _batch(program, counts, max(counts), device)
         calls += program.model.operations(batch, kv)
-    # Each product with one number of rows after the other: neighbours often share a kernel, compiled once then.
-    by_rows = [program.model.few_rows(rows) for rows in _FEW_ROWS if rows <= max_tokens]
-    calls += [partial(_in_order, product) for product in zip(*by_rows, strict=True)]
+    for smaller, rows in pairwise((0, *program.model.few_row_kinds)):
+        if smaller < max_tokens:
+            calls += program.model.few_rows(rows)
     if program.fused is not None:
         echo = Echo(program.fused.world_size)
         for filtered in (True, False):
@@ -116,11 +114,6 @@ def _batch(program: StepProgram, counts: list[int], max_context: int, device: to
         max_query_len=max(counts),
         context_lens_host=counts,
     )
-
-
-def _in_order(calls: Iterable[Call]) -> None:
-    for call in calls:
-        call()
 
 
 def _attend_all(program: StepProgram, batches: list[ForwardBatch], kv: KVCache) -> None:

@@ -1,10 +1,10 @@
 """Which products of few rows our kernels take, and with which tiles: the choice per shape, in one place.
 
 `scripts/bench_linears.py` prints lines for `_MEASURED`: a shape, then for each number of rows the fastest tile, or None
-where cuBLAS with the small kernels around it is as fast. Numbers of rows with nearly equal tiles share one, so that less
-is compiled. What counts is the sum over a layer: a product that leaves its norm to the next one needs the next one to
-take it, so the shapes of a model end at the same number of rows. Shapes that nobody measured get the general tiles, as
-far as those won for every shape that was measured.
+where cuBLAS with the small kernels around it is as fast. Numbers of rows with nearly equal tiles share one, so that
+less is compiled. What counts is the sum over a layer: a product that leaves its norm to the next one needs the next one
+to take it, so the shapes of a model end at the same number of rows. Shapes that nobody measured get the general tiles,
+as far as those won for every shape that was measured.
 """
 
 from __future__ import annotations

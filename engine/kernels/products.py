@@ -8,16 +8,17 @@ from torch import Tensor
 from treadle.engine.norm import Hidden, Unnormed
 
 from .linear import linear, serves
-from .linear_table import MOST_ROWS, choose
+from .linear_table import MOST_ROWS, LinearConfig, choose, row_kinds
 
 _HOPPER = (9, 0)
 
 
 class TritonProducts:
-    def __init__(self, device: torch.device) -> None:
-        """device: a GPU, or a CPU where kernels are interpreted, as on a Hopper."""
+    def __init__(self, device: torch.device, capability: tuple[int, int] = _HOPPER) -> None:
+        """device: a GPU, or a CPU where kernels are interpreted or only compiled, as on a GPU of this capability."""
         self.most_rows = MOST_ROWS
-        self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else _HOPPER
+        self.row_kinds = row_kinds()
+        self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else capability
 
     def __call__(
         self,
@@ -31,8 +32,8 @@ class TritonProducts:
     ) -> Tensor | None:
         rows = x.x if isinstance(x, Unnormed) else x
         outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-        config = choose(self._capability, rows.shape[0], outputs, rows.shape[1], gated)
-        if config is None or not serves(rows, weight):
+        config = self._choice(rows, weight, outputs, gated)
+        if config is None:
             return None
         if out is None:
             out = rows.new_empty((rows.shape[0], outputs))
@@ -43,3 +44,10 @@ class TritonProducts:
             else:
                 rows = x.taken()
         return linear(rows, weight, out, config, bias=bias, norm=norm, eps=eps, gated=gated, add=add)
+
+    def takes(self, x: Tensor, weight: Tensor) -> bool:
+        return self._choice(x, weight, weight.shape[0], False) is not None
+
+    def _choice(self, x: Tensor, weight: Tensor, outputs: int, gated: bool) -> LinearConfig | None:
+        config = choose(self._capability, x.shape[0], outputs, x.shape[1], gated)
+        return config if serves(x, weight) else None
