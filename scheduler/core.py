@@ -123,7 +123,7 @@ class Core:
     def expire(self, now: float) -> list[Output]:
         """Ends requests whose deadline has passed or cannot be met any more, and hands out what `plan` found so."""
         outputs, self._unsaid = self._unsaid, []
-        for sequence in self._waiting.too_late(now):
+        for sequence in self._waiting.too_late(now) if self._guard.has_latest_start else ():
             error = _unreachable(sequence.request, now)
             failed = Output(sequence, error_code=DeadlineUnreachable.code, error=error)
             outputs.append(self._end(failed, "error", now))

@@ -118,7 +118,7 @@ class Planner:
         batch = _Batch(self._budget, decode, context)
         arrays = self._running.rows
         prefills = (arrays.frontier - arrays.computed > 1).nonzero()[0]
-        admits = preemptions == self.preemptions and len(self._waiting) > 0 and len(arrays.free) > 0
+        admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
         if prefills.size or admits:
             self._limit(batch, now)
             if prefills.size:
@@ -152,7 +152,7 @@ class Planner:
         if not decode.size:
             return decode, decode, 0
         computed = rows.computed[decode]
-        context = int(computed.sum()) + decode.size
+        context = int(np.add.reduce(computed, dtype=np.int64)) + decode.size
         growing = decode[computed == rows.nblocks[decode] * self._block_size]
         while growing.size > self._running.cache.pool.available:
             victim = self._victim(now)

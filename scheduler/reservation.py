@@ -106,7 +106,7 @@ class Reservation:
         live = rows.admission.nonzero()[0]
         tables, known = rows.nblocks[live], rows.known[live]
         slots, output = self._slot[live], known - self._prompt[live]
-        held: Floats = tables.astype(np.float64) * (self._pool.used / max(1, int(tables.sum())))
+        held = tables.astype(np.float64) * (self._pool.used / max(1, int(tables.sum())))
         outlook = self.lengths.outlook(np.append(slots, slot), np.append(output, np.int32(0)))
         return _Load(outlook, *self._expect(outlook, slots, known, output, rows.limit[live], held))
 

@@ -78,6 +78,7 @@ class Setting:
             prefix_cache=self.cache,
             num_blocks=TIGHT_BLOCKS if self.tight else AMPLE_BLOCKS,
             max_num_seqs=AT_ONCE,
+            reserve_output="none",  # preemption is to happen
             debug=True,
         )
 

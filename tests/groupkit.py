@@ -63,6 +63,7 @@ def core_for(configure: Configure, **changes: object) -> Core:
         "max_num_batched_tokens": configure.max_num_batched_tokens,
         "max_model_len": configure.max_model_len,
         "vocab_size": load_config(Path(configure.model)).vocab_size,
+        "reserve_output": "none",  # where blocks are few, preemption is to happen
         **changes,
     }
     return Core(CoreConfig(**values), draw_seed=lambda: 1)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from treadle import LLM
 
 from .realkit import GREEDY, MODEL, PROMPTS, Outputs, all_at_once, greedy_tokens, load_reference, one_at_a_time
 
-TIGHT = {"num_blocks": 60}
+TIGHT = {"num_blocks": 60, "reserve_output": "none"}
 
 
 @pytest.fixture(scope="module")

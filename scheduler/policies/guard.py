@@ -126,7 +126,9 @@ def _check(policy: object) -> tuple[str, int]:
 
 
 def _is_number(answer: object) -> bool:
-    """An int beyond any float is none here, and raises into `_ask`; so do numpy's own NaNs fail the comparison."""
+    """An int beyond any float raises here, and so in `_ask`."""
+    if type(answer) is float:
+        return answer == answer
     return isinstance(answer, int | float) and not isinstance(answer, bool) and float(answer) == float(answer)
 
 
