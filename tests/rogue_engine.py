@@ -109,6 +109,10 @@ class Rogue:
         if deed == "close":
             self.socket.close(0)
             time.sleep(600)
+        if deed == "leave":
+            self.send(result)
+            self.socket.close(2_000)
+            time.sleep(600)
         if deed == "garbage":
             self.socket.send(b"\xff\x00 not a message")
         elif deed == "unasked":

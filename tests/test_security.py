@@ -142,6 +142,11 @@ async def test_a_greedy_client_is_refused_and_the_others_are_not(tmp_path: Path)
         await anext(first)
         with pytest.raises(Overloaded, match="bytes"):
             await greedy.generate([1] * 60, LONG).final()
+        await first.aclose()
+        async with asyncio.timeout(20):
+            while f.service.unfinished:
+                await asyncio.sleep(0.01)
+        await anext(greedy.generate([1] * 60, LONG))
 
 
 @pytest.mark.asyncio

@@ -147,6 +147,22 @@ async def test_a_lost_rank_is_found_while_nothing_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_lost_socket_is_found_while_nothing_runs(tmp_path: Path) -> None:
+    """By the monitor: nobody would send anything, and the process lives."""
+    async with faulty(tmp_path, "1 10 leave") as f:
+        f.submit("only", PROMPTS[0], params(0, 10))
+        await f.sink.ended("only")
+        async with asyncio.timeout(20):
+            while f.service.stats().recoveries < 1:
+                await asyncio.sleep(0.01)
+        lost = f.events[0]
+        assert isinstance(lost, GroupLost) and (lost.rank, lost.cause) == (1, "unreachable")
+        f.submit_all()
+        await f.all_ended()
+        assert f.exact()
+
+
+@pytest.mark.asyncio
 async def test_a_spare_group_takes_over(tmp_path: Path) -> None:
     async with faulty(tmp_path, "1 10 exit", pace=0.005, standby=True) as f:
         await spare_is(f.service, "ready")
