@@ -136,8 +136,8 @@ def test_log_probabilities_are_those_of_the_cpu_runner(checkpoint: Path, tmp_pat
             driver = Driver(group, max_prefill_chunk=16)
             step = group.step
 
-            def watched(frame: bytes, step=step, seen=seen) -> StepResult:  # type: ignore[no-untyped-def]
-                result = step(frame)
+            def watched(frame: bytes, masks: bytes, step=step, seen=seen) -> StepResult:  # type: ignore[no-untyped-def]
+                result = step(frame, masks)
                 seen += [(item.position, item.token_id, item.rank, round(item.logprob, 4)) for item in result.logprobs]
                 return result
 
