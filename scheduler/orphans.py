@@ -34,11 +34,7 @@ class Orphans(Sink):
         self._kept[submit.key] = _Orphan(request, [unpack(output).tolist() for output in submit.outputs])
 
     def flush(self) -> None:
-        deltas = self.take()
-        for key, token in deltas.tokens.items():
-            if key in self._kept:
-                self._kept[key].tokens[0].append(token)
-        for delta in deltas.items:
+        for delta in self.take().each():
             orphan = self._kept.get(delta.id)
             if orphan is not None:
                 orphan.tokens[delta.index] += delta.tokens

@@ -41,7 +41,7 @@ class Collector(Sink):
         self._news = asyncio.Event()
 
     def flush(self) -> None:
-        for delta in self.take():
+        for delta in self.take().each():
             self.tokens.setdefault(delta.id, []).extend(delta.tokens)
             self.last[delta.id] = delta
             if delta.finish:

@@ -12,6 +12,7 @@ Numbers that come in arrays travel as raw little-endian bytes: `int32` unless th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, NewType
 
 import msgspec
@@ -352,6 +353,11 @@ class Deltas(Message, frozen=True):
     items: list[Delta]
     tokens: dict[str, int] = {}
     number: int = 0
+
+    def each(self) -> Iterator[Delta]:
+        """Everything in the long form, for readers that do not mind an object per token."""
+        yield from (Delta(request_id, 0, [token]) for request_id, token in self.tokens.items())
+        yield from self.items
 
 
 class Refused(Message, frozen=True):
