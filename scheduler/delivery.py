@@ -45,6 +45,13 @@ class Sink:
         else:
             self.open.pop(request_id, None)
 
+    def forget(self, request_id: str) -> int:
+        """Ends what is left of the request's continuations; returns how many."""
+        left = self.open.get(request_id, 0)
+        for _ in range(left):
+            self.count_down(request_id)
+        return left
+
     def take(self, number: int = 0) -> Deltas:
         deltas = Deltas(self._items, self._tokens, number)
         self._items, self._tokens = [], {}

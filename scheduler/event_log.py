@@ -45,6 +45,7 @@ class PlanDigest(msgspec.Struct, array_like=True, frozen=True):
     grow: int
     rows: int
     counts: int
+    guided: int
 
 
 class OutputDigest(msgspec.Struct, array_like=True, frozen=True):

@@ -187,6 +187,7 @@ def plan_digest(plan: StepPlan) -> PlanDigest:
         zlib.crc32(plan.grow_blocks, zlib.crc32(plan.grow_rows)),
         zlib.crc32(plan.rows),
         zlib.crc32(plan.counts),
+        zlib.crc32(plan.guided),
     )
 
 

@@ -232,7 +232,7 @@ class Service:
     @property
     def unfinished(self) -> int:
         """Requests that were accepted and have not ended."""
-        return self._core.unfinished if self._core is not None else 0
+        return len(self._compiling) + (self._core.unfinished if self._core is not None else 0)
 
     async def change_weights(self, facts: ModelFacts) -> None:
         """Goes on with other weights of the same shape: every request continues, from the tokens that it has.
@@ -303,7 +303,7 @@ class Service:
         self._enter(message, sink, grammar)
 
     def _enter(self, message: Submit, sink: Sink, grammar: Grammar | None) -> None:
-        core = self._accepting()
+        core = self._living()
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         number = self._keeping.accept(message) if self._keeping is not None and request.unfinished else -1
         request.context = Route(sink, message.id, number)
@@ -388,8 +388,9 @@ class Service:
             self._compiling.pop((sink, message.id), None)
             if not isinstance(error, TreadleError):
                 logger.exception("a grammar raised")
-            sink.open.pop(message.id, None)
+            sink.forget(message.id)
             sink.refuse(refusal(message.id, error))
+            self._note_idle()
 
     def _abort_compiling(self, task: asyncio.Task[None], message: Abort, sink: Sink) -> None:
         if message.index >= 0:  # of several: when they run
@@ -397,9 +398,10 @@ class Service:
             return
         task.cancel()
         del self._compiling[sink, message.id]
-        for index in range(sink.open.pop(message.id, 0)):
+        for index in range(sink.forget(message.id)):
             sink.put(Delta(message.id, index, [], "abort"))
         sink.flush()
+        self._note_idle()
 
     def _guide_steps(self) -> None:
         """Has the masks made for which all tokens are there."""
@@ -598,6 +600,9 @@ class Service:
                     self._guide.forget(output.sequence)
         for sink in dirty:
             sink.flush()
+        self._note_idle()
+
+    def _note_idle(self) -> None:
         if not self.unfinished:
             self._idle.set()
 
@@ -719,7 +724,7 @@ class Service:
         missing, seconds = self._missing(oldest), self._deadline.seconds(oldest.tokens)
         text = (
             f"engine ranks {missing} did not finish step {oldest.number} within {seconds:g} s; where "
-            "steps take longer, give them more with step_timeout or step_timeout_floor"
+            "steps take longer, give them more with step_timeout (--step-timeout) or step_timeout_floor"
         )
         self._on_death(Death(missing[0] if missing else -1, oldest.number, "hang", EngineFailed(text)), oldest)
 
@@ -736,12 +741,16 @@ class Service:
     # ── inside ──
 
     def _accepting(self) -> Core | RecordedCore:
+        core = self._living()
+        if self._draining:
+            raise ServiceDraining("the service is draining: it finishes what it has and takes nothing new")
+        return core
+
+    def _living(self) -> Core | RecordedCore:
         if self._state == "starting":
             raise ServiceStarting("the service is starting")
         if self._core is None or self._state in ("failed", "closed"):
             raise ServiceClosed(f"the service is {self._state}: {self._detail}".rstrip(": "))
-        if self._draining:
-            raise ServiceDraining("the service is draining: it finishes what it has and takes nothing new")
         return self._core
 
 

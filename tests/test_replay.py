@@ -293,6 +293,7 @@ def test_every_part_of_a_plan_is_in_its_digest() -> None:
         "grow_blocks": b"efgi",
         "rows": b"ijkm",
         "counts": b"mnoq",
+        "guided": b"abcd",
     }
     assert set(changes) == set(StepPlan.__struct_fields__)
     for name, value in changes.items():
