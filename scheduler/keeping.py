@@ -78,7 +78,7 @@ class Keeping:
     def drop_orphans(self) -> None:
         """Nobody came back for them."""
         for key in self._orphans.keys():  # noqa: SIM118  # a list: it changes
-            self._orphans.forget(key)
+            self._orphans.drop(key)
             self._abort(self._orphan_name(key), -1)
 
     def note_step(self, outputs: Outputs) -> None:

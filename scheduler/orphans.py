@@ -76,5 +76,5 @@ class Orphans(Sink):
     def keys(self) -> list[str]:
         return list(self._kept)
 
-    def forget(self, key: str) -> None:
+    def drop(self, key: str) -> None:
         self._kept.pop(key, None)

@@ -18,6 +18,7 @@ import asyncio
 import json
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,11 @@ from typing import Any
 from compare_gpu import Limits, Record, medians, read, shape_of
 from scaling_model import Model, Sums, predict
 
+from treadle.engine.comm_symm import ONE_SHOT_BYTES
 from treadle.engine.config import load_config
 
 HERE = Path(__file__).parent
 MODELS = HERE / "models"
-# Up to here the engine sums in symmetric memory (engine/comm_symm.py), above it by NCCL.
-ONE_SHOT_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,16 @@ async def collectives(options: argparse.Namespace, count: int) -> None:
     options.comm.unlink(missing_ok=True)
     for size in (size for size in options.sizes if 1 < size <= count):
         part = options.comm.with_suffix(f".{size}")
-        await call([str(HERE / "bench_comm.py"), "--world-size", str(size), "--json", str(part)], options.log)
+        arguments = [
+            str(HERE / "bench_comm.py"),
+            "--world-size",
+            str(size),
+            "--only",
+            "all_reduce",
+            "--json",
+            str(part),
+        ]
+        await call(arguments, options.log)
         if part.exists():
             with options.comm.open("a") as file:
                 file.write(part.read_text())
@@ -121,15 +130,16 @@ async def collectives(options: argparse.Namespace, count: int) -> None:
 
 
 def sums_of(records: Sequence[Record], size: int) -> Sums:
-    """The all-reduces as the engine makes them: of `staged` products where that is used, else NCCL's."""
-    found: dict[int, float] = {}
+    """The all-reduces as the engine makes them: one shot of small ones, two of large ones, both where they stand."""
+    found: dict[int, dict[str, float]] = defaultdict(dict)
     for record in records:
         if record.get("collective") == "all_reduce" and record["gpus"] == size:
-            kind = "staged" if record["bytes"] <= ONE_SHOT_BYTES else "nccl"
-            if record["kind"] == kind:
-                found[record["bytes"]] = record["us"]
+            found[record["bytes"]][record["kind"]] = record["us"]
     sizes = sorted(found)
-    return Sums(sizes, [found[each] for each in sizes])
+    preferred = [("staged" if each <= ONE_SHOT_BYTES.get(size, 0) else "in place") for each in sizes]
+    return Sums(
+        sizes, [found[each].get(kind, found[each]["nccl"]) for each, kind in zip(sizes, preferred, strict=True)]
+    )
 
 
 @dataclass(frozen=True, slots=True)
