@@ -144,14 +144,14 @@ def sums_of(records: Sequence[Record], size: int) -> Sums:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One figure on `size` GPUs. sums, predicted: None for throughput, which is no single step."""
+    """One figure on `size` GPUs. sums, predicted (at least, at most): None for throughput, which is no single step."""
 
     what: str
     size: int
     value: float
     speed_up: float
     sums: float | None
-    predicted: float | None
+    predicted: tuple[float, float] | None
 
 
 def lines(name: str, records: Sequence[Record], comm: Sequence[Record], limits: Limits) -> Iterator[Line]:
@@ -169,13 +169,14 @@ def lines(name: str, records: Sequence[Record], comm: Sequence[Record], limits: 
         for size in (size for size in sizes if key in values[size]):
             value, summed, predicted = values[size][key], None, None
             if mode != "throughput" and size > 1:
-                summed, predicted = (1e3 * t for t in modelled(model, about[key], one / 1e3, size, sums_of(comm, size)))
+                summed, least, most = modelled(model, about[key], one / 1e3, size, sums_of(comm, size))
+                summed, predicted = summed * 1e3, (least * 1e3, most * 1e3)
             speed_up = value / one if mode == "throughput" else one / value
             yield Line(f"{mode} {what}", size, value, speed_up, summed, predicted)
 
 
-def modelled(model: Model, record: Record, one: float, ranks: int, sums: Sums) -> tuple[float, float]:
-    """Seconds of all sums, and of the whole step, predicted."""
+def modelled(model: Model, record: Record, one: float, ranks: int, sums: Sums) -> tuple[float, float, float]:
+    """Seconds of all sums, and of the whole step, predicted at least and at most."""
     if record["mode"] == "latency":
         batch, context = record["batch"], record["context"] + record["output_len"] / 2
         shared, alone = model.decode(ranks, batch, context), model.decode(1, batch, context)
@@ -183,11 +184,11 @@ def modelled(model: Model, record: Record, one: float, ranks: int, sums: Sums) -
     else:
         shared, alone = model.prefill(ranks, record["input_len"]), model.prefill(1, record["input_len"])
         summed = model.summed(sums, record["input_len"])
-    return summed, predict(alone, one, shared, summed)
+    return summed, *predict(alone, one, shared, summed)
 
 
 def table(found: Sequence[Line]) -> Iterator[str]:
-    yield "| | GPUs | measured | speed-up | efficiency | sums | share | predicted | off by |"
+    yield "| | GPUs | measured | speed-up | efficiency | sums | share | predicted | within |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for line in found:
         cells = [line.what, str(line.size), f"{line.value:,.2f}", f"{line.speed_up:.2f}"]
@@ -195,25 +196,41 @@ def table(found: Sequence[Line]) -> Iterator[str]:
         if line.sums is None or line.predicted is None:
             cells += [""] * 4
         else:
-            cells += [f"{line.sums:.2f}", f"{line.sums / line.value:.0%}", f"{line.predicted:,.2f}"]
-            cells.append(f"{line.predicted / line.value - 1:+.0%}")
+            least, most = line.predicted
+            cells += [f"{line.sums:.2f}", f"{line.sums / line.value:.0%}", f"{least:,.2f} to {most:,.2f}"]
+            outside = line.value / (least if line.value < least else most) - 1
+            cells.append("yes" if least <= line.value <= most else f"off by {outside:+.0%}")
         yield "| " + " | ".join(cells) + " |"
 
 
+def sums_table(comm: Sequence[Record], sizes: Sequence[int]) -> Iterator[str]:
+    """Microseconds of one all-reduce, as the engine makes it."""
+    known = {size: sums_of(comm, size) for size in sizes}
+    known = {size: sums for size, sums in known.items() if sums.sizes}
+    yield "| all-reduce of | " + " | ".join(f"{size} GPUs, µs" for size in known) + " |"
+    yield "|---" * (len(known) + 1) + "|"
+    for length in sorted({length for sums in known.values() for length in sums.sizes}):
+        cells = [f"{sums.seconds(length) * 1e6:.1f}" for sums in known.values()]
+        yield f"| {length >> 10} KB | " + " | ".join(cells) + " |"
+
+
 def plot(every: dict[str, list[Line]], file: Path) -> None:
-    """Speed-ups over the number of GPUs, measured and predicted. Needs matplotlib."""
+    """Speed-ups over the number of GPUs, measured (lines) and predicted (bars). Needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5 * len(every), 4.2), layout="constrained")
     for axes, (name, found) in zip(figure.subplots(1, len(every), squeeze=False)[0], every.items(), strict=True):
         most = max(line.size for line in found)
         axes.plot([1, most], [1, most], color="0.8", linewidth=1, label="linear")
-        for what in dict.fromkeys(line.what for line in found):
+        for shift, what in enumerate(dict.fromkeys(line.what for line in found)):
             mine = [line for line in found if line.what == what]
-            (drawn,) = axes.plot([line.size for line in mine], [line.speed_up for line in mine], "o-", label=what)
-            guessed = [(line.size, mine[0].value / line.predicted) for line in mine if line.predicted]
-            axes.plot(*zip(*guessed, strict=True), "x", color=drawn.get_color()) if guessed else None
-        axes.set(title=name, xlabel="GPUs", ylabel="speed-up (x: predicted)", xticks=range(1, most + 1))
+            place = [line.size + 0.03 * shift for line in mine]
+            (drawn,) = axes.plot(place, [line.speed_up for line in mine], "o-", label=what, markersize=4)
+            for x, line in zip(place, mine, strict=True):
+                if line.predicted is not None:
+                    ends = [mine[0].value / seconds for seconds in line.predicted]
+                    axes.plot([x, x], ends, color=drawn.get_color(), alpha=0.35, linewidth=5)
+        axes.set(title=name, xlabel="GPUs", ylabel="speed-up (bar: predicted)", xticks=range(1, most + 1))
         axes.legend(fontsize="small")
     figure.savefig(file)
 
@@ -228,6 +245,7 @@ def report(options: argparse.Namespace) -> None:
     for name, found in every.items():
         print(f"\n{name}, random weights; ms, or output tokens/s\n")
         print("\n".join(table(found)))
+    print("\n" + "\n".join(sums_table(comm, options.sizes)))
     if options.plot is not None and every:
         plot(every, options.plot)
 

@@ -3,10 +3,12 @@
 A step on t GPUs is three terms (docs/tensor-parallel.md derives them):
 
   shared   bytes / bandwidth, or products / matrix rate, of the rank with the largest share: it shrinks with t
-  fixed    what one GPU takes beyond that, as measured there: norms, launches, sampling, what no rank is spared
+  rest     what one GPU takes beyond that, as measured there: norms, launches, sampling, kernels slower than a copy
   summed   2 all-reduces per layer and 1 for the embedding, each as long as one of its size was measured to take
 
-Only the measurement on one GPU and of the all-reduces go in, so what is predicted for 2, 3 or 4 can be wrong.
+Part of the rest is divided too, and nobody has measured which: if all of it is, the step is as short as it can be, if
+none, as long. Only the measurements on one GPU and of the all-reduces go in, so what is predicted for 2, 3 or 4 GPUs
+can be wrong.
 """
 
 from __future__ import annotations
@@ -95,6 +97,6 @@ class Model:
         return self.shape.layer_weights - mlp, mlp, self.shape.head_weights
 
 
-def predict(shared_one: float, measured_one: float, shared: float, summed: float) -> float:
-    """Seconds on several GPUs; what one GPU took beyond its shared term stays as it is."""
-    return shared + max(0.0, measured_one - shared_one) + summed
+def predict(shared_one: float, measured_one: float, shared: float, summed: float) -> tuple[float, float]:
+    """Seconds on several GPUs, at least and at most: the rest divided like the shared term, and not at all."""
+    return measured_one * shared / shared_one + summed, shared + max(0.0, measured_one - shared_one) + summed
