@@ -17,7 +17,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -40,9 +39,9 @@ from treadle.transport.messages import (
     Abort,
     Configure,
     Delta,
-    Guided,
     Health,
     InfoRequest,
+    Masks,
     ServiceMessage,
     Stats,
     StepResult,
@@ -58,16 +57,15 @@ from .deadline import StepDeadline
 from .delivery import Route, Sink, refusal
 from .engine_group import ENGINE_COMMAND, Death, EngineGroup
 from .event_log import EventWriter
-from .guidance.guide import Guide
-from .guidance.matching import Grammar, Matching
-from .guidance.rows import MadeMasks
+from .guidance.desk import GuidedRequests, make_matching
+from .guidance.matching import Grammar
 from .health import judge
 from .keeping import Keeping
 from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
 from .policies import Policy
 from .recording import RecordedCore
-from .request import Output, Outputs, Request
+from .request import Output, Outputs
 from .request import Sequence as RequestSequence
 from .setup import check_same_shape, configure_message, core_config
 from .step import Step, sent
@@ -142,8 +140,16 @@ class Service:
         self._deadline_timer: asyncio.Handle | None = None
         self._deadline_at = 0.0
         self._steps = 0
-        self._guide: Guide | None = None
-        self._compiling: dict[tuple[Sink, str], asyncio.Task[None]] = {}
+        self._guided = GuidedRequests(
+            lambda: make_matching(tokenizer_info, self.facts),
+            options.grammar_timeout,
+            enter=self._enter,
+            abort=self.abort,
+            broadcast=self._send_masks,
+            fail=self._fail,
+            pump=self._pump,
+            idle=self._note_idle,
+        )
 
     # ── life ──
 
@@ -184,6 +190,7 @@ class Service:
         """
         self._state = "closed"
         if self._closing is None:
+            self._guided.close()
             self._closing = asyncio.get_running_loop().create_task(self._close())
         await asyncio.shield(self._closing)
 
@@ -191,10 +198,6 @@ class Service:
         for timer in (self._step_timer, self._deadline_timer, self._orphan_timer):
             if timer is not None:
                 timer.cancel()
-        for task in self._compiling.values():
-            task.cancel()
-        if self._guide is not None:
-            self._guide.close()
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
@@ -232,7 +235,7 @@ class Service:
     @property
     def unfinished(self) -> int:
         """Requests that were accepted and have not ended."""
-        return len(self._compiling) + (self._core.unfinished if self._core is not None else 0)
+        return self._guided.compiling + (self._core.unfinished if self._core is not None else 0)
 
     async def change_weights(self, facts: ModelFacts) -> None:
         """Goes on with other weights of the same shape: every request continues, from the tokens that it has.
@@ -294,29 +297,24 @@ class Service:
         name = f"{sink.name}/{message.id}"
         if self._keeping is not None and self._keeping.claim(message, sink, name):
             return
-        grammar = None
         if message.params.guided is not None:
-            grammar = self._own_guide().cached(message.params.guided)
-            if grammar is None:
-                self._compile(self._own_guide(), message.params.guided, message, sink)
-                return
-        self._enter(message, sink, grammar)
+            self._guided.submit(message.params.guided, message, sink)
+        else:
+            self._enter(message, sink)
 
-    def _enter(self, message: Submit, sink: Sink, grammar: Grammar | None) -> None:
+    def _enter(self, message: Submit, sink: Sink, grammar: Grammar | None = None) -> None:
         core = self._living()
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         number = self._keeping.accept(message) if self._keeping is not None and request.unfinished else -1
         request.context = Route(sink, message.id, number)
         sink.open[message.id] = request.unfinished
-        if grammar is not None and self._guide is not None:
-            self._guide.begin(request, grammar)
+        if grammar is not None:
+            self._guided.begin(request, grammar)
         self._pump()
         self._arm_timers()  # a deadline counts while the engines recover, too
 
     def abort(self, message: Abort, sink: Sink) -> None:
-        compiling = self._compiling.get((sink, message.id))
-        if compiling is not None:
-            self._abort_compiling(compiling, message, sink)
+        if self._guided.abort(message, sink):
             return
         name = f"{sink.name}/{message.id}"
         self._abort(self._keeping.name(name) if self._keeping is not None else name, message.index)
@@ -325,6 +323,10 @@ class Service:
         if self._core is not None:
             self._deliver(self._core.abort(name, self._loop.time(), index))
             self._pump()
+
+    def _fail(self, name: str, index: int, message: str) -> None:
+        if self._core is not None:
+            self._deliver(self._core.fail(name, index, RequestFailed.code, message, self._loop.time()))
 
     async def _take_up_journal(self, core: Core | RecordedCore) -> None:
         """What the service before this one had accepted goes on; for a while without its readers."""
@@ -336,92 +338,25 @@ class Service:
             self._orphan_timer = self._loop.call_later(_ORPHAN_SECONDS, self._keeping.drop_orphans)
         for request in taken:
             if request.params.guided is not None:
-                await self._guide_again(core, request, request.params.guided)
+                await self._guided.take_up(request, request.params.guided)
 
     def detach(self, sink: Sink) -> None:
         """The receiver is gone: its requests end."""
         for request_id in list(sink.open):
             self.abort(Abort(request_id), sink)
 
-    # ── guided requests ──
+    def _make_masks(self) -> None:
+        if self._core is not None:
+            self._guided.make_masks(self._core, self._group)
 
-    def _own_guide(self) -> Guide:
-        if self._guide is None:
-            self._guide = Guide(self._matching, self.options.grammar_timeout)
-        return self._guide
-
-    async def _guide_again(self, core: Core | RecordedCore, request: Request, guided: Guided) -> None:
-        """One that was accepted by the service before this one: no step runs before its grammar is there."""
-        try:
-            grammar = await self._own_guide().compile(guided)
-        except TreadleError as error:
-            for index in range(request.params.n):
-                text, now = f"guided: {error}", self._loop.time()
-                self._deliver(core.fail(request.id, index, RequestFailed.code, text, now))
-        else:
-            self._own_guide().begin(request, grammar)
-
-    def _matching(self) -> Matching:
-        """On a thread, at the first guided request. Raises InvalidRequest."""
-        try:
-            from .guidance.llg import LlgMatching
-        except ImportError as error:
-            raise InvalidRequest("guided: this service has no llguidance; pip install 'treadle[guided]'") from error
-        info = self._tokenizer_info()
-        if info is None:
-            raise InvalidRequest("guided: this model came without a tokenizer")
-        return LlgMatching(info.tokenizer_json.decode(), self.facts.vocab_size, self.facts.eos_token_ids)
-
-    def _compile(self, guide: Guide, guided: Guided, message: Submit, sink: Sink) -> None:
-        """The request waits for its grammar, and for nobody else's turn."""
-        sink.open[message.id] = message.params.n
-        task = self._loop.create_task(self._enter_compiled(guide, guided, message, sink), name="treadle-grammar")
-        self._compiling[sink, message.id] = task
-
-    async def _enter_compiled(self, guide: Guide, guided: Guided, message: Submit, sink: Sink) -> None:
-        """Whoever cancels this, `abort`, has seen to the rest."""
-        try:
-            grammar = await guide.compile(guided)
-            del self._compiling[sink, message.id]
-            self._enter(message, sink, grammar)
-        except Exception as error:  # one request must not reach the others, whatever it did
-            self._compiling.pop((sink, message.id), None)
-            if not isinstance(error, TreadleError):
-                logger.exception("a grammar raised")
-            sink.forget(message.id)
-            sink.refuse(refusal(message.id, error))
-            self._note_idle()
-
-    def _abort_compiling(self, task: asyncio.Task[None], message: Abort, sink: Sink) -> None:
-        if message.index >= 0:  # of several: when they run
-            task.add_done_callback(lambda _: self.abort(message, sink))
-            return
-        task.cancel()
-        del self._compiling[sink, message.id]
-        for index in range(sink.forget(message.id)):
-            sink.put(Delta(message.id, index, [], "abort"))
-        sink.flush()
-        self._note_idle()
-
-    def _guide_steps(self) -> None:
-        """Has the masks made for which all tokens are there."""
-        if self._core is None or self._guide is None:
-            return
-        for due in self._core.masks_due():
-            self._guide.make_masks(due, partial(self._send_masks, self._group))
-
-    def _send_masks(self, group: EngineGroup | None, made: MadeMasks) -> None:
-        """The step is on its way already, and its ranks wait for this. group: that they were made for."""
-        if self._core is None or self._state == "closed":
-            return
-        flight = next((f for f in self._flights if f.number == made.masks.step), None)
+    def _send_masks(self, group: EngineGroup | None, masks: Masks) -> None:
+        """To the ranks of the step, if it is still on its way. group: that they were made for."""
+        flight = next((f for f in self._flights if f.number == masks.step), None)
         if group is not None and group is self._group and flight is not None and self._state == "ready":
-            flight.masks = self._codec.encode(made.masks)
+            flight.masks = self._codec.encode(masks)
             group.broadcast(flight.masks)
-        for sequence, message in made.failed:
-            text, now = f"guided: {message}", self._loop.time()
-            self._deliver(self._core.fail(sequence.request.id, sequence.index, RequestFailed.code, text, now))
-        self._pump()
+
+    # ── what it says of itself ──
 
     def answer(self, request: InfoRequest) -> ServiceMessage:
         """What an InfoRequest asks for; a refusal while starting, since the answer is not known yet."""
@@ -502,7 +437,7 @@ class Service:
             group.broadcast(frame)
             if group.death is not None or self._state != "ready":
                 return
-        self._guide_steps()
+        self._make_masks()
         self._check_core()
         self._look_at_policy(self._core)
         self._arm_timers()
@@ -550,7 +485,7 @@ class Service:
             self._on_death(Death(0, flight.number, "malformed", error), flight)
             return
         self._note_progress(flight)
-        self._guide_steps()  # first of all: the ranks wait for these
+        self._make_masks()  # first of all: the ranks wait for these
         self._pump()  # the engines first, the readers after
         self._deliver_step(outputs)
 
@@ -596,8 +531,7 @@ class Service:
             dirty[route.sink] = None
             if output.finish:
                 route.sink.count_down(route.request_id)
-                if self._guide is not None:
-                    self._guide.forget(output.sequence)
+                self._guided.forget(output.sequence)
         for sink in dirty:
             sink.flush()
         self._note_idle()

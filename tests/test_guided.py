@@ -212,9 +212,9 @@ async def test_several_continuations_biases_and_aborts(tiny: Path) -> None:
                 await anext(stream)
             await stream.aclose()
         service = llm._made._service  # type: ignore[union-attr]
-        while (await llm.stats()).running or service._compiling:
+        while (await llm.stats()).running or service._guided.compiling:
             await asyncio.sleep(0.01)
-        assert len(service._guide._rows) == 0, "a matcher is left"
+        assert len(service._guided._guide._rows) == 0, "a matcher is left"
 
 
 @pytest.mark.asyncio

@@ -3,5 +3,6 @@
 docs/structured-output.md tells the user's side, docs/decisions/012-guided-masks.md why it is done so.
 
 `pending` knows when a step's masks can be made (a part of the core, without I/O), `matching` what a matcher is,
-`llg` makes matchers by llguidance, `rows` keeps one for each sequence, and `guide` runs all that beside the loop.
+`llg` makes matchers by llguidance, `rows` keeps one for each sequence, `guide` runs all that beside the loop, and
+`desk` is where the service leaves its guided requests.
 """
