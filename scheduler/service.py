@@ -3,11 +3,6 @@
 One step's way: `core.plan` → encode once → the same bytes to every rank → results of all ranks → digests agree →
 `core.apply` → the next plan is sent → deltas go to their sinks. Up to `pipeline_depth` steps are on their way at once.
 A step with guided rows gets its masks by a message of their own, when the tokens before them are known (`guidance/`).
-
-The cost model is told how long a step took from the later of "its plan was sent" and "the result before it was here".
-With a full pipeline the second holds, and it is the right one: the engine begins a step when it has ended the one
-before, so what lies between two results is a step, and it is also what a stream waits for its next token. From sending
-to receiving would count the step before it, too; the engine's own `elapsed_us` leaves out the way and the scheduler.
 """
 
 from __future__ import annotations
@@ -33,7 +28,6 @@ from treadle.errors import (
     ServiceStarting,
     TreadleError,
 )
-from treadle.transport.codec import Digest, engine_codec
 from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
     Abort,
@@ -63,20 +57,19 @@ from .health import judge
 from .keeping import Keeping
 from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
 from .options import ModelFacts, ServiceOptions
+from .pipeline import Pipeline
 from .policies import Policy
+from .policies.trouble import PolicyLog, in_words
 from .recording import RecordedCore
 from .request import Output, Outputs
 from .request import Sequence as RequestSequence
 from .setup import check_same_shape, configure_message, core_config
-from .step import Step, sent
+from .step import Step
 from .supervisor import Supervisor
-from .watchdog import Section, leave_dump, own_stacks
+from .watchdog import Dumps, Section, own_stacks
 
 logger = logging.getLogger("treadle")
-_POLICY_LOG_SECONDS = 10.0
 _REMEMBERED_EVENTS = 64
-_REMEMBERED_STEPS = 64
-_LATE = 0.5
 _ORPHAN_SECONDS = 120.0
 
 
@@ -106,9 +99,7 @@ class Service:
         self._tokenizer_info = tokenizer_info
         self._leftovers = leftovers
         self._policy = policy
-        self._policy_errors = 0
-        self._policy_logged_at = -_POLICY_LOG_SECONDS
-        self._last_result_at = 0.0
+        self._policy_log = PolicyLog()
         self._on_event = on_event
         self._engine_command = engine_command
         self.events: deque[ServiceEvent] = deque(maxlen=_REMEMBERED_EVENTS)
@@ -118,16 +109,17 @@ class Service:
         self._supervisor: Supervisor | None = None
         self._state = "starting"
         self._detail = ""
-        self._flights: deque[Step] = deque()
-        self._recent: deque[Step] = deque(maxlen=_REMEMBERED_STEPS)
-        self._dumps: set[asyncio.Task[None]] = set()
-        self._digest = Digest()
-        self._codec = engine_codec()
+        self._pipeline = Pipeline(
+            options.tensor_parallel_size,
+            StepDeadline(options.step_timeout_floor, options.step_timeout),
+            lambda: self._state == "ready",
+            self.dump,
+            self._on_death,
+        )
+        self._dumps = Dumps(options.dump_dir)
         self._recoveries = 0
         self._lost: GroupLost | None = None
         self._lost_at = 0.0
-        self._deadline = StepDeadline(options.step_timeout_floor, options.step_timeout)
-        self._ended_at = 0.0
         self._keeping: Keeping | None = None
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -136,10 +128,8 @@ class Service:
         self._idle = asyncio.Event()
         self._recovery: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
-        self._step_timer: asyncio.TimerHandle | None = None
         self._deadline_timer: asyncio.Handle | None = None
         self._deadline_at = 0.0
-        self._steps = 0
         self._guided = GuidedRequests(
             lambda: make_matching(tokenizer_info, self.facts),
             options.grammar_timeout,
@@ -195,13 +185,14 @@ class Service:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        for timer in (self._step_timer, self._deadline_timer, self._orphan_timer):
+        self._pipeline.unwatch()
+        for timer in (self._deadline_timer, self._orphan_timer):
             if timer is not None:
                 timer.cancel()
         if self._recovery is not None:
             self._recovery.cancel()
             await asyncio.gather(self._recovery, return_exceptions=True)
-        await asyncio.gather(*self._dumps, return_exceptions=True)
+        await self._dumps.wait()
         if self._supervisor is not None:
             await self._supervisor.close()
         if self._event_log is not None:
@@ -264,7 +255,7 @@ class Service:
 
     async def _all_landed(self) -> None:
         """Waits until no step is in flight and a group serves. Raises ServiceClosed when none will."""
-        while self._flights or self._state == "recovering":
+        while self._pipeline or self._state == "recovering":
             self._landed.clear()
             await self._landed.wait()
         if self._state != "ready":
@@ -351,10 +342,9 @@ class Service:
 
     def _send_masks(self, group: EngineGroup | None, masks: Masks) -> None:
         """To the ranks of the step, if it is still on its way. group: that they were made for."""
-        flight = next((f for f in self._flights if f.number == masks.step), None)
-        if group is not None and group is self._group and flight is not None and self._state == "ready":
-            flight.masks = self._codec.encode(masks)
-            group.broadcast(flight.masks)
+        step = self._pipeline.find(masks.step)
+        if group is not None and group is self._group and step is not None and self._state == "ready":
+            group.broadcast(self._pipeline.mask(step, masks))
 
     # ── what it says of itself ──
 
@@ -383,45 +373,37 @@ class Service:
         if self._core is None:
             return Stats()
         return msgspec.structs.replace(
-            self._core.stats(), step=self._steps, recoveries=self._recoveries, bad_frames=self.bad_frames
+            self._core.stats(), step=self._pipeline.finished, recoveries=self._recoveries, bad_frames=self.bad_frames
         )
 
     def health(self) -> Health:
         """Judged by progress. Who is stuck or degraded says which rank, at which step, doing what, for how long."""
-        oldest = self._flights[0] if self._flights else None
-        missing = self._missing(oldest) if oldest is not None else []
-        state, detail = self._state, self._detail or self._policy_trouble()
+        oldest = self._pipeline.oldest
+        missing = self._pipeline.missing(oldest) if oldest is not None else []
+        state, detail, core, steps = self._state, self._detail, self._core, self._pipeline.finished
+        if not detail and core is not None:
+            detail = in_words(core.policy_errors, core.policy_error)
         if state == "ready" and self._draining:
             state, detail = "draining", f"{self.unfinished} requests are unfinished"
         now = self._loop.time()
-        return judge(state, detail, self._steps, oldest, missing, self._lost, self._lost_at, self._supervisor, now)
-
-    def _policy_trouble(self) -> str:
-        if self._core is None or self._core.policy_error is None:
-            return ""
-        return f"{self._core.policy_errors} times; the last: {self._core.policy_error}"
-
-    # ── the dump ──
+        return judge(state, detail, steps, oldest, missing, self._lost, self._lost_at, self._supervisor, now)
 
     def dump(self, reason: str) -> asyncio.Task[None]:
         """Writes what everybody is doing into one file, and its path into the log."""
-        task = self._loop.create_task(self._dump(reason), name="treadle-dump")
-        self._dumps.add(task)
-        task.add_done_callback(self._dumps.discard)
-        return task
+        return self._dumps.leave(reason, self._sections)
 
-    async def _dump(self, reason: str) -> None:
-        group = self._group
+    async def _sections(self) -> list[Section]:
+        group, recent = self._group, self._pipeline.recent
         sections: list[Section] = [
             ("health", [str(self.health())]),
             ("events", map(str, self.events)),
-            (f"last {len(self._recent)} steps", map(str, self._recent)),
+            (f"last {len(recent)} steps", map(str, recent)),
             ("requests", self._core.snapshot() if self._core is not None else []),
             ("scheduler", own_stacks()),
         ]
         if group is not None:
             sections.append((f"engine group {group.number}", await group.describe()))
-        await leave_dump(self.options.dump_dir, reason, sections)
+        return sections
 
     # ── the step ──
 
@@ -430,74 +412,50 @@ class Service:
         if self._core is None or group is None or self._state != "ready" or self._paused:
             return
         while (plan := self._core.plan(self._loop.time())) is not None:
-            frame = self._codec.encode(plan)
-            step = sent(plan, frame, self._loop.time())
-            self._flights.append(step)
-            self._recent.append(step)
-            group.broadcast(frame)
+            group.broadcast(self._pipeline.send(plan))
             if group.death is not None or self._state != "ready":
                 return
         self._make_masks()
         self._check_core()
-        self._look_at_policy(self._core)
+        if self._core.policy_errors != self._policy_log.told:
+            self._policy_log.tell(self._core.policy_errors, self._core.policy_error, self._loop.time())
         self._arm_timers()
-
-    def _look_at_policy(self, core: Core | RecordedCore) -> None:
-        """A policy that fails is logged, and not at every step."""
-        if core.policy_errors == self._policy_errors:
-            return
-        now = self._loop.time()
-        if now < self._policy_logged_at + _POLICY_LOG_SECONDS:
-            return
-        self._policy_logged_at = now
-        logger.error("%s (%d new)", core.policy_error, core.policy_errors - self._policy_errors)
-        self._policy_errors = core.policy_errors
 
     def _on_result(self, result: StepResult) -> None:
         if self._state != "ready":
             return
-        flight = next((f for f in self._flights if f.number == result.step), None)
-        if flight is None or result.rank in flight.results:
-            error = ProtocolError(f"an answer to step {result.step}, unasked")
+        try:
+            self._pipeline.answer(result)
+        except ProtocolError as error:
             self._on_death(Death(result.rank, result.step, "malformed", error))
             return
-        flight.results[result.rank] = result
-        while self._flights and len(self._flights[0].results) == self.options.tensor_parallel_size:
-            self._finish(self._flights.popleft())
+        while (step := self._pipeline.take()) is not None:
+            self._finish(step)
 
-    def _finish(self, flight: Step) -> None:
+    def _finish(self, step: Step) -> None:
         if self._core is None:
             return
-        result = flight.results[0]
-        self._digest.add(flight.frame)
-        self._digest.add(flight.masks)
-        digest = self._digest.add(result.tokens)
-        for rank, answer in flight.results.items():
-            if answer.digest != digest:
-                error = EngineFailed(f"rank {rank} disagrees at step {flight.number}")
-                self._on_death(Death(rank, flight.number, "disagreed", error), flight)
-                return
-        now = self._loop.time()
-        seconds, self._last_result_at = now - max(flight.sent_at, self._last_result_at), now
-        try:
-            outputs = self._core.apply(result, now, seconds)
-        except ProtocolError as error:
-            self._on_death(Death(0, flight.number, "malformed", error), flight)
+        rank = self._pipeline.disagreeing(step)
+        if rank is not None:
+            error = EngineFailed(f"rank {rank} disagrees at step {step.number}")
+            self._on_death(Death(rank, step.number, "disagreed", error), step)
             return
-        self._note_progress(flight)
+        now = self._loop.time()
+        seconds = self._pipeline.lasted(step, now)
+        try:
+            outputs = self._core.apply(step.results[0], now, seconds)
+        except ProtocolError as malformed:
+            self._on_death(Death(0, step.number, "malformed", malformed), step)
+            return
+        self._note_progress(step)
         self._make_masks()  # first of all: the ranks wait for these
         self._pump()  # the engines first, the readers after
         self._deliver_step(outputs)
 
-    def _note_progress(self, flight: Step) -> None:
-        now = self._loop.time()
-        flight.took, flight.frame = now - flight.began_at, b""
-        self._deadline.observe(flight.tokens, flight.took)
-        if self._flights:
-            self._flights[0].began_at = now
-        else:
+    def _note_progress(self, step: Step) -> None:
+        self._pipeline.finish(step)
+        if not self._pipeline:
             self._landed.set()
-        self._steps += 1
         if self._supervisor is not None:
             self._supervisor.attempts = 0
 
@@ -542,28 +500,23 @@ class Service:
 
     # ── failure and recovery ──
 
-    def _on_death(self, death: Death, flight: Step | None = None) -> None:
-        """The serving group is lost. flight: the step in question, where it has landed already."""
+    def _on_death(self, death: Death, step: Step | None = None) -> None:
+        """The serving group is lost. step: the one in question, where it has landed already."""
         if self._state != "ready" or self._supervisor is None or self._supervisor.group is None:
             return
-        flight = flight or self._flight_of(death.step)
+        step = step or self._pipeline.find(death.step) or self._pipeline.oldest
         self._lost = GroupLost(
             group=self._supervisor.group.number,
             rank=death.rank,
-            step=flight.number if flight is not None else death.step,
+            step=step.number if step is not None else death.step,
             cause=death.cause,
-            doing=flight.doing if flight is not None else "between steps",
+            doing=step.doing if step is not None else "between steps",
             detail=str(death.error),
         )
         self._lost_at = self._loop.time()
         self._state, self._detail = "recovering", str(death.error)
         self._tell(self._lost)
         self._recovery = self._loop.create_task(self._recover(death.error), name="treadle-recovery")
-
-    def _flight_of(self, step: int) -> Step | None:
-        """The step that a rank named, else the oldest one on its way."""
-        oldest = self._flights[0] if self._flights else None
-        return next((flight for flight in self._flights if flight.number == step), oldest)
 
     def _tell(self, event: ServiceEvent) -> None:
         logger.log(logging.WARNING if isinstance(event, GroupReady) else logging.ERROR, "%s", event)
@@ -584,12 +537,7 @@ class Service:
             self._give_up(failure)
 
     def _forget_steps(self) -> None:
-        self._flights.clear()
-        self._digest = Digest()
-        self._deadline.restart()
-        if self._step_timer is not None:
-            self._step_timer.cancel()
-            self._step_timer = None
+        self._pipeline.forget()
         if self._core is not None:
             self._deliver(self._core.reset(self._loop.time()))
 
@@ -624,8 +572,7 @@ class Service:
     # ── timers ──
 
     def _arm_timers(self) -> None:
-        if self._step_timer is None and self._flights:
-            self._step_timer = self._loop.call_at(self._due(self._flights[0]), self._step_due)
+        self._pipeline.watch()
         if self._core is None:
             return
         deadline = self._core.next_deadline()
@@ -635,35 +582,6 @@ class Service:
             self._deadline_timer.cancel()
         self._deadline_at = max(deadline, self._loop.time())
         self._deadline_timer = self._loop.call_at(self._deadline_at, self._deadline_due)
-
-    def _due(self, flight: Step) -> float:
-        """When to look at a step: when half of its time has passed, and when all has."""
-        return flight.began_at + self._deadline.seconds(flight.tokens) * (1.0 if flight.late else _LATE)
-
-    def _step_due(self) -> None:
-        self._step_timer = None
-        if not self._flights or self._state != "ready":
-            return
-        oldest = self._flights[0]
-        if self._loop.time() < self._due(oldest):
-            self._arm_timers()
-        elif not oldest.late:
-            oldest.late = True
-            self.dump(f"stuck {oldest.doing}; ranks {self._missing(oldest)} have not answered")
-            self._arm_timers()
-        else:
-            self._hang(oldest)
-
-    def _hang(self, oldest: Step) -> None:
-        missing, seconds = self._missing(oldest), self._deadline.seconds(oldest.tokens)
-        text = (
-            f"engine ranks {missing} did not finish step {oldest.number} within {seconds:g} s; where "
-            "steps take longer, give them more with step_timeout (--step-timeout) or step_timeout_floor"
-        )
-        self._on_death(Death(missing[0] if missing else -1, oldest.number, "hang", EngineFailed(text)), oldest)
-
-    def _missing(self, step: Step) -> list[int]:
-        return step.missing(self.options.tensor_parallel_size)
 
     def _deadline_due(self) -> None:
         self._deadline_timer = None

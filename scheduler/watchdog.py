@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
 
 from treadle.errors import ConfigError
@@ -57,6 +57,28 @@ async def leave_dump(chosen: str, reason: str, sections: Sequence[Section]) -> N
         logger.error("no dump of what happened (%s): %s", reason, error)
         return
     logger.warning("%s: dump in %s", reason, path)
+
+
+class Dumps:
+    """Dumps being written, on one loop. directory: see `dump_directory`."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def leave(self, reason: str, sections: Callable[[], Awaitable[Sequence[Section]]]) -> asyncio.Task[None]:
+        """Asks for the sections and writes them, meanwhile."""
+        task = asyncio.get_running_loop().create_task(self._leave(reason, sections), name="treadle-dump")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _leave(self, reason: str, sections: Callable[[], Awaitable[Sequence[Section]]]) -> None:
+        await leave_dump(self._directory, reason, await sections())
+
+    async def wait(self) -> None:
+        """Until all of them have ended."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 def own_stacks() -> list[str]:
