@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 from treadle.errors import Overloaded, ServiceError, TreadleError
 from treadle.transport.messages import Delta, Deltas, Refused
+
+from .request import Outputs, Sequence
 
 
 class Sink:
@@ -65,6 +68,24 @@ class Route:
     sink: Sink
     request_id: str
     number: int = -1
+
+
+def route_of(sequence: Sequence) -> Route:
+    return cast(Route, sequence.request.context)  # the service put it there
+
+
+def put_tokens(outputs: Outputs) -> dict[Sink, None]:
+    """Gives each sequence that goes on its token. Returns the sinks that wait for `flush`, in order."""
+    dirty: dict[Sink, None] = {}
+    for sequence, token in zip(outputs.sequences, outputs.tokens, strict=True):
+        route = route_of(sequence)
+        sink = route.sink
+        if sequence.index:
+            sink.put(Delta(route.request_id, sequence.index, [token]))
+        else:
+            sink.put_token(route.request_id, token)
+        dirty[sink] = None
+    return dirty
 
 
 def refusal(request_id: str, error: Exception) -> Refused:

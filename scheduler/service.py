@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
@@ -32,7 +30,6 @@ from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
     Abort,
     Configure,
-    Delta,
     Health,
     InfoRequest,
     Masks,
@@ -48,28 +45,27 @@ from .answers import delta, server_info
 from .config import CoreConfig
 from .core import Core
 from .deadline import StepDeadline
-from .delivery import Route, Sink, refusal
+from .delivery import Route, Sink, put_tokens, refusal, route_of
 from .engine_group import ENGINE_COMMAND, Death, EngineGroup
 from .event_log import EventWriter
 from .guidance.desk import GuidedRequests, make_matching
 from .guidance.matching import Grammar
 from .health import judge
 from .keeping import Keeping
-from .lifecycle import GaveUp, GroupLost, GroupReady, ServiceEvent
+from .lifecycle import GaveUp, ServiceEvent
 from .options import ModelFacts, ServiceOptions
 from .pipeline import Pipeline
 from .policies import Policy
 from .policies.trouble import PolicyLog, in_words
 from .recording import RecordedCore
+from .recovery import Recovery
 from .request import Output, Outputs
-from .request import Sequence as RequestSequence
 from .setup import check_same_shape, configure_message, core_config
 from .step import Step
 from .supervisor import Supervisor
 from .watchdog import Dumps, Section, own_stacks
 
 logger = logging.getLogger("treadle")
-_REMEMBERED_EVENTS = 64
 _ORPHAN_SECONDS = 120.0
 
 
@@ -100,9 +96,7 @@ class Service:
         self._leftovers = leftovers
         self._policy = policy
         self._policy_log = PolicyLog()
-        self._on_event = on_event
         self._engine_command = engine_command
-        self.events: deque[ServiceEvent] = deque(maxlen=_REMEMBERED_EVENTS)
         self._runtime: RuntimeDir | None = None
         self._core: Core | RecordedCore | None = None
         self._event_log: EventWriter | None = None
@@ -117,16 +111,13 @@ class Service:
             self._on_death,
         )
         self._dumps = Dumps(options.dump_dir)
-        self._recoveries = 0
-        self._lost: GroupLost | None = None
-        self._lost_at = 0.0
+        self._recovery = Recovery(on_event, self._forget_steps, self._resume, self._give_up)
         self._keeping: Keeping | None = None
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._paused = False
         self._landed = asyncio.Event()
         self._idle = asyncio.Event()
-        self._recovery: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._deadline_timer: asyncio.Handle | None = None
         self._deadline_at = 0.0
@@ -170,7 +161,7 @@ class Service:
             self._leftovers,
             self._on_result,
             self._on_death,
-            self._tell,
+            self._recovery.tell,
         )
 
     async def close(self) -> None:
@@ -189,9 +180,7 @@ class Service:
         for timer in (self._deadline_timer, self._orphan_timer):
             if timer is not None:
                 timer.cancel()
-        if self._recovery is not None:
-            self._recovery.cancel()
-            await asyncio.gather(self._recovery, return_exceptions=True)
+        await self._recovery.cancel()
         await self._dumps.wait()
         if self._supervisor is not None:
             await self._supervisor.close()
@@ -275,6 +264,11 @@ class Service:
     def spare_pids(self) -> list[int]:
         """Of groups that stand by, load, or are being ended."""
         return self._supervisor.spare_pids if self._supervisor is not None else []
+
+    @property
+    def events(self) -> Sequence[ServiceEvent]:
+        """The last things that happened to engine groups."""
+        return self._recovery.events
 
     # ── requests ──
 
@@ -372,13 +366,14 @@ class Service:
     def stats(self) -> Stats:
         if self._core is None:
             return Stats()
+        steps, recoveries = self._pipeline.finished, self._recovery.count
         return msgspec.structs.replace(
-            self._core.stats(), step=self._pipeline.finished, recoveries=self._recoveries, bad_frames=self.bad_frames
+            self._core.stats(), step=steps, recoveries=recoveries, bad_frames=self.bad_frames
         )
 
     def health(self) -> Health:
         """Judged by progress. Who is stuck or degraded says which rank, at which step, doing what, for how long."""
-        oldest = self._pipeline.oldest
+        oldest, recovery = self._pipeline.oldest, self._recovery
         missing = self._pipeline.missing(oldest) if oldest is not None else []
         state, detail, core, steps = self._state, self._detail, self._core, self._pipeline.finished
         if not detail and core is not None:
@@ -386,7 +381,7 @@ class Service:
         if state == "ready" and self._draining:
             state, detail = "draining", f"{self.unfinished} requests are unfinished"
         now = self._loop.time()
-        return judge(state, detail, steps, oldest, missing, self._lost, self._lost_at, self._supervisor, now)
+        return judge(state, detail, steps, oldest, missing, recovery.lost, recovery.lost_at, self._supervisor, now)
 
     def dump(self, reason: str) -> asyncio.Task[None]:
         """Writes what everybody is doing into one file, and its path into the log."""
@@ -466,25 +461,16 @@ class Service:
     # ── delivery ──
 
     def _deliver_step(self, outputs: Outputs) -> None:
-        dirty: dict[Sink, None] = {}
         if self._keeping is not None:
             self._keeping.note_step(outputs)
-        for sequence, token in zip(outputs.sequences, outputs.tokens, strict=True):
-            route = _route(sequence)
-            sink = route.sink
-            if sequence.index:
-                sink.put(Delta(route.request_id, sequence.index, [token]))
-            else:
-                sink.put_token(route.request_id, token)
-            dirty[sink] = None
-        self._deliver(outputs.others, dirty)
+        self._deliver(outputs.others, put_tokens(outputs))
 
     def _deliver(self, outputs: Sequence[Output], dirty: dict[Sink, None] | None = None) -> None:
         dirty = {} if dirty is None else dirty
         if self._keeping is not None:
             self._keeping.note(outputs)
         for output in outputs:
-            route = _route(output.sequence)
+            route = route_of(output.sequence)
             route.sink.put(delta(output, route.request_id))
             dirty[route.sink] = None
             if output.finish:
@@ -504,65 +490,24 @@ class Service:
         """The serving group is lost. step: the one in question, where it has landed already."""
         if self._state != "ready" or self._supervisor is None or self._supervisor.group is None:
             return
-        step = step or self._pipeline.find(death.step) or self._pipeline.oldest
-        self._lost = GroupLost(
-            group=self._supervisor.group.number,
-            rank=death.rank,
-            step=step.number if step is not None else death.step,
-            cause=death.cause,
-            doing=step.doing if step is not None else "between steps",
-            detail=str(death.error),
-        )
-        self._lost_at = self._loop.time()
         self._state, self._detail = "recovering", str(death.error)
-        self._tell(self._lost)
-        self._recovery = self._loop.create_task(self._recover(death.error), name="treadle-recovery")
-
-    def _tell(self, event: ServiceEvent) -> None:
-        logger.log(logging.WARNING if isinstance(event, GroupReady) else logging.ERROR, "%s", event)
-        self.events.append(event)
-        if self._on_event is not None:
-            self._on_event(event)
-
-    async def _recover(self, error: TreadleError) -> None:
-        """Has another group in place of the lost one; what was committed is prefilled again (D7)."""
-        failure: Exception | None
-        try:
-            self._forget_steps()
-            failure = await self._replace(error)
-        except Exception as unforeseen:  # whatever it is, nobody may be left waiting for ever
-            logger.exception("recovery failed")
-            failure = unforeseen
-        if failure is not None:
-            self._give_up(failure)
+        step = step or self._pipeline.find(death.step) or self._pipeline.oldest
+        self._recovery.begin(self._supervisor, self._supervisor.group.number, death, step)
 
     def _forget_steps(self) -> None:
         self._pipeline.forget()
         if self._core is not None:
             self._deliver(self._core.reset(self._loop.time()))
 
-    async def _replace(self, error: TreadleError) -> Exception | None:
-        supervisor = self._supervisor
-        if supervisor is None:
-            return ServiceClosed("the service is not started")
-        spared = supervisor.spare == "ready"
-        failure = await supervisor.replace(error)
-        if failure is not None or supervisor.group is None:
-            return failure
-        self._recoveries += 1
+    def _resume(self) -> None:
+        """Another group serves."""
         self._state, self._detail = "ready", ""
         self._landed.set()
-        seconds = self._loop.time() - self._lost_at
         self._pump()
-        self._tell(
-            GroupReady(group=supervisor.group.number, seconds=seconds, attempts=supervisor.attempts, spare=spared)
-        )
-        return None
 
-    def _give_up(self, error: Exception) -> None:
-        event = GaveUp(attempts=self._supervisor.attempts if self._supervisor is not None else 0, detail=str(error))
+    def _give_up(self, event: GaveUp) -> None:
         self._state, self._detail = "failed", str(event)
-        self._tell(event)
+        self._recovery.tell(event)
         self.failed.set()
         self._landed.set()
         self._idle.set()
@@ -608,7 +553,3 @@ class Service:
 
 def _draw_seed() -> int:
     return secrets.randbits(64)
-
-
-def _route(sequence: RequestSequence) -> Route:
-    return cast(Route, sequence.request.context)  # `submit` put it there
