@@ -46,7 +46,7 @@ class Outcome:
 class LengthEngine(FakeEngine):
     """Ends each output at the length that stands in its request's seed; verifies every context all the same."""
 
-    def _sample(self, row) -> int:  # type: ignore[no-untyped-def]
+    def _sample(self, row, masked) -> int:  # type: ignore[no-untyped-def]
         there = len(row.tokens) - row.prompt_len + 1
         token = EOS if there >= row.params.seed else 1 + (there * 7 + row.params.seed) % (VOCAB - 1)
         row.tokens.append(token)

@@ -92,7 +92,7 @@ def seeds() -> list[bytes]:
         Submit(id="x", tokens=pack([1, 2, 3]), params=wanted, timeout=1.5, priority=-1, cache_salt="s"),
         Submit(id="y", tokens=pack([4]), params=wanted, outputs=[pack([1]), b""], ended=[1]),
         Abort("x", 1),
-        Deltas([Delta("x", 0, [1, 2], "stop", 3, 1, [logprobs], [logprobs], "code", "error")], 4),
+        Deltas([Delta("x", 0, [1, 2], "stop", 3, 1, [logprobs], [logprobs], "code", "error")], {"y": 5}, 4),
         Refused("x", "overloaded", "no", 1.0),
         *(InfoRequest("i", kind) for kind in ("server", "tokenizer", "stats", "health")),
         Drain("d", 1.0),

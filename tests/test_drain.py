@@ -113,7 +113,8 @@ async def test_the_commands_reload_and_drain(tiny: Path, tmp_path: Path) -> None
             draining = asyncio.create_task(asyncio.to_thread(command, "drain", server))
             assert [(await stream.final()).token_ids for stream in streams] == [second] * 4
             with pytest.raises((ServiceDraining, ServerLost)):
-                await client.generate("a", GREEDY).final()
+                while True:  # until the command has reached the server
+                    await client.generate("a", GREEDY).final()
             assert (await draining).returncode == 0
         assert await asyncio.to_thread(server.process.wait, 30) == 0
         eventually(lambda: not server.files, "no file is left")

@@ -72,7 +72,7 @@ async def test_health_is_progress_and_a_lost_engine_costs_no_token(tiny: Path, t
                     while (state := (await asyncio.to_thread(httpx.get, f"{server.url}/health"))).status_code != 503:
                         pass
                     states.add(state.json()["status"])
-            assert text == expected and states == {"recovering"}
+            assert text == expected and states == {"degraded"}
         eventually(lambda: status(server.url) == 200, "healthy again")
         assert metrics(server.url)['treadle:recoveries_total{model_name="m"}'] == 1
         # The gateway's process is not the service's: it is replaced alone, at the same address.
@@ -257,7 +257,7 @@ async def test_metrics_of_what_runs_fails_or_is_left(tiny: Path) -> None:
         assert samples[("treadle:request_success_total", "error", "scripted")] == 2
         assert samples[("treadle:time_to_first_token_seconds_count", "scripted")] == 1, "the streamed one had begun"
         assert ("treadle:e2e_request_latency_seconds_count", "scripted") in samples
-        model.state = "recovering"
+        model.state = "degraded"
         async with httpx.AsyncClient(base_url=server.url) as http:
             health = await http.get("/health")
             assert health.status_code == 503 and health.json()["detail"] == "as told"

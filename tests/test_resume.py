@@ -74,7 +74,8 @@ async def test_streams_go_on_at_another_server(
             assert expected[4].outputs[0].stop_reason == stop
             streams = [client.generate(*each) for each in work]
             for stream in streams:
-                await anext(stream)
+                while len((await anext(stream)).outputs[0].token_ids) < LONG // 3:
+                    pass
             place_changes = asyncio.create_task(place.replace(number))
             got = await asyncio.gather(*(stream.final() for stream in streams))
             await place_changes
@@ -87,7 +88,8 @@ async def test_streams_go_on_at_another_server(
             assert prompt is not None and len(prompt) == len(got[3].prompt_token_ids)
             assert ("5 requests of the journal go on" in place.server.log.read_text()) == journal
             assert (await client.stats()).blocks_used == 0
-            assert (await client.stats()).generated_tokens < 7 * LONG, "what the client had is not made again"
+            if not journal:  # with one, requests run on before their client is back, and log-probabilities are not kept
+                assert (await client.stats()).generated_tokens < 7 * LONG, "what the client had is not made again"
 
 
 @pytest.mark.asyncio

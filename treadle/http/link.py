@@ -76,11 +76,13 @@ class Link:
 
     async def health(self, seconds: float = 2.0) -> Health:
         """Asks the service; "starting" before the first connection, "lost" when it does not answer in time."""
-        if self._served is None:
+        served = self._served
+        if served is None:
             return Health(state="starting", detail=self._reason)
         try:
             async with asyncio.timeout(seconds):
-                return await self._served.frontend.health()
+                await _same_as(served)
+                return await served.frontend.health()
         except TimeoutError:
             return Health(state="lost", detail=f"the service did not answer within {seconds:g} s")
         except TreadleError as error:
@@ -117,12 +119,22 @@ class Link:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
-                now = await served.frontend.server_info()
+                await _same_as(served)
+            except _AnotherService:
+                raise
             except ServiceError:
                 misses += 1
                 if misses == _MISSES:
                     raise
                 continue
             misses = 0
-            if now.incarnation != served.info.incarnation:
-                raise ServiceClosed("the service was restarted; the gateway is connecting to the new one")
+
+
+class _AnotherService(ServiceClosed):
+    """The old connection reaches a new service, whose model may be another: it is not used for that."""
+
+
+async def _same_as(served: Served) -> None:
+    now = await served.frontend.server_info()
+    if now.incarnation != served.info.incarnation:
+        raise _AnotherService("the service was restarted; the gateway is connecting to the new one")
