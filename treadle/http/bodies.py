@@ -84,7 +84,10 @@ class DetokenizeAnswer(msgspec.Struct):
 
 
 class HealthAnswer(msgspec.Struct):
-    """status: "ready" with 200; "starting", "degraded", "stuck", "draining", "failed", "closed", "lost" with 503. step_age: seconds."""
+    """status: "ready" with 200; "starting", "degraded", "stuck", "draining", "failed", "closed", "lost" with 503.
+
+    step_age: seconds.
+    """
 
     status: str
     detail: str = ""
