@@ -136,10 +136,9 @@ def sums_of(records: Sequence[Record], size: int) -> Sums:
         if record.get("collective") == "all_reduce" and record["gpus"] == size:
             found[record["bytes"]][record["kind"]] = record["us"]
     sizes = sorted(found)
-    preferred = [("staged" if each <= ONE_SHOT_BYTES.get(size, 0) else "in place") for each in sizes]
-    return Sums(
-        sizes, [found[each].get(kind, found[each]["nccl"]) for each, kind in zip(sizes, preferred, strict=True)]
-    )
+    best = ("staged" if each <= ONE_SHOT_BYTES.get(size, 0) else "in place" for each in sizes)
+    kinds = [kind if kind in found[each] else "nccl" for kind, each in zip(best, sizes, strict=True)]
+    return Sums(sizes, [found[each][kind] for each, kind in zip(sizes, kinds, strict=True)])
 
 
 @dataclass(frozen=True, slots=True)
