@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -222,6 +223,29 @@ def test_tokenize_and_back(server: Server) -> None:
         assert http.post("/tokenize", json={"prompt": "a", "messages": HI}).status_code == 400
 
 
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
+
+
+def test_answers_are_held_to_a_form(api: openai.OpenAI) -> None:
+    """A model of random weights says nothing sensible, but it says it in the form that was asked for."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    ask: dict[str, Any] = {"model": MODEL, "messages": HI, "max_tokens": 200, "seed": 1}
+    chat = api.chat.completions.create(response_format=form, **ask).choices[0]
+    assert chat.finish_reason == "stop" and set(json.loads(chat.message.content or "")) == {"n"}
+    chunks = api.chat.completions.create(response_format=form, stream=True, **ask)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == chat.message.content
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMA}}
+    response = api.responses.create(model=MODEL, input="Hi", text=text, max_output_tokens=200)
+    assert set(json.loads(response.output_text)) == {"n"}
+    extra = {"structured_outputs": {"choice": ["yes", "no"]}}
+    assert api.completions.create(model=MODEL, prompt="a", max_tokens=20, extra_body=extra).choices[0].text in (
+        "yes",
+        "no",
+    )
+    with pytest.raises(openai.BadRequestError, match="give one of them"):
+        api.chat.completions.create(response_format=form, extra_body=extra, **ask)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
@@ -239,7 +263,8 @@ def test_tokenize_and_back(server: Server) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, r"messages\[0\]"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, r"6\d\d tokens"),
         ({"top_logprobs": 2}, "logprobs"),
-        ({"response_format": {"type": "json_object"}}, "not supported yet"),
+        ({"response_format": {"type": "json_schema"}}, "needs a schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, "guided"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "defines no tools"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),

@@ -38,7 +38,8 @@ def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 # What no schema can say: ids of this vocabulary, what goes with what, and what this model's template has.
 UNSAID = (
     "model logit_bias allowed_token_ids banned_token_ids stop_token_ids min_tokens tools tool_choice response_format "
-    "text previous_response_id top_logprobs logprobs chat_template_kwargs best_of instructions stream_options"
+    "text structured_outputs previous_response_id top_logprobs logprobs chat_template_kwargs best_of instructions "
+    "stream_options"
 )
 
 

@@ -28,7 +28,7 @@ from .errors import bad_request
 from .exchange import Exchange
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
-from .prompting import ToolPlan, chat_prompt, check_format, plan_tools
+from .prompting import ToolPlan, chat_prompt, guided_by, plan_tools
 from .reading import read_body
 from .sampling import sampling_params
 from .streaming import DONE, EventStream, event, plain_failure
@@ -41,7 +41,6 @@ from .tool_stream import Found, ToolStream
 async def create_chat_completion(gateway: Gateway, request: Request) -> Response | EventStream:
     body = await read_body(request, ChatRequest, gateway.settings)
     served = gateway.serving(body.model)
-    check_format(body.response_format)
     plan = plan_tools(served, body.tools, body.tool_choice)
     params = _params(body, plan)
     variables = dict(body.chat_template_kwargs or {})
@@ -71,6 +70,7 @@ def _params(body: ChatRequest, plan: ToolPlan | None) -> SamplingParams:
         max_tokens=limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         skip_special_tokens=False if plan is not None and plan.format.special else None,
+        guided=guided_by(body.response_format, plan),
     )
 
 

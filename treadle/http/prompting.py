@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import msgspec
 
+from treadle.transport.messages import Guided
+
 from .chat_bodies import ChatMessage, NamedTool, ResponseFormat, Tool
-from .errors import ApiError, bad_request
+from .errors import bad_request
 from .gateway import off_loop
 from .generation import needs_tokenizer
 from .link import Served
@@ -43,15 +45,21 @@ def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice)
     return ToolPlan(served.tools, served.tools.forced(None) if choice == "required" else "")
 
 
-def check_format(format: ResponseFormat | None) -> None:
-    """Raises ApiError for a form that cannot be held to yet."""
-    if format is not None and format.type != "text":
-        raise ApiError(
-            400,
-            f"response_format {format.type} is not supported yet: allowed is text",
-            param="response_format",
-            code="unsupported_value",
-        )
+def guided_by(format: ResponseFormat | None, plan: ToolPlan | None, param: str = "response_format") -> Guided | None:
+    """What the answer must be; None is any text. param: the field's name. Raises ApiError.
+
+    A schema is always held to, whether `strict` or not.
+    """
+    if format is None or format.type == "text":
+        return None
+    if plan is not None:
+        raise bad_request(f"{param} {format.type} together with tools: give one of them", param)
+    if format.type == "json_object":
+        return Guided(json_object=True)
+    schema = (format.json_schema or {}).get("schema")
+    if not isinstance(schema, dict):
+        raise bad_request(f"{param} json_schema needs a schema, which is an object", param)
+    return Guided(json=schema)
 
 
 async def chat_prompt(

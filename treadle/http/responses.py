@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from treadle.outputs import RequestOutput
 from treadle.tokenizer import Tokenizer
+from treadle.transport.messages import Guided
 
 from .chat_bodies import (
     CalledFunction,
@@ -25,7 +26,7 @@ from .errors import ApiError, bad_request
 from .exchange import Exchange
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
-from .prompting import ToolChoice, ToolPlan, chat_prompt, check_format, plan_tools
+from .prompting import ToolChoice, ToolPlan, chat_prompt, guided_by, plan_tools
 from .reading import read_body
 from .response_events import ResponseEvents
 from .responses_bodies import (
@@ -62,6 +63,7 @@ async def create_response(gateway: Gateway, request: Request) -> Response | Even
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if scored else None,
         skip_special_tokens=False if plan is not None and plan.format.special else None,
+        guided=_guided(body, plan),
     )
     exchange = gateway.exchange(request, served)
     try:
@@ -121,8 +123,13 @@ def _check(body: ResponsesRequest) -> None:
         raise bad_request("responses are not stored: send the whole conversation in input", "previous_response_id")
     if body.n not in (None, 1):
         raise bad_request("n must be 1: a response is one", "n")
-    if body.text is not None and body.text.format is not None:
-        check_format(ResponseFormat(body.text.format.type))
+
+
+def _guided(body: ResponsesRequest, plan: ToolPlan | None) -> Guided | None:
+    asked = body.text.format if body.text is not None else None
+    if asked is None:
+        return None
+    return guided_by(ResponseFormat(asked.type, {"schema": asked.schema}), plan, "text.format")
 
 
 def _tools(body: ResponsesRequest) -> list[Tool] | None:

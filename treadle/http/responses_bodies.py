@@ -49,11 +49,17 @@ class ChosenTool(msgspec.Struct):
 
 
 class TextFormat(msgspec.Struct):
+    """schema: of "json_schema". The other fields are accepted, without effect."""
+
     type: Literal["text", "json_object", "json_schema"] = "text"
+    schema: dict[str, Any] | None = None
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
 
 
 class TextOptions(msgspec.Struct):
-    """format: only text, until structured output is there. verbosity: accepted, without effect."""
+    """verbosity: accepted, without effect."""
 
     format: TextFormat | None = None
     verbosity: str | None = None

@@ -8,7 +8,9 @@ import msgspec
 from msgspec import Meta
 
 from treadle.transport import params as limits
-from treadle.transport.messages import SamplingParams
+from treadle.transport.messages import Guided, SamplingParams
+
+from .errors import bad_request
 
 _INT32 = (1 << 31) - 1
 _INT64 = (1 << 63) - 1
@@ -43,6 +45,7 @@ class SamplingFields(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     allowed_token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=limits.MAX_TOKEN_IDS)] | None = None
     banned_token_ids: Annotated[list[TokenId], Meta(max_length=limits.MAX_TOKEN_IDS)] | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: Guided | None = None
     priority: Annotated[int, Meta(ge=-limits.MAX_PRIORITY, le=limits.MAX_PRIORITY)] | None = None
     cache_salt: Annotated[str, Meta(max_length=limits.MAX_SALT)] | None = None
     # accepted, because clients send them, and without effect here
@@ -84,13 +87,23 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     skip_special_tokens: bool | None = None,
+    guided: Guided | None = None,
 ) -> SamplingParams:
     """What `fields` ask for; `check_params` (in `generate`) has the last word on values.
 
-    skip_special_tokens: what to do where the request does not say.
+    skip_special_tokens: what to do where the request does not say. guided: what the answer must be, by another field
+    than `structured_outputs`. Raises ApiError when both are given.
     """
+    if guided is not None and fields.structured_outputs is not None:
+        raise bad_request("structured_outputs together with a response format: give one of them", "structured_outputs")
     all_given = msgspec.structs.asdict(fields)
     given = {name: all_given[name] for name in _SAME_NAME if all_given[name] is not None}
     if skip_special_tokens is not None:
         given.setdefault("skip_special_tokens", skip_special_tokens)
-    return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    return SamplingParams(
+        **given,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        guided=guided or fields.structured_outputs,
+    )
