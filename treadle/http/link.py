@@ -20,6 +20,7 @@ logger = logging.getLogger("treadle")
 _LOOK_SECONDS = 2.0
 _RETRY_SECONDS = 0.5
 _MISSES = 3
+_RESTARTED = "the service was restarted; the gateway is connecting to the new one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,8 @@ class Link:
             return Health(state="starting", detail=self._reason)
         try:
             async with asyncio.timeout(seconds):
-                await _same_as(served)
+                if not await _is_same(served):
+                    return Health(state="lost", detail=_RESTARTED)
                 return await served.frontend.health()
         except TimeoutError:
             return Health(state="lost", detail=f"the service did not answer within {seconds:g} s")
@@ -119,22 +121,17 @@ class Link:
         while True:
             await asyncio.sleep(_LOOK_SECONDS)
             try:
-                await _same_as(served)
-            except _AnotherService:
-                raise
+                same = await _is_same(served)
             except ServiceError:
                 misses += 1
                 if misses == _MISSES:
                     raise
                 continue
             misses = 0
+            if not same:
+                raise ServiceClosed(_RESTARTED)
 
 
-class _AnotherService(ServiceClosed):
-    """The old connection reaches a new service, whose model may be another: it is not used for that."""
-
-
-async def _same_as(served: Served) -> None:
-    now = await served.frontend.server_info()
-    if now.incarnation != served.info.incarnation:
-        raise _AnotherService("the service was restarted; the gateway is connecting to the new one")
+async def _is_same(served: Served) -> bool:
+    """Whether the old connection reaches the service that it was made to, and not a new one, with another model perhaps."""
+    return (await served.frontend.server_info()).incarnation == served.info.incarnation
