@@ -133,5 +133,5 @@ class Link:
 
 
 async def _is_same(served: Served) -> bool:
-    """Whether the old connection reaches the service that it was made to, and not a new one, with another model perhaps."""
+    """Whether the connection still reaches the service that it was made to; a new one may have another model."""
     return (await served.frontend.server_info()).incarnation == served.info.incarnation
