@@ -51,6 +51,11 @@ def quick(path: str, body: Any) -> Any:
     for name, most in (("max_tokens", 4), ("max_completion_tokens", 4), ("max_output_tokens", 4), ("n", 1)):
         if isinstance(short.get(name), int):
             short[name] = max(1, min(short[name], most))
+    if path.endswith("/chat/completions") and isinstance(short.get("messages"), list):
+        short["messages"] = [  # only a message of calls may have no content
+            {**message, "content": message.get("content") or "a"} if isinstance(message, dict) else message
+            for message in short["messages"]
+        ]
     if path == "/tokenize":
         short.pop("messages", None)
         short["prompt"] = str(short.get("prompt"))
