@@ -88,8 +88,10 @@ async def test_streams_go_on_at_another_server(
             assert prompt is not None and len(prompt) == len(got[3].prompt_token_ids)
             assert ("5 requests of the journal go on" in place.server.log.read_text()) == journal
             assert (await client.stats()).blocks_used == 0
-            if not journal:  # with one, requests run on before their client is back, and log-probabilities are not kept
-                assert (await client.stats()).generated_tokens < 7 * LONG, "what the client had is not made again"
+            # A journal keeps no log-probabilities, so the two requests with them may run once more for their client.
+            again = 2 if journal else 0
+            made = (await client.stats()).generated_tokens
+            assert made < (7 + again) * LONG, "what the client had is not made again"
 
 
 @pytest.mark.asyncio

@@ -60,7 +60,9 @@ def _operation(op: Operation, refs: dict[Any, dict[str, Any]]) -> dict[str, Any]
 def _answers(op: Operation, refs: dict[Any, dict[str, Any]]) -> dict[int, dict[str, Any]]:
     content = _json(refs[op.gives]) if op.gives is not None else {"text/plain": {"schema": {"type": "string"}}}
     if op.generates:
-        content["text/event-stream"] = {}  # OpenAPI 3.1 has no schema for a stream of events
+        # Of one event, since OpenAPI 3.1 has no schema for a stream of them.
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        content["text/event-stream"] = {"schema": event}
     answers: dict[int, dict[str, Any]] = {200: {"description": "OK", "content": content}}
     for status in _statuses(op):
         answers[status] = {"description": _REFUSALS[status], "content": _json(refs[ErrorBody])}
