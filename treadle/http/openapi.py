@@ -58,7 +58,9 @@ def _operation(op: Operation, refs: dict[Any, dict[str, Any]]) -> dict[str, Any]
 
 
 def _answers(op: Operation, refs: dict[Any, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    content = _json(refs[op.gives]) if op.gives is not None else {"text/plain": {"schema": {"type": "string"}}}
+    content: dict[str, Any] = (
+        _json(refs[op.gives]) if op.gives is not None else {"text/plain": {"schema": {"type": "string"}}}
+    )
     if op.generates:
         # Of one event, since OpenAPI 3.1 has no schema for a stream of them.
         event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
