@@ -88,6 +88,11 @@ class _Loading:
     def run(self) -> Loaded:
         began = time.perf_counter()
         self._ended("device")
+        if self._device.type == "cuda" and self._kernels:
+            from .kernels.identity import settle
+
+            settle()  # so that it finds what the compiler compiles
+            self._ended("kernels")
         configure, device = self._configure, self._device
         path = Path(configure.model)
         config = load_config(path)

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,6 +31,7 @@ from triton.runtime import driver
 from treadle.engine.config import ModelConfig, load_config
 from treadle.engine.early import identify_triton
 from treadle.engine.flashinfer.modules import prebuilt
+from treadle.engine.kernels.identity import settle
 from treadle.engine.kv import KVCache
 from treadle.engine.loading import parse_dtype
 from treadle.engine.model import load_model
@@ -42,7 +44,9 @@ from treadle.transport.messages import Configure
 from .build import make_program
 from .warm import Echo, warm
 
-_WORKERS = 12
+_WORKERS = 16
+# Those that take a core for more than half a second, the longest first: they begin first, so none is waited for alone.
+_LONG = ("_prefill_kernel", "_decode_kernel", "search_round", "count_ties", "pick_best", "_matrix_kernel")
 _CPU = torch.device("cpu")
 _PR_SET_PDEATHSIG = 1
 # Attributes of a device (CUDA driver API, CUdevice_attribute).
@@ -115,6 +119,7 @@ def noted() -> Iterator[Found]:
 def wanted(configure: Configure, capability: int) -> Found:
     """What rank 0 will need. Sets Triton's driver, so this process can launch nothing afterwards."""
     driver.set_active(NoDevice(capability))
+    settle()
     path = Path(configure.model)
     config = dataclasses.replace(load_config(path), num_layers=1)
     dtype, kv_dtype = parse_dtype(configure.dtype), parse_dtype(configure.kv_dtype or configure.dtype)
@@ -173,9 +178,13 @@ def tasks_for(found: Found) -> list[Task]:
         CudaUtils()
 
     tasks: list[Task] = [compile_driver]
-    for (_, data), function in found.items():
-        tasks.append(lambda function=function, data=data: compile_one(function, data))  # type: ignore[misc]
+    for name, data in sorted(found, key=_place):
+        tasks.append(partial(compile_one, found[name, data], data))
     return tasks
+
+
+def _place(key: tuple[str, str]) -> int:
+    return _LONG.index(key[0]) if key[0] in _LONG else len(_LONG)
 
 
 def run_forked(tasks: Sequence[Task], workers: int) -> int:

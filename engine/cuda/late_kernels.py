@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 
 class LateKernels:
@@ -32,11 +29,11 @@ class LateKernels:
             self.seconds += times.total / 1e6
 
     def end(self) -> dict[str, float]:
-        """Stops listening. Seconds of all threads together, as a phase that tells how many there were; or nothing."""
+        """Stops listening. Seconds of all threads together, as a phase that names the kernels; or nothing."""
         from triton import knobs
 
         knobs.compilation.listener = None
         if not self.names:
             return {}
-        logger.info("compiled late: %s", ", ".join(f"{name} x{count}" for name, count in self.names.items()))
-        return {f"+ {self.names.total()} compiled late": self.seconds}
+        names = ", ".join(f"{name} x{count}" if count > 1 else name for name, count in sorted(self.names.items()))
+        return {f"+ {self.names.total()} compiled late ({names})": self.seconds}
