@@ -40,6 +40,8 @@ from typing import Any
 
 MODELS = Path(__file__).parent / "models"
 UNIFORM = "uniform-1k"
+# Tokens of each prompt when decoding warms up: graphs are captured already, so contexts need not be long.
+_WARM_UP_INPUT = 64
 Lengths = list[tuple[int, int]]
 
 
@@ -199,10 +201,12 @@ class Bench:
     async def latency(self) -> None:
         options = self._options
         for batch in options.batch_sizes:
-            await self._decode(batch, 8)
+            await self._decode(batch, 8, _WARM_UP_INPUT)
             steps: list[float] = []
             for _ in range(options.repeats):
-                steps += full_batch_steps(await self._decode(batch, options.latency_output_len))
+                steps += full_batch_steps(
+                    await self._decode(batch, options.latency_output_len, options.latency_input_len)
+                )
             if not steps:
                 self.emit(mode="latency", batch=batch, error="the batch never decoded all at once")
                 continue
@@ -218,9 +222,9 @@ class Bench:
                 decode_tok_s=round(batch * 1e3 / statistics.fmean(steps), 1),
             )
 
-    async def _decode(self, batch: int, tokens: int) -> list[Watched]:
+    async def _decode(self, batch: int, tokens: int, input_len: int) -> list[Watched]:
         """`batch` requests at once. The last one is watched: it is the last to begin decoding."""
-        prompts = [self._ids(self._options.latency_input_len) for _ in range(batch)]
+        prompts = [self._ids(input_len) for _ in range(batch)]
         streams = [self._llm.generate(prompt, self._params(tokens)) for prompt in prompts]
         return await asyncio.gather(*(watch(stream, stream is streams[-1]) for stream in streams))
 

@@ -2,6 +2,7 @@
 
     .venv/bin/python scripts/bench_guided.py [--json FILE] [--rows 32] [--new-tokens 96] [--repetitions 5]
     .venv/bin/python scripts/bench_guided.py --device cuda --rows 32,256 --new-tokens 256    # on a GPU
+    python3 scripts/bench_guided.py --device cuda --model DIR --random-weights --dtype bfloat16    # any shape
 
 Each wave is `rows` requests at once with prompts of 64 random tokens, all different, and exactly `new-tokens` tokens of
 output, greedy: the free ones ignore the end of sequence, the guided ones fill an array of objects that must be longer
@@ -118,6 +119,8 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         device=options.device,
         tensor_parallel_size=options.ranks,
         dtype=options.dtype,
+        random_weights=options.random_weights,
+        max_model_len=PROMPT_TOKENS + options.new_tokens,
         prefix_cache=False,
         max_num_seqs=max(options.rows),
         pipeline_depth=options.pipeline_depth,
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--random-weights", action="store_true", help="of a directory with config and tokenizer alone")
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[32])
     parser.add_argument("--new-tokens", type=int, default=96)
     parser.add_argument("--schemas", type=int, default=8, help="distinct ones")

@@ -2,6 +2,7 @@
 
     python scripts/bench_scaling.py --json OUT.jsonl --comm COMM.jsonl [--models llama-3.1-8b,llama-3.3-70b-half]
         [--sizes 1,2,3,4] [--dataset sharegpt_lens.jsonl] [--plot OUT.svg]
+        [--jobs llama-3.1-8b:1,llama-3.1-8b:4,vllm:llama-3.1-8b:4 --vllm-bench bench_vllm_offline.py --vllm-env env.sh]
     python scripts/bench_scaling.py --from OUT.jsonl --comm COMM.jsonl [--plot OUT.svg]      tables of an earlier run
 
 THE WEIGHTS ARE RANDOM. llama-3.3-70b-half is 70B's layers, 40 instead of 80, so that one GPU of 141 GB holds them.
@@ -9,6 +10,9 @@ Runs scripts/bench_gpu.py for every model and size (decode steps, time to first 
 dataset), groups beside each other on the machine's GPUs unless --one-at-a-time, then scripts/bench_comm.py for every
 size alone: the time of an all-reduce from 1 KB to 64 MB. The tables have speed-up, efficiency, the share of the sums,
 and the step that scripts/scaling_model.py predicts from one GPU's step and those times.
+
+Whenever GPUs become free, the first job that fits begins. --jobs names them in another order, so that no GPU waits
+long, and some of vLLM: its results go to vllm.jsonl beside --json, and the tables have the ratio of ours to it.
 """
 
 from __future__ import annotations
@@ -17,7 +21,9 @@ import argparse
 import asyncio
 import json
 import os
+import shlex
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -36,8 +42,11 @@ MODELS = HERE / "models"
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """peer: vLLM's, not ours."""
+
     model: str
     size: int
+    peer: bool = False
 
 
 class Gpus:
@@ -65,9 +74,7 @@ async def call(arguments: Sequence[str], log: Path, gpus: Sequence[str] | None =
     if gpus is not None:
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with log.open("ab") as output:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, env=environment, stdout=output, stderr=output
-        )
+        process = await asyncio.create_subprocess_exec(*arguments, env=environment, stdout=output, stderr=output)
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -79,8 +86,9 @@ async def call(arguments: Sequence[str], log: Path, gpus: Sequence[str] | None =
 
 
 async def measure(options: argparse.Namespace, gpus: Gpus) -> None:
-    jobs = [Job(model, size) for model in options.models for size in options.sizes if size <= len(gpus.names)]
-    await call([str(HERE / "gpu_limits.py"), "--json", str(options.limits)], options.log)
+    jobs = options.jobs or [Job(model, size) for model in options.models for size in options.sizes]
+    jobs = [job for job in jobs if job.size <= len(gpus.names)]
+    await call([sys.executable, str(HERE / "gpu_limits.py"), "--json", str(options.limits)], options.log)
     if options.one_at_a_time:
         for job in jobs:
             await bench(job, options, gpus.names[: job.size])
@@ -100,13 +108,30 @@ async def measure(options: argparse.Namespace, gpus: Gpus) -> None:
 
 async def bench(job: Job, options: argparse.Namespace, gpus: Sequence[str]) -> None:
     modes = ["latency", "ttft"] + ["throughput"] * (options.dataset is not None and job.model in options.throughput)
-    arguments = [str(HERE / "bench_gpu.py"), "--model-config", job.model, "--modes", ",".join(modes)]
-    arguments += ["--tensor-parallel-size", str(job.size), "--batch-sizes", options.batch_sizes]
-    arguments += ["--ttft-lens", options.ttft_lens, "--repeats", str(options.repeats), "--json", str(options.json)]
-    if options.dataset is not None:
-        arguments += ["--dataset", str(options.dataset)]
-    await call(arguments, options.log, gpus)
-    print(f"{job.model} on {job.size}: done", file=sys.stderr)
+    began = time.monotonic()
+    arguments = ["--modes", ",".join(modes), "--batch-sizes", options.batch_sizes, "--ttft-lens", options.ttft_lens]
+    arguments += ["--repeats", str(options.repeats)]
+    if job.model in options.num_prompts:
+        arguments += ["--num-prompts", str(options.num_prompts[job.model])]
+    if job.peer:
+        arguments += ["--model-config", str(MODELS / job.model), "--tp", str(job.size)]
+        arguments += ["--out", str(vllm_results(options))]
+        arguments += [] if options.dataset is None else ["--dataset-lens", str(options.dataset)]
+        program = f". {shlex.quote(str(options.vllm_env))} && exec {shlex.quote(sys.executable)} " + shlex.join(
+            [str(options.vllm_bench), *arguments]
+        )
+        await call(["bash", "-c", program], options.log.with_suffix(".vllm.log"), gpus)
+    else:
+        arguments += ["--model-config", job.model, "--tensor-parallel-size", str(job.size)]
+        arguments += ["--json", str(options.json)]
+        arguments += [] if options.dataset is None else ["--dataset", str(options.dataset)]
+        await call([sys.executable, str(HERE / "bench_gpu.py"), *arguments], options.log, gpus)
+    took = time.monotonic() - began
+    print(f"{'vLLM, ' * job.peer}{job.model} on GPU {','.join(gpus)}: {took:.0f} s", file=sys.stderr, flush=True)
+
+
+def vllm_results(options: argparse.Namespace) -> Path:
+    return Path(options.json).with_name("vllm.jsonl")
 
 
 async def collectives(options: argparse.Namespace, count: int) -> None:
@@ -114,6 +139,7 @@ async def collectives(options: argparse.Namespace, count: int) -> None:
     for size in (size for size in options.sizes if 1 < size <= count):
         part = options.comm.with_suffix(f".{size}")
         arguments = [
+            sys.executable,
             str(HERE / "bench_comm.py"),
             "--world-size",
             str(size),
@@ -186,6 +212,20 @@ def modelled(model: Model, record: Record, one: float, ranks: int, sums: Sums) -
     return summed, *predict(alone, one, shared, summed)
 
 
+def beside(name: str, ours: Sequence[Record], theirs: Sequence[Record]) -> Iterator[str]:
+    """Ours, vLLM's and the ratio, above 1 where ours is ahead; nothing where vLLM did not run."""
+    mine, peers = ([record for record in side if record.get("model") == name] for side in (ours, theirs))
+    sizes = sorted({record.get("tp", 1) for record in peers})
+    if sizes:
+        yield from ("| | GPUs | ours | vLLM | ratio |", "|---|---|---|---|---|")
+    for size in sizes:
+        own, other = medians(mine, size), medians(peers, size)
+        for mode, what in sorted(own.keys() & other.keys(), key=str):
+            a, b = own[mode, what], other[mode, what]
+            ratio = a / b if mode == "throughput" else b / a
+            yield f"| {mode} {what} | {size} | {a:,.2f} | {b:,.2f} | {ratio:.2f} |"
+
+
 def table(found: Sequence[Line]) -> Iterator[str]:
     yield "| | GPUs | measured | speed-up | efficiency | sums | share | predicted | within |"
     yield "|---|---|---|---|---|---|---|---|---|"
@@ -244,6 +284,7 @@ def report(options: argparse.Namespace) -> None:
     for name, found in every.items():
         print(f"\n{name}, random weights; ms, or output tokens/s\n")
         print("\n".join(table(found)))
+        print("\n" + "\n".join(beside(name, records, read(vllm_results(options)))))
     print("\n" + "\n".join(sums_table(comm, options.sizes)))
     if options.plot is not None and every:
         plot(every, options.plot)
@@ -266,24 +307,49 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ttft-lens", default="2048,8192")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--dataset", type=Path)
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=["model", "comm"], help="%(default)s")
+    parser.add_argument("--num-prompts", type=counts, default={}, metavar="MODEL=N,...", help="fewer of the dataset")
+    parser.add_argument("--jobs", type=jobs_of, default=[], metavar="[vllm:]MODEL:SIZE,...", help="in this order")
+    parser.add_argument("--vllm-bench", type=Path, metavar="FILE.py", help="as for bench_vs_vllm.sh")
+    parser.add_argument("--vllm-env", type=Path, metavar="FILE.sh", help="sourced for vLLM alone")
+    parser.add_argument("--parts", type=parts_of, default=["model", "comm"], help="in this order: %(default)s")
     parser.add_argument("--one-at-a-time", action="store_true")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg")
     options = parser.parse_args()
     if (options.json is None) == (options.source is None):
         parser.error("give --json to measure, or --from")
+    if any(job.peer for job in options.jobs) and None in (options.vllm_bench, options.vllm_env):
+        parser.error("jobs of vLLM need --vllm-bench and --vllm-env")
     options.limits = options.limits or options.comm.with_name("limits.json")
     return options
+
+
+def parts_of(text: str) -> list[str]:
+    found = text.split(",")
+    if not set(found) <= {"model", "comm"}:
+        raise argparse.ArgumentTypeError(f"{text}: model and comm are the parts")
+    return found
+
+
+def jobs_of(text: str) -> list[Job]:
+    jobs = []
+    for part in text.split(","):
+        *peer, model, size = part.split(":")
+        if peer not in ([], ["vllm"]):
+            raise argparse.ArgumentTypeError(f"{part}: MODEL:SIZE or vllm:MODEL:SIZE")
+        jobs.append(Job(model, int(size), bool(peer)))
+    return jobs
+
+
+def counts(text: str) -> dict[str, int]:
+    return {model: int(count) for model, count in (part.split("=", 1) for part in text.split(","))}
 
 
 async def everything(options: argparse.Namespace) -> None:
     gpus = Gpus(visible())
     if not gpus.names:
         raise SystemExit("there is no GPU here")
-    if "model" in options.parts:
-        await measure(options, gpus)
-    if "comm" in options.parts:
-        await collectives(options, len(gpus.names))
+    for part in options.parts:
+        await (collectives(options, len(gpus.names)) if part == "comm" else measure(options, gpus))
 
 
 def visible() -> list[str]:
