@@ -201,14 +201,15 @@ def make_comm(
     native: bool = True,
     symmetric: bool = True,
     fused: bool = True,
+    side: bool = True,
     timeout: float = DEFAULT_TIMEOUT,
 ) -> Communicator:
     """The fastest communicator there is for the device.
 
     On CPUs `native` picks shared memory in `shared_dir`, if the kernels compile here: the ranks of one group run on one
     machine, so all come to the same answer. On GPUs `symmetric` takes small messages from NCCL, and `fused`
-    those sums that a norm follows. init_method: torch.distributed's; unique to this start of the group. Raises
-    EngineStartFailed.
+    those sums that a norm follows; `side` lets one half of a step be summed while the other is computed. init_method:
+    torch.distributed's; unique to this start of the group. Raises EngineStartFailed.
     """
     if world_size == 1:
         return SingleComm()
@@ -221,7 +222,7 @@ def make_comm(
         return comm
     from .comm_symm import accelerate
 
-    return accelerate(comm, device, fused=fused)
+    return accelerate(comm, device, fused=fused, side=side)
 
 
 def _map_shared(path: Path, size: int) -> mmap.mmap:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .comm import Communicator, TorchComm
 from .comm_fused import FusedSums, make_sums
+from .comm_side import DTYPES, HALVES, SideSums
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,6 @@ _ONE_SHOT_OF_MANY = 256 << 10
 # Up to so many, two shots, where the memory is there.
 TWO_SHOT_BYTES = 64 << 20
 _GATHER_BYTES = 64 << 10
-_DTYPES = (torch.bfloat16, torch.float32)
 _ALIGNMENT = 16
 
 
@@ -72,10 +72,11 @@ class SymmetricComm:
     """A Communicator: one shot up to `limit` bytes of bfloat16 or float32, two up to `two_shot`, else the given one.
 
     Its kernels can be captured in CUDA graphs. Like the rest of a step, calls run on one stream, in the same order on
-    every rank; a kernel ends when the peers have read, so the buffer is free for the next call.
+    every rank; a kernel ends when the peers have read, so the buffer is free for the next call. side: bytes of each
+    half for `halves`, 0 for none.
     """
 
-    def __init__(self, base: Communicator, one_shot: OneShot, limit: int, two_shot: int = 0) -> None:
+    def __init__(self, base: Communicator, one_shot: OneShot, limit: int, two_shot: int = 0, side: int = 0) -> None:
         self.rank = base.rank
         self.fused: FusedSums | None = None
         self.world_size = base.world_size
@@ -83,8 +84,11 @@ class SymmetricComm:
         self._one_shot = one_shot
         self._limit = limit
         self._most = max(limit, two_shot)
-        # First sums, then gathers.
-        self._sums, self._gathers = one_shot.buffer[: self._most], one_shot.buffer[self._most :]
+        # First sums, whole or in halves, then gathers.
+        room = max(self._most, HALVES * side)
+        self._room, self._gathers = one_shot.buffer[:room], one_shot.buffer[room:]
+        self._sums = self._room[: self._most]
+        self.halves = SideSums(self._room[: HALVES * side], one_shot.reduce_in_place) if side else None
 
     def staging(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """Where to compute what `all_reduce` will sum, so that it need not be copied; None if it would not be used.
@@ -105,8 +109,8 @@ class SymmetricComm:
 
     def owned(self, x: Tensor) -> Tensor:
         """x, or a copy if it lies in `staging`."""
-        first = self._sums.data_ptr()
-        return x.clone() if first <= x.data_ptr() < first + self._most else x
+        first = self._room.data_ptr()
+        return x.clone() if first <= x.data_ptr() < first + self._room.numel() else x
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Like every Communicator's, but what was computed into `staging` comes back in memory of its own."""
@@ -138,7 +142,7 @@ class SymmetricComm:
 
     @staticmethod
     def _serves(size: int, dtype: torch.dtype, limit: int) -> bool:
-        return dtype in _DTYPES and 0 < size <= limit and size % _ALIGNMENT == 0
+        return dtype in DTYPES and 0 < size <= limit and size % _ALIGNMENT == 0
 
 
 def accelerate(
@@ -148,23 +152,25 @@ def accelerate(
     two_shot: int = TWO_SHOT_BYTES,
     *,
     fused: bool = True,
+    side: bool = True,
 ) -> Communicator:
     """`comm`, with symmetric memory where all ranks can have it. A collective.
 
     Checks sums against NCCL's before it trusts the hardware. limit: bytes of one shot, a multiple of 16, None for the
-    table's; 0 turns it all off. two_shot: likewise, where it is more. fused: let sums be taken with residual and norm,
-    where that works.
+    table's; 0 turns it all off. two_shot: likewise, where it is more. fused: let sums be taken with residual and norm;
+    side: let one half of a step be summed while the other is computed, where that works.
     """
     if limit is None:
         limit = ONE_SHOT_BYTES.get(comm.world_size, _ONE_SHOT_OF_MANY)
     if device.type != "cuda" or comm.world_size == 1 or limit <= 0 or not isinstance(comm, TorchComm):
         return comm
-    buffer = _shared_buffer(comm, device, max(limit, two_shot))
+    half = two_shot if side and two_shot > limit else 0
+    buffer = _shared_buffer(comm, device, max(limit, two_shot, HALVES * half))
     if buffer is None and two_shot > limit:
-        two_shot, buffer = 0, _shared_buffer(comm, device, limit)
+        half, two_shot, buffer = 0, 0, _shared_buffer(comm, device, limit)
     if buffer is None:
         return comm
-    fast = SymmetricComm(comm, buffer, limit, two_shot)
+    fast = SymmetricComm(comm, buffer, limit, two_shot, half)
     right = all(_sums_like(fast, comm, device, size) for size in (8, 4096, limit // 2))
     if not _unanimous(right, comm, device):
         logger.warning("symmetric memory gives wrong sums here: NCCL does it all")
@@ -174,6 +180,11 @@ def accelerate(
         if not _unanimous(all(_sums_like(fast, comm, device, size) for size in sizes), comm, device):
             logger.warning("symmetric memory gives wrong sums in two shots here: NCCL takes the large ones")
             fast = SymmetricComm(comm, buffer, limit)
+        elif fast.halves is not None:
+            halves = fast.halves
+            if not _unanimous(_halves_like(halves, comm, device, 4 * limit), comm, device):
+                logger.warning("symmetric memory gives wrong sums on a stream of their own: steps stay whole")
+                fast.halves = None
     if fused:
         fast.fused = make_sums(comm, device, limit)
     return fast
@@ -195,6 +206,19 @@ def _sums_like(fast: SymmetricComm, comm: Communicator, device: torch.device, si
     x = torch.randint(-8, 9, (size,), generator=generator, device=device).to(torch.bfloat16)
     expected = comm.all_reduce(x.clone())
     return bool(torch.equal(fast.all_reduce(x.clone()), expected))
+
+
+def _halves_like(halves: SideSums, comm: Communicator, device: torch.device, size: int) -> bool:
+    generator = torch.Generator(device).manual_seed(3 + comm.rank)
+    both = torch.randint(-8, 9, (HALVES, size), generator=generator, device=device).to(torch.bfloat16)
+    expected = comm.all_reduce(both.clone())
+    parts = [halves.part(half, (size,), torch.bfloat16) for half in range(HALVES)]
+    for half, part in enumerate(parts):
+        part.copy_(both[half])
+        halves.start(half, part)
+    for half in range(HALVES):
+        halves.wait(half)
+    return all(torch.equal(part, right) for part, right in zip(parts, expected, strict=True))
 
 
 def _unanimous(mine: bool, comm: Communicator, device: torch.device) -> bool:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .comm import Communicator
+from .comm_side import SideSums
 from .comm_symm import SymmetricComm
 from .config import ModelConfig, RopeScaling
 from .linear import Linear, Placement, make_gated, make_linear, usable_blocks
@@ -56,6 +57,13 @@ class RowParallelLinear:
         # Perhaps in staging's memory. What reads it runs before the next row-parallel product of this stream writes
         # there, and the peers write there only while this stream takes part in a sum.
         return norm.of_sum(self(x), residual)
+
+    def start(self, x: Tensor, sums: SideSums, half: int) -> Tensor:
+        """Lets the sum begin; the result may be read once `sums` was waited for."""
+        part = sums.part(half, (x.shape[0], self._linear.out_features), x.dtype)
+        self._linear.into(x, part)
+        sums.start(half, part)
+        return part
 
     def leaves_norm(self, x: Tensor) -> bool:
         """Whether `add_norm` of so many rows leaves the norm to the product that follows."""

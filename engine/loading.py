@@ -105,6 +105,7 @@ class _Loading:
             shared_dir=Path(configure.shared_dir),
             native=configure.native,
             fused=configure.fused_sums and self._kernels,
+            side=configure.overlap_sums,
             timeout=configure.collective_timeout,
         )
         self._ended("group")

@@ -20,8 +20,10 @@ from .attention import AttentionBackend, AttentionPlan
 from .backends import Request, choose_backends
 from .batch import ForwardBatch
 from .comm import Communicator
+from .comm_side import HALVES, SideSums
 from .comm_symm import SymmetricComm
 from .config import ModelConfig
+from .halves import LEAST_TOKENS, split, split_point
 from .kv import KVCache
 from .layers import (
     FIRST_ROPE_LENGTH,
@@ -45,7 +47,8 @@ from .weights import WeightSource
 class Environment:
     """What all layers share: the communicator, where weights live, and the kernels.
 
-    graphs: whether these may stand in a CUDA graph. positions: to be ready for from the start.
+    graphs: whether these may stand in a CUDA graph. positions: to be ready for from the start. split_from: tokens of a
+    step that goes in halves.
     """
 
     comm: Communicator
@@ -55,6 +58,7 @@ class Environment:
     attention: AttentionBackend
     graphs: bool
     positions: int
+    split_from: int
 
     def vector(self, source: WeightSource, name: str) -> Tensor:
         return source.read(name, self.placement.dtype).to(self.placement.device)
@@ -113,6 +117,10 @@ class MLP:
         """Adds what it thinks of x to the residual in place; returns the norm of that, perhaps still to be taken."""
         return self.down.add_norm(self.gate_up(x), residual, norm)
 
+    def start(self, x: Tensor, sums: SideSums, half: int) -> Tensor:
+        """What it thinks of x, to be read once `sums` was waited for."""
+        return self.down.start(self.gate_up(x), sums, half)
+
 
 class DecoderLayer:
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, index: int, env: Environment) -> None:
@@ -161,7 +169,11 @@ class Decoder:
         residual = self._embed(batch.token_ids)
         x = self._first(residual)
         last, chosen = len(self._layers) - 1, batch.sample_index
-        for index, layer in enumerate(self._layers):
+        sums, at = self._sums_of_halves(batch)
+        first = 0
+        if sums is not None and last:  # the last layer goes on with a few tokens only
+            x, first = self._in_halves(normed(x), residual, step, at, sums), last
+        for index, layer in enumerate(self._layers[first:], first):
             q = layer.attention.remember(x, step, index)
             if index == last and chosen is not None and chosen.numel() == 0:
                 return residual[:0]
@@ -172,6 +184,45 @@ class Decoder:
             following = self._layers[index + 1].input_norm if index < last else self._final_norm
             x = layer.mlp.add_norm(x, residual, following)
         return self._owned(normed(x))
+
+    def _sums_of_halves(self, batch: ForwardBatch) -> tuple[SideSums | None, int]:
+        """What sums the halves of such a step, and the token between them; None where it stays whole."""
+        comm = self._env.comm
+        sums = comm.halves if isinstance(comm, SymmetricComm) else None
+        at = split_point(batch, self._env.split_from) if sums is not None else None
+        if sums is None or at is None:
+            return None, 0
+        fits = sums.fits(max(at, batch.num_tokens - at), self.config.hidden_size, self._env.placement.dtype)
+        return (sums, at) if fits else (None, 0)
+
+    def _in_halves(self, x: Tensor, residual: Tensor, step: Step, at: int, sums: SideSums) -> Tensor:
+        """All layers but the last: what goes into that, and `residual` in place. x: the first layer's norm.
+
+        Each half in turn is at its products and its attention while the other one is summed.
+        """
+        env, kv, last = self._env, step.kv, len(self._layers) - 1
+        steps = [
+            Step(batch, kv, step.rope, env.attention.plan(batch, kv.block_size, env.placement.dtype))
+            for batch in split(step.batch, at)
+        ]
+        states, residuals = [x[:at], x[at:]], [residual[:at], residual[at:]]
+        for index, layer in enumerate(self._layers[:last]):
+            parts = []
+            for half in range(HALVES):
+                if index:
+                    sums.wait(half)
+                    states[half] = layer.input_norm.of_sum(states[half], residuals[half])
+                q = layer.attention.remember(states[half], steps[half], index)
+                found = layer.attention.look(q, steps[half], index)
+                parts.append(layer.attention.out.start(found, sums, half))
+            for half in range(HALVES):
+                sums.wait(half)
+                thought_of = layer.post_norm.of_sum(parts[half], residuals[half])
+                states[half] = layer.mlp.start(thought_of, sums, half)
+        for half in range(HALVES):
+            sums.wait(half)
+            states[half] = self._layers[last].input_norm.of_sum(states[half], residuals[half])
+        return torch.cat(states)
 
     def _owned(self, x: Tensor) -> Tensor:
         """In memory that no later collective overwrites: what follows a forward pass may sum, too."""
@@ -266,6 +317,7 @@ def load_model(
     max_rows: int = 1024,
     max_positions: int | None = None,
     fused_linears: bool = True,
+    split_from: int = LEAST_TOKENS,
     capability: tuple[int, int] | None = None,
 ) -> Decoder:
     """Reads this rank's share of the weights and puts the fastest kernels behind it.
@@ -273,7 +325,8 @@ def load_model(
     kv_dtype: of the caches it will be given, `dtype` if None. native, pack: switches for the C kernels and for oneDNN's
     weight layout; both are used only where they work. triton: take the kernels of GPUs. attention: which of their
     backends, see `backends`. max_rows, max_positions: of any step, for what is made ready once. fused_linears: few rows
-    go through Triton's kernels for them. capability: of the GPU that kernels are only compiled for. Raises
+    go through Triton's kernels for them. split_from: tokens of a step that goes in halves where the communicator sums
+    such. capability: of the GPU that kernels are only compiled for. Raises
     ConfigError (too many ranks, a backend that is not there), CorruptWeights.
     """
     kv_dtype = kv_dtype or dtype
@@ -295,6 +348,7 @@ def load_model(
         attention=chosen.attention,
         graphs=chosen.graphs,
         positions=max_positions or FIRST_ROPE_LENGTH,
+        split_from=split_from,
     )
     with torch.inference_mode():
         return Decoder(config, shard, source, env)

@@ -43,7 +43,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     last one's tokens are back. gpu_memory_utilization: share of each GPU's memory that may be taken in all; what
     weights and a full step leave of it becomes the cache. attention_backend: "auto" is the fastest that is installed.
     fused_linears: a switch, for products of few rows by kernels that do what stands around them too. fused_sums: one
-    for small sums over the ranks that take the residual and the norm along.
+    for small sums over the ranks that take the residual and the norm along. overlap_sums: one for large sums of one
+    half of a prefill's tokens while the other half is computed.
     """
 
     tensor_parallel_size: int = 1
@@ -89,6 +90,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     attention_backend: str = "auto"
     fused_linears: bool = True
     fused_sums: bool = True
+    overlap_sums: bool = True
 
 
 def service_options(**values: object) -> ServiceOptions:

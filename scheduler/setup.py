@@ -49,6 +49,7 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         attention_backend=options.attention_backend,
         fused_linears=options.fused_linears,
         fused_sums=options.fused_sums,
+        overlap_sums=options.overlap_sums,
     )
 
 

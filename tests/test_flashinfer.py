@@ -23,8 +23,10 @@ SCALE = HEADS.head_dim**-0.5
 
 
 class Buffers:
-    device_memory = torch.empty(1)
     taken = 0
+
+    def device_memory(self) -> Tensor:
+        return torch.empty(1)
 
     def take(self) -> Tensor:
         self.taken += 1

@@ -181,3 +181,19 @@ def test_two_ranks_give_the_tokens_of_one(checkpoint: Path, graphs: bool, fused:
     one = asyncio.run(_served(checkpoint))
     two = asyncio.run(_served(checkpoint, tensor_parallel_size=2, cuda_graphs=graphs, fused_sums=fused))
     assert two == one
+
+
+async def _long(model: Path, **options: object) -> list[list[int]]:
+    """Prompts of which several are prefilled in one step of more tokens than a step of one piece has."""
+    random = np.random.default_rng(5)
+    asked = [random.integers(0, 256, 430).tolist() for _ in range(12)]
+    settings = {"device": "cuda", "dtype": "float32", "num_blocks": 512, "max_num_seqs": 12, **options}
+    async with LLM(str(model), **settings) as llm:  # type: ignore[arg-type]
+        return [(await stream.final()).token_ids for stream in [llm.generate(prompt, GREEDY) for prompt in asked]]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_ranks_give_the_tokens_of_one_when_halves_are_summed_beside_each_other(checkpoint: Path) -> None:
+    one = asyncio.run(_long(checkpoint))
+    for overlap_sums in (True, False):
+        assert asyncio.run(_long(checkpoint, tensor_parallel_size=2, overlap_sums=overlap_sums)) == one

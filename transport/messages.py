@@ -131,6 +131,7 @@ class Configure(Message, frozen=True, kw_only=True):
     there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
     "triton", "flashinfer", "torch". fused_linears: products of few rows through kernels that take the norm before them
     and the activation or the sum after them along. fused_sums: small sums over the ranks in one launch with the norm.
+    overlap_sums: one half of a large step's tokens is summed while the other half is computed.
     """
 
     model: str
@@ -158,6 +159,7 @@ class Configure(Message, frozen=True, kw_only=True):
     attention_backend: str = "auto"
     fused_linears: bool = True
     fused_sums: bool = True
+    overlap_sums: bool = True
 
 
 class Loading(Message, frozen=True):

@@ -56,6 +56,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "attention_backend": f"on GPUs: {', '.join(ATTENTION_BACKENDS)}; auto is the fastest that is installed",
     "fused_linears": "on GPUs: few rows through kernels that join a product with what stands around it",
     "fused_sums": "on GPUs: small sums over the ranks take residual and norm along",
+    "overlap_sums": "on GPUs: one half of a long prefill is summed over the ranks while the other is computed",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
     "event_log": "file for every input and decision of the scheduler, for `treadle replay`; it holds token ids",

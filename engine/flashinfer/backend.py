@@ -38,7 +38,7 @@ class Heads:
 class Buffers(Protocol):
     """See `PlanBuffers`."""
 
-    device_memory: Tensor
+    def device_memory(self) -> Tensor: ...
 
     def take(self) -> Tensor: ...
 
@@ -49,11 +49,12 @@ class Buffers(Protocol):
 class FlashInferPlan(AttentionPlan):
     """`tables` [R, P] int32 are the prefill rows'. decode: of the other backend, for the rows before them.
 
-    work: FlashInfer's description of what it wrote to the device. first_token: of the prefill rows.
+    work: FlashInfer's description of what it wrote to `memory`, on the device. first_token: of the prefill rows.
     """
 
     decode: AttentionPlan | None
     work: Sequence[int]
+    memory: Tensor
     first_token: int
 
 
@@ -68,7 +69,7 @@ class FlashInferAttention:
         self._scale = scale
         self.name = f"flashinfer prefill, {decode.name} decode"
         # FA3 splits no contexts, so it needs no memory for parts; it only asks this tensor for its device.
-        self._no_parts = torch.empty(16, dtype=torch.uint8, device=buffers.device_memory.device)
+        self._no_parts = torch.empty(16, dtype=torch.uint8, device=buffers.device_memory().device)
 
     def plan(self, batch: ForwardBatch, block_size: int, dtype: torch.dtype) -> AttentionPlan:
         first = batch.num_decode
@@ -81,10 +82,10 @@ class FlashInferAttention:
         starts = torch.tensor([start - offset for start in batch.query_starts[first:]], dtype=torch.int32)
         # The kernel reads a row's pages from where it begins and stops at its length: the table is used as it is.
         pages = torch.arange(len(lengths) + 1, dtype=torch.int32) * tables.shape[1]
-        heads = self._heads
+        heads, memory = self._heads, self._buffers.device_memory()
         work = self._module.plan(
             self._no_parts,
-            self._buffers.device_memory,
+            memory,
             self._buffers.take(),
             starts,
             pages,
@@ -107,6 +108,7 @@ class FlashInferAttention:
             lengths=batch.context_lens[first:],
             decode=decode,
             work=work,
+            memory=memory,
             first_token=offset,
         )
 
@@ -121,7 +123,7 @@ class FlashInferAttention:
         unused = plan.lengths  # the kernel has these arrays from the plan
         self._module.paged_run(
             self._no_parts,
-            self._buffers.device_memory,
+            plan.memory,
             plan.work,
             q[first:],
             k_cache,
