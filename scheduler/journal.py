@@ -18,6 +18,7 @@ import os
 import struct
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,6 +120,7 @@ class Journal:
         self._tokens: list[int] = []
         self._next = 0
         self._dirty = False
+        self._failed = False
         self._syncing: asyncio.Task[None] | None = None
         self._lock = _lock(path)
         try:
@@ -152,15 +154,24 @@ class Journal:
         self.flush()
 
     def flush(self) -> None:
-        """One write of all that has come since the last."""
+        """One write of all that has come since the last.
+
+        Where the disk takes no more, the journal ends and the service goes on: what is in it stays good, and clients
+        that come back have more tokens than it.
+        """
         self._put_tokens()
-        if not self._buffer:
+        if not self._buffer or self._failed:
+            self._buffer.clear()
             return
-        self._size += len(self._buffer)
-        _write_all(self._file, self._buffer)
-        self._buffer.clear()
-        if self._size > _COMPACT_BYTES:
-            self._begin(read_journal(self._path))
+        try:
+            _write_all(self._file, self._buffer)
+            self._size += len(self._buffer)
+            self._buffer.clear()
+            if self._size > self._compact_at:
+                self._begin(read_journal(self._path))
+        except (OSError, ConfigError) as error:
+            self._end(error)
+            return
         self._dirty = True
         if self._syncing is None:
             self._syncing = asyncio.get_running_loop().create_task(self._sync(), name="treadle-journal")
@@ -171,14 +182,25 @@ class Journal:
         if self._syncing is not None:
             self._syncing.cancel()
             await asyncio.gather(self._syncing, return_exceptions=True)
-        os.fsync(self._file)
+        with suppress(OSError):  # said before, or too late to matter
+            os.fsync(self._file)
         os.close(self._file)
         os.close(self._lock)
 
+    def _end(self, error: Exception) -> None:
+        logger.error("journal %s: %s; nothing more is kept, and requests go on without it", self._path, error)
+        self._failed = True
+        self._buffer = bytearray()  # the error still holds a view of the other
+        with suppress(OSError):
+            os.ftruncate(self._file, self._size)  # half a record
+
     async def _sync(self) -> None:
-        while self._dirty:
+        while self._dirty and not self._failed:
             self._dirty = False
-            await asyncio.to_thread(os.fsync, self._file)
+            try:
+                await asyncio.to_thread(_sync_and_close, os.dup(self._file))
+            except OSError as error:
+                self._end(error)
             await asyncio.sleep(self._sync_seconds)
         self._syncing = None
 
@@ -199,16 +221,20 @@ class Journal:
         new = self._path.with_name(self._path.name + ".new")
         for number, submit in entries.items():
             self._put(Accepted(number, submit))
+        file = -1
         try:
             file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
             _write_all(file, self._buffer)
             os.fsync(file)
             os.replace(new, self._path)
         except OSError as error:
+            if file >= 0:
+                os.close(file)
             raise ConfigError(f"journal {self._path}: {error.strerror}") from error
         if self._file >= 0:
             os.close(self._file)
         self._file, self._size = file, len(self._buffer)
+        self._compact_at = max(_COMPACT_BYTES, 2 * self._size)  # what is unfinished may itself be more
         self._buffer.clear()
 
 
@@ -225,6 +251,14 @@ def _lock(path: Path) -> int:
         os.close(descriptor)
         raise ConfigError(f"journal {path}: another service writes it; give each one of its own") from None
     return descriptor
+
+
+def _sync_and_close(file: int) -> None:
+    """A descriptor of its own: the journal's may be closed meanwhile, when another file takes its place."""
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _write_all(file: int, data: bytearray) -> None:

@@ -48,12 +48,12 @@ class Orphans(Sink):
         which are not kept, or where the journal is behind. It is forgotten in any case.
         """
         orphan = self._kept.pop(message.key, None)
-        if orphan is None:
+        if orphan is None or message.params != orphan.request.params:
             return None
         had = [unpack(output).tolist() for output in message.outputs] or [[] for _ in orphan.tokens]
         details = message.params.logprobs is not None or message.params.prompt_logprobs is not None
         behind = any(tokens[: len(have)] != have for tokens, have in zip(orphan.tokens, had, strict=True))
-        if details or behind or message.params != orphan.request.params:
+        if details or behind:
             return None
         route = orphan.request.context
         number = route.number if isinstance(route, Route) else -1

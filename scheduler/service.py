@@ -116,6 +116,7 @@ class Service:
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._paused = False
+        self._changing = False
         self._landed = asyncio.Event()
         self._idle = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -224,11 +225,19 @@ class Service:
         from starting; the old one then goes on.
         """
         supervisor = self._supervisor
-        if supervisor is None or self._core is None or self._paused:
+        if supervisor is None or self._core is None:
             raise ServiceClosed("the service is not ready for other weights")
+        if self._changing:  # whichever group is adopted first ends the other
+            raise InvalidRequest("other weights are being loaded already: ask again when they serve")
         check_same_shape(self.facts, facts)
-        configure = msgspec.structs.replace(supervisor.configure, model=facts.path)
-        group = await supervisor.make(configure)
+        self._changing = True
+        try:
+            configure = msgspec.structs.replace(supervisor.configure, model=facts.path)
+            await self._adopt(supervisor, await supervisor.make(configure), configure, facts)
+        finally:
+            self._changing = False
+
+    async def _adopt(self, supervisor: Supervisor, group: EngineGroup, configure: Configure, facts: ModelFacts) -> None:
         self._paused = True
         try:
             await self._all_landed()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -59,6 +60,7 @@ class Supervisor:
         self._living: set[EngineGroup] = set()
         self._spare: asyncio.Task[EngineGroup] | None = None
         self._spare_losses = 0
+        self._hurry = asyncio.Event()
         self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -101,8 +103,9 @@ class Supervisor:
         if group.death is not None:
             raise group.death.error
         old, self.group, self.configure = self.group, group, configure
+        others = self._living - {group}  # not those that a recovery makes meanwhile
         await self._forget_spare()
-        for other in [other for other in self._living if other is not group]:
+        for other in others & self._living:
             self._end_aside(other)
         logger.info("engine group %d serves in place of %d", group.number, old.number if old is not None else 0)
         self._order_spare(_SPARE_DELAY)
@@ -175,6 +178,7 @@ class Supervisor:
         """The spare group where there is one, or is about to be; else a new one."""
         spare, self._spare = self._spare, None
         if spare is not None:
+            self._hurry.set()
             try:
                 group = await spare
             except TreadleError as error:
@@ -204,12 +208,14 @@ class Supervisor:
 
     def _order_spare(self, delay: float) -> None:
         if self._options.standby and self._spare is None and not self._closed:
+            self._hurry.clear()
             self._spare = asyncio.get_running_loop().create_task(self._load_spare(delay), name="treadle-spare")
             self._spare.add_done_callback(_seen)
 
     async def _load_spare(self, delay: float) -> EngineGroup:
-        """Not at once: who serves now has to catch up first."""
-        await asyncio.sleep(delay + backoff(self._spare_losses))
+        """Not at once: who serves now has to catch up first, unless it is lost too."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._hurry.wait(), delay + backoff(self._spare_losses))
         await asyncio.gather(*self._endings, return_exceptions=True)
         group = await self.make()
         logger.info("engine group %d stands by", group.number)

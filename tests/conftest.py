@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from treadle import LLM
 
@@ -25,6 +26,8 @@ from .modelkit import make_checkpoint
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
+    torch.set_num_threads(1)
 
 # The longest first, so that no process is left alone with one of them at the end.
 LONG_FILES = (

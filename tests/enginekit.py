@@ -1,6 +1,6 @@
 """A decoder on one rank, driven by hand: rows with blocks of their own, prompts cut in every way.
 
-Run as a program it is one rank of a group: `python -m tests.enginekit DIRECTORY RANK WORLD_SIZE [native]`.
+Run as a program it is one rank of a gloo group: `python -m tests.enginekit DIRECTORY RANK WORLD_SIZE`.
 """
 
 from __future__ import annotations
@@ -113,8 +113,7 @@ RANK_WAYS = ("chunked", "among neighbours")
 
 
 def run_rank(directory: Path, rank: int, world_size: int, native: bool) -> None:
-    """What each process of `test_ranks_add_up_to_the_model` does."""
-    torch.set_num_threads(1)
+    """What each rank of `test_ranks_add_up_to_the_model` does."""
     init_method = f"file://{directory}/rendezvous"
     comm = make_comm(rank, world_size, CPU, init_method=init_method, shared_dir=directory, native=native)
     for name, (path, tokens) in json.loads((directory / "work.json").read_text()).items():
@@ -125,4 +124,5 @@ def run_rank(directory: Path, rank: int, world_size: int, native: bool) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:] == ["native"])
+    torch.set_num_threads(1)
+    run_rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), native=False)

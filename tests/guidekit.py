@@ -18,7 +18,7 @@ from treadle.tokenizer import Tokenizer
 from treadle.transport.masks import Words
 from treadle.transport.messages import Guided
 
-from .modelkit import EOS, VOCAB_SIZE
+from .vocabulary import EOS, VOCAB_SIZE
 
 
 @dataclass

@@ -13,9 +13,9 @@ import torch
 import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from .vocabulary import BOS, EOS, VOCAB_SIZE
+
 FAMILIES = ("llama3", "mistral", "qwen2", "qwen3")
-VOCAB_SIZE = 320
-BOS, EOS, IM_START, IM_END = 256, 257, 258, 259
 _SPECIAL = ("<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"

@@ -21,6 +21,7 @@ from treadle.flags import SERVICE_HELP
 from treadle.lines import Lines
 from treadle.scheduler.options import ServiceOptions
 
+from .clikit import ended
 from .servekit import serving
 
 
@@ -86,40 +87,41 @@ def test_launch_script_is_serve(tiny: Path, tmp_path: Path) -> None:
     assert "--tensor-parallel-size" in help_text.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("generate", "x", "--model", "nowhere"), "ModelNotFound"),
-        (("serve", "nowhere", "--endpoint", "tcp://127.0.0.1:5"), "CURVE"),
-        (("serve", "nowhere", "--endpoint", "smoke-signals"), "allowed are"),
-        (("serve", "nowhere", "--pipeline-depth", "0"), "pipeline_depth=0"),
-        (("generate", "x", "--tensor-parallel-size", "99"), "at most 9 ranks"),
-        (("serve", "nowhere", "--num-blocks", str(10**12)), "num_blocks=1000000000000: allowed is 0 to"),
-        (("stats", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "ServerLost"),
-        (("generate", "x", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "treadle serve MODEL"),
-        (("generate", "x", "--server-key", "k"), "give its --endpoint"),
-        (("generate", "x", "--model", "/dev/null"), "neither a file nor a directory"),
-        (("generate", "x", "--model", "x" * 5000), "too long"),
-        (("generate", "x", "--model", "nowhere", "--temperature", "nan"), "temperature must be"),
-        (("generate", "", "--model", "nowhere"), "the prompt is empty"),
-        (("generate", "-", "--model", "nowhere"), "the prompt is empty"),
-        (("generate", b"caf\xe9", "--model", "nowhere"), "the prompt is not UTF-8, at character 3"),
-        (("chat", "--system", b"\xff", "--model", "nowhere"), "--system is not UTF-8"),
-        (("stats", "--connect-timeout", "nan"), "connect_timeout=nan"),
-        (("keys", "/nonexistent-directory/keys"), "No such file"),
-    ],
-)
-def test_errors_are_one_clear_line(arguments: tuple[str | bytes, ...], says: str) -> None:
-    done = treadle(*arguments)
-    assert done.returncode == 2
-    assert says in done.stderr and "Traceback" not in done.stderr
+REFUSED: list[tuple[tuple[str | bytes, ...], str]] = [
+    (("generate", "x", "--model", "nowhere"), "ModelNotFound"),
+    (("serve", "nowhere", "--endpoint", "tcp://127.0.0.1:5"), "CURVE"),
+    (("serve", "nowhere", "--endpoint", "smoke-signals"), "allowed are"),
+    (("serve", "nowhere", "--pipeline-depth", "0"), "pipeline_depth=0"),
+    (("generate", "x", "--tensor-parallel-size", "99"), "at most 9 ranks"),
+    (("serve", "nowhere", "--num-blocks", str(10**12)), "num_blocks=1000000000000: allowed is 0 to"),
+    (("stats", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "ServerLost"),
+    (("generate", "x", "--endpoint", "ipc:///nonexistent-directory/x.ipc"), "treadle serve MODEL"),
+    (("generate", "x", "--server-key", "k"), "give its --endpoint"),
+    (("generate", "x", "--model", "/dev/null"), "neither a file nor a directory"),
+    (("generate", "x", "--model", "x" * 5000), "too long"),
+    (("generate", "x", "--model", "nowhere", "--temperature", "nan"), "temperature must be"),
+    (("generate", "", "--model", "nowhere"), "the prompt is empty"),
+    (("generate", "-", "--model", "nowhere"), "the prompt is empty"),
+    (("generate", b"caf\xe9", "--model", "nowhere"), "the prompt is not UTF-8, at character 3"),
+    (("chat", "--system", b"\xff", "--model", "nowhere"), "--system is not UTF-8"),
+    (("stats", "--connect-timeout", "nan"), "connect_timeout=nan"),
+    (("keys", "/nonexistent-directory/keys"), "No such file"),
+]
+
+
+def test_errors_are_one_clear_line() -> None:
+    for (arguments, says), done in zip(REFUSED, ended(*(arguments for arguments, _ in REFUSED)), strict=True):
+        assert done.code == 2, arguments
+        assert says in done.stderr and "Traceback" not in done.stderr, arguments
 
 
 def test_bad_flags_are_refused() -> None:
-    assert treadle("generate", "x", "--max-tokens", "many").returncode == 2
-    unknown = treadle("generate", "x", "--bogus", "1")
-    assert unknown.returncode == 2 and unknown.stderr.startswith("treadle generate: unknown: --bogus 1")
-    assert treadle("no-such-command").returncode == 2
+    no_number, unknown, no_command = ended(
+        ("generate", "x", "--max-tokens", "many"), ("generate", "x", "--bogus", "1"), ("no-such-command",)
+    )
+    assert no_number.code == 2
+    assert unknown.code == 2 and unknown.stderr.startswith("treadle generate: unknown: --bogus 1")
+    assert no_command.code == 2
 
 
 def test_input_that_is_not_text_is_refused() -> None:
@@ -189,7 +191,7 @@ async def test_waiting_for_a_line_can_be_cancelled() -> None:
 def test_keys_are_made_once(tmp_path: Path) -> None:
     made = treadle("keys", str(tmp_path / "keys"))
     assert made.returncode == 0 and len(made.stdout.split()[-1]) == 40
-    assert treadle("keys", str(tmp_path / "keys")).returncode == 2
+    assert treadle("keys", str(tmp_path / "keys")).returncode == 2  # as a process, for its exit code
 
 
 def test_random_weights_say_so_loudly(tiny: Path, tmp_path: Path) -> None:

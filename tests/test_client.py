@@ -256,52 +256,47 @@ async def test_a_restarted_server_is_another_one(tiny: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.asyncio
-async def test_a_server_that_stays_away_is_lost(tiny: Path, tmp_path: Path) -> None:
+async def test_a_server_that_was_killed_is_lost_and_not_waited_for(tiny: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "one", tiny) as server:
-        async with Client(server.endpoint, lost_after=1.0) as client:
-            stream = client.generate("a", ENDLESS)
-            await anext(stream)
+        async with (
+            Client(server.endpoint, lost_after=1.0) as short,
+            Client(server.endpoint, lost_after=600.0, connect_timeout=600.0) as long,
+            asyncio.timeout(60),
+        ):
+            silent, ended = short.generate("a", ENDLESS), long.generate("a", ENDLESS)
+            await anext(silent)
+            await anext(ended)
             server.process.kill()
             with pytest.raises(ServerLost, match="silent for 1 s"):
-                await stream.final()
+                await silent.final()
+            with pytest.raises(ServerLost, match="the server has ended"):
+                await ended.final()
+            with pytest.raises(ServerLost, match="the server has ended"):
+                await long.stats()
 
 
 @pytest.mark.asyncio
-async def test_a_server_that_was_killed_is_not_waited_for(tiny: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "one", tiny) as server:
-        async with Client(server.endpoint, lost_after=600.0, connect_timeout=600.0) as client, asyncio.timeout(60):
-            stream = client.generate("a", ENDLESS)
-            await anext(stream)
-            server.process.kill()
-            with pytest.raises(ServerLost, match="the server has ended"):
-                await stream.final()
-            with pytest.raises(ServerLost, match="the server has ended"):
-                await client.stats()
+async def test_a_server_that_stands_still_is_not_taken_for_gone(server: Server) -> None:
+    async with Client(server.endpoint, lost_after=600.0) as client:
+        looked = asyncio.Event()
+        backend = client._made
+        assert isinstance(backend, RemoteBackend)
+        real = backend._look
 
+        async def look() -> None:
+            await real()
+            looked.set()
 
-@pytest.mark.asyncio
-async def test_a_server_that_stands_still_is_not_taken_for_gone(tiny: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "one", tiny) as server:
-        async with Client(server.endpoint, lost_after=600.0) as client:
-            looked = asyncio.Event()
-            backend = client._made
-            assert isinstance(backend, RemoteBackend)
-            real = backend._look
-
-            async def look() -> None:
-                await real()
-                looked.set()
-
-            backend._look = look  # type: ignore[method-assign]
-            stream = client.generate("a", ENDLESS)
-            await anext(stream)
-            server.process.send_signal(signal.SIGSTOP)
-            try:
-                async with asyncio.timeout(30):
-                    await looked.wait()
-            finally:
-                server.process.send_signal(signal.SIGCONT)
-            assert len((await stream.final()).token_ids) == 200
+        backend._look = look  # type: ignore[method-assign]
+        stream = client.generate("a", ENDLESS)
+        await anext(stream)
+        server.process.send_signal(signal.SIGSTOP)
+        try:
+            async with asyncio.timeout(30):
+                await looked.wait()
+        finally:
+            server.process.send_signal(signal.SIGCONT)
+        assert len((await stream.final()).token_ids) == 200
 
 
 @pytest.mark.asyncio

@@ -14,7 +14,8 @@ import torch
 import transformers
 
 from tests.ggufkit import write_gguf
-from tests.modelkit import EOS, FAMILIES, make_checkpoint
+from tests.modelkit import FAMILIES, make_checkpoint
+from tests.vocabulary import EOS
 from treadle.engine.config import RopeScaling, load_config
 from treadle.engine.config_gguf import llama3_divisors
 from treadle.errors import CorruptWeights, ModelNotFound, UnsupportedModel

@@ -25,8 +25,9 @@ from treadle.transport.codec import pack
 from treadle.transport.messages import Configure, RowStart, SamplingParams, StepPlan, StepResult
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
-from .modelkit import VOCAB_SIZE, make_checkpoint
+from .modelkit import make_checkpoint
 from .test_exactness import run_all
+from .vocabulary import VOCAB_SIZE
 
 CPU = torch.device("cpu")
 NEW_TOKENS = 24

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from treadle import Client, SamplingParams
-from treadle.errors import ConfigError, ModelNotFound, ServerLost, ServiceClosed, ServiceDraining
+from treadle.errors import ConfigError, InvalidRequest, ModelNotFound, ServerLost, ServiceClosed, ServiceDraining
 from treadle.scheduler.lifecycle import GroupLost
 
 from .conftest import alive, eventually
@@ -58,7 +58,11 @@ async def test_other_weights_without_dropping_a_request(tmp_path: Path) -> None:
         f.submit_all()
         f.submit("long", [5], params(9, 450))
         await f.sink.begun("0", 3)
-        await f.service.change_weights(other)
+        changing = asyncio.create_task(f.service.change_weights(other))
+        await asyncio.sleep(0)
+        with pytest.raises(InvalidRequest, match="being loaded already"):
+            await f.service.change_weights(other)
+        await changing
         assert f.service.facts.path == "/other"
         assert not set(f.service.engine_pids) & set(before)
         assert f.service.unfinished

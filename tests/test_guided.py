@@ -26,8 +26,8 @@ from treadle.tokenizer import Tokenizer
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
 from .guidekit import TrieMatching
-from .modelkit import EOS, VOCAB_SIZE
 from .servekit import serving
+from .vocabulary import EOS, VOCAB_SIZE
 
 SCHEMA: dict[str, Any] = {
     "type": "object",

@@ -16,8 +16,8 @@ import pytest
 from treadle import Client, SamplingParams
 
 from .httpkit import async_client, client
-from .modelkit import EOS
 from .servekit import Server, serving
+from .vocabulary import EOS
 
 MODEL = "tiny"
 HI = [{"role": "user", "content": "Hi"}]

@@ -26,6 +26,7 @@ from treadle.http.child import reachable
 from treadle.http.settings import listen, read_key_file
 from treadle.transport.endpoints import write_keys
 
+from .clikit import ended
 from .conftest import alive, eventually
 from .httpkit import Scripted, async_client, client, metrics
 from .servekit import serving
@@ -289,29 +290,27 @@ async def test_the_real_model_says_the_same_over_http(llm: LLM) -> None:
 
 
 def test_wrong_options_are_told_before_a_model_is_loaded(tmp_path: Path, tiny: Path) -> None:
-    def refused(*arguments: str, **environment: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "treadle", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            env={**os.environ, **environment},
-        )
-        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        return done.stderr
-
     endpoint = f"ipc://{tmp_path / 'd' / 'x.ipc'}"
+    serve = ("serve", str(tiny), "--endpoint", endpoint)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert "in use" in refused("serve", str(tiny), "--endpoint", endpoint, "--http", address)
-        assert "in use" in refused("gateway", endpoint, "--http", address)
-    assert "HOST:PORT" in refused("serve", str(tiny), "--endpoint", endpoint, "--http", "8000")
-    assert "--http" in refused("serve", str(tiny), "--endpoint", endpoint, "--api-keys", "file")
-    assert "--http" in refused("gateway", endpoint)
-    assert "endpoint" in refused("gateway", "udp://x", "--http", "127.0.0.1:0")
-    for value, said in (("/no/such/file", "No such file"), (str(tiny / "config.json"), "chmod 600")):
-        assert said in refused("gateway", endpoint, "--http", "127.0.0.1:0", "--api-keys", value)
-    # Where the extra is not installed: the packages are hidden from the program.
+        wrong = [
+            ((*serve, "--http", address), "in use"),
+            (("gateway", endpoint, "--http", address), "in use"),
+            ((*serve, "--http", "8000"), "HOST:PORT"),
+            ((*serve, "--api-keys", "file"), "--http"),
+            (("gateway", endpoint), "--http"),
+            (("gateway", "udp://x", "--http", "127.0.0.1:0"), "endpoint"),
+            (("gateway", endpoint, "--http", "127.0.0.1:0", "--api-keys", "/no/such/file"), "No such file"),
+            (("gateway", endpoint, "--http", "127.0.0.1:0", "--api-keys", str(tiny / "config.json")), "chmod 600"),
+        ]
+        for (arguments, said), done in zip(wrong, ended(*(arguments for arguments, _ in wrong)), strict=True):
+            assert done.code == 2 and "Traceback" not in done.stderr, done.stderr
+            assert said in done.stderr, arguments
+
+
+def test_where_the_extra_is_not_installed_it_is_said(tmp_path: Path, tiny: Path) -> None:
+    """The packages are hidden from the program."""
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "sitecustomize.py").write_text(
@@ -325,12 +324,18 @@ def test_wrong_options_are_told_before_a_model_is_loaded(tmp_path: Path, tiny: P
         "sys.meta_path[:] = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]\n"
     )
     paths = f"{hidden}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    for command in (("serve", str(tiny), "--endpoint", endpoint), ("gateway", endpoint)):
-        said = refused(*command, "--http", "127.0.0.1:0", PYTHONPATH=paths)
-        assert "pip install 'treadle[http]'" in said and "starlette, uvicorn" in said
-    program = "from treadle.http import HttpServer"
     environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+    endpoint = f"ipc://{tmp_path / 'd' / 'x.ipc'}"
+    for command in (("serve", str(tiny), "--endpoint", endpoint), ("gateway", endpoint)):
+        done = run("-m", "treadle", *command, "--http", "127.0.0.1:0")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "pip install 'treadle[http]'" in done.stderr and "starlette, uvicorn" in done.stderr
+    done = run("-c", "from treadle.http import HttpServer")
     assert "ConfigError: the HTTP gateway needs starlette, uvicorn: pip install 'treadle[http]'" in done.stderr
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import resource
 import stat
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import msgspec
 import pytest
 
 from treadle.errors import ConfigError
+from treadle.scheduler import journal as journal_module
 from treadle.scheduler.journal import Journal, read_journal
 from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import Abort, Submit
@@ -136,6 +139,45 @@ async def test_a_claimed_request_can_be_aborted(tmp_path: Path) -> None:
         f.service.abort(Abort("id-a"), f.sink)
         await f.sink.ended("id-a")
         assert f.service.unfinished == 0 and f.sink.last["id-a"].finish == "abort"
+
+
+@pytest.mark.asyncio
+async def test_a_full_disk_ends_the_journal_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, 0.0)
+    journal.accept(submit("kept", 0))
+    journal.flush()
+    size = path.stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))  # a record is begun, and cannot be written whole
+    try:
+        journal.accept(submit("lost", 1))
+        journal.flush()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "nothing more is kept" in caplog.text
+    journal.end(0, 0)
+    journal.flush()
+    await journal.close()
+    assert [message.key for message in read_journal(path).values()] == ["kept"]
+    assert path.stat().st_size == size
+
+
+@pytest.mark.asyncio
+async def test_a_journal_whose_open_requests_are_large_is_not_written_anew_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_module, "_COMPACT_BYTES", 1)
+    replaced: list[object] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (replaced.append(paths), replace(*paths)))
+    journal = Journal(tmp_path / "journal", 0.0)
+    for i in range(64):
+        journal.accept(submit(str(i), 0))
+        journal.flush()
+    await journal.close()
+    assert 1 < len(replaced) <= 9, "once for every doubling"
+    assert len(read_journal(tmp_path / "journal")) == 64
 
 
 @pytest.mark.asyncio

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.enginekit import RANK_WAYS, WAYS, make_rig, one_by_one, tokens_of, whole
+from tests.enginekit import RANK_WAYS, WAYS, make_rig, one_by_one, run_rank, tokens_of, whole
 from tests.modelkit import FAMILIES, load_reference, make_checkpoint
 from treadle.engine.comm import SingleComm
 from treadle.engine.native import load_native
@@ -87,15 +88,18 @@ def test_ranks_add_up_to_the_model(
         pytest.skip("no C compiler here")
     work = {name: [str(checkpoint.path), checkpoint.tokens] for name, checkpoint in checkpoints.items()}
     (tmp_path / "work.json").write_text(json.dumps(work))
-    switch = ["native"] if native else []
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.enginekit", str(tmp_path), str(rank), str(world_size), *switch],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(world_size)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0] * world_size
+    if native:  # threads will do, and need not import torch again
+        with ThreadPoolExecutor(world_size) as pool:
+            list(pool.map(lambda rank: run_rank(tmp_path, rank, world_size, native), range(world_size)))
+    else:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.enginekit", str(tmp_path), str(rank), str(world_size)],
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world_size)
+        ]
+        assert [rank.wait(120) for rank in ranks] == [0] * world_size
     for name, checkpoint in checkpoints.items():
         for way in RANK_WAYS:
             parts = [np.load(tmp_path / f"{name}.{way}.{rank}.npy") for rank in range(world_size)]

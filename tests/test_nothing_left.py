@@ -19,7 +19,7 @@ import asyncio, os, sys
 from treadle import LLM, SamplingParams
 
 async def main():
-    async with LLM({model!r}, tensor_parallel_size=2, in_process={in_process}) as llm:
+    async with LLM({model!r}, tensor_parallel_size={ranks}, in_process={in_process}) as llm:
         stream = llm.generate("a", SamplingParams(temperature=1.0, seed=1, max_tokens=200, ignore_eos=True))
         await anext(stream)
         print("running", flush=True)
@@ -75,8 +75,8 @@ def start(program: str, runtime: Path) -> tuple[subprocess.Popen[bytes], list[in
     ],
 )
 def test_nothing_is_left(tiny: Path, runtime: Path, how: str | signal.Signals, code: int, in_process: bool) -> None:
-    named = how if isinstance(how, str) else "wait"
-    process, children = start(PROGRAM.format(model=str(tiny), how=named, in_process=in_process), runtime)
+    named, ranks = how if isinstance(how, str) else "wait", 2 if in_process else 1
+    process, children = start(PROGRAM.format(model=str(tiny), how=named, ranks=ranks, in_process=in_process), runtime)
     assert isinstance(how, str) or alive(children)
     if isinstance(how, signal.Signals):
         process.send_signal(how)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from treadle.errors import EngineFailed, ServiceClosed
+from treadle.scheduler import supervisor
 from treadle.scheduler.deadline import StepDeadline
 from treadle.scheduler.lifecycle import GaveUp, GroupLost, GroupReady, backoff
 
@@ -196,6 +197,18 @@ async def test_a_lost_spare_disturbs_nobody_and_is_replaced(tmp_path: Path) -> N
         assert isinstance(lost, GroupLost) and not lost.serving
         assert f.service.stats().recoveries == 0
     eventually(lambda: not alive(spare), "the spare group is gone")
+
+
+@pytest.mark.asyncio
+async def test_a_spare_that_waits_to_be_loaded_is_loaded_at_once_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "_SPARE_DELAY", 3600.0)
+    async with faulty(tmp_path, "1 5 exit", "1 9 exit", pace=0.005, standby=True) as f:
+        await spare_is(f.service, "ready")
+        f.submit_all()
+        await f.all_ended()
+        assert f.exact() and f.service.stats().recoveries == 2
 
 
 async def spare_is(service: object, state: str) -> None:

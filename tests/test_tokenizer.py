@@ -20,7 +20,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 
 from tests.ggufkit import write_vocabulary
-from tests.modelkit import BOS, EOS, IM_END, IM_START, make_checkpoint, write_tokenizer
+from tests.modelkit import make_checkpoint, write_tokenizer
+from tests.vocabulary import BOS, EOS, IM_END, IM_START
 from treadle.errors import CorruptWeights, InvalidRequest, ModelNotFound, ProtocolError, UnsupportedModel
 from treadle.models import resolve_model
 from treadle.scheduler.guidance.llg import LlgMatching

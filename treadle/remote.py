@@ -284,7 +284,9 @@ class RemoteBackend:
             self._doubt = self._loop.create_task(self._look())
         patience = self._resume_timeout or self._lost_after
         if now - self._last_heard > patience:
-            self._streams.fail_all(ServerLost(f"{self._endpoint}: silent for {patience:g} s"))
+            silent = ServerLost(f"{self._endpoint}: silent for {patience:g} s")
+            self._streams.fail_all(silent)
+            self._fail_answers(silent)  # a drain or a reload has no time of its own
         if self._channel.send([self._codec.encode(Ping(self._sent + 1))]):
             self._sent += 1
         self._ping_due = self._loop.time() + _PING_SECONDS

@@ -49,7 +49,12 @@ class GatewayChild:
         asyncio.get_running_loop().add_reader(report, self._reported, report)
         try:
             while True:
-                process = self._spawn(lifeline, reporting)
+                try:
+                    process = self._spawn(lifeline, reporting)
+                except OSError as error:  # too many processes or descriptors: later perhaps
+                    logger.error("the HTTP gateway cannot be started, and is tried again: %s", error)
+                    await asyncio.sleep(_AGAIN_SECONDS)
+                    continue
                 try:
                     await _ended(process.pid)
                 finally:

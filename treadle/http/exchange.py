@@ -141,7 +141,8 @@ async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, Request
                     yield place, news
     finally:
         for task in waiting:
-            task.cancel()
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # several may have failed at once, and the first has said why
 
 
 async def _next(stream: Stream) -> RequestOutput | None:

@@ -108,6 +108,9 @@ class Link:
                 if str(error) != self._reason:
                     logger.info("the gateway waits for the service: %s", error)
                 self._reason = str(error)
+            except Exception as error:  # whatever it is, another service may do better: nobody else looks at this task
+                logger.exception("the gateway cannot use this service")
+                self._reason = f"internal error: {type(error).__name__}"
             finally:
                 self._served = None
             await asyncio.sleep(_RETRY_SECONDS)
