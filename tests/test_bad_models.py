@@ -100,23 +100,20 @@ async def test_an_unknown_name_says_what_is_allowed() -> None:
 
 
 @pytest.mark.asyncio
-async def test_too_many_ranks_names_the_limit(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="at most 6"):
-        async with LLM(str(tiny), tensor_parallel_size=7):
-            pass
-
-
-@pytest.mark.asyncio
-async def test_a_context_beyond_the_model_is_refused(tiny: Path) -> None:
-    with pytest.raises(ConfigError, match="max_model_len=999999"):
-        async with LLM(str(tiny), max_model_len=999_999):
-            pass
-
-
-@pytest.mark.asyncio
-async def test_a_cache_that_does_not_fit_says_by_how_much(tiny: Path) -> None:
-    with pytest.raises(DoesNotFit, match="needs"):
-        async with LLM(str(tiny), kv_cache_bytes=100):
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"tensor_parallel_size": 7}, ConfigError, "at most 6"),
+        ({"max_model_len": 999_999}, ConfigError, "max_model_len=999999"),
+        ({"kv_cache_bytes": 100}, DoesNotFit, "needs"),
+    ],
+    ids=["ranks", "context", "cache"],
+)
+async def test_more_than_the_model_or_the_memory_has_is_refused_with_the_limit(
+    tiny: Path, options: dict[str, int], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        async with LLM(str(tiny), **options):  # type: ignore[arg-type]
             pass
 
 

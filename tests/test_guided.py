@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,49 +173,53 @@ BAD = [
 ]
 
 
-@pytest.mark.asyncio
-async def test_a_bad_grammar_is_one_requests_error(tiny: Path, expected: Expected) -> None:
-    async with LLM(str(tiny), dtype="float32", debug=True, max_num_seqs=16) as llm:
-        good = asyncio.create_task(texts(llm, requests()))
-
-        async def refused(guided: Guided) -> TreadleError:
-            with pytest.raises(TreadleError) as caught:
-                await llm.generate("a", SamplingParams(guided=guided)).final()
-            return caught.value
-
-        for error, (_, kind, text) in zip(await asyncio.gather(*(refused(g) for g, *_ in BAD)), BAD, strict=True):
-            assert type(error) is kind and text in str(error)
-        choice = Guided(choice=["yes", "no"])
-        contradictions = [{"min_tokens": 9}, {"allowed_token_ids": [1, 2]}, {"banned_token_ids": [*range(256)]}]
-        for contradiction in contradictions:
-            with pytest.raises(RequestFailed, match="no token is allowed"):
-                await llm.generate("a", SamplingParams(guided=choice, **contradiction)).final()  # type: ignore[arg-type]
-        assert [output.token_ids for output in await good] == list(expected.tokens.values())
-        stats = await llm.stats()
-        assert (stats.running, stats.waiting, stats.blocks_used, stats.recoveries) == (0, 0, 0, 0)
+@pytest.fixture(scope="module")
+def guided_llm(tiny: Path) -> Iterator[LLM]:
+    with LLM(str(tiny), dtype="float32", debug=True, max_num_seqs=16) as opened:
+        yield opened
 
 
 @pytest.mark.asyncio
-async def test_several_continuations_biases_and_aborts(tiny: Path) -> None:
-    async with LLM(str(tiny), dtype="float32", debug=True, max_num_seqs=16) as llm:
-        regex = Guided(regex="[ab]{40}")
-        several = await llm.generate("a", SamplingParams(n=3, seed=5, guided=regex, max_tokens=50)).final()
-        made = {output.text for output in several.outputs}
-        assert len(made) == 3 and all(re.fullmatch("[ab]{40}", text) for text in made)
-        biased = SamplingParams(guided=regex, max_tokens=50, logit_bias={llm.tokenize("b")[0]: 100.0})
-        assert (await llm.generate("a", biased).final()).text == "b" * 40
-        short = await llm.generate("a", SamplingParams(guided=regex, max_tokens=7)).final()
-        assert (len(short.text), short.finish_reason) == (7, "length")
-        # Left at once, while the grammar is being compiled, and later.
-        for index, tokens in enumerate((0, 0, 1, 5)):
-            stream = llm.generate("a", SamplingParams(guided=Guided(regex=f"[ab]{{{100 + index}}}"), max_tokens=200))
-            for _ in range(tokens):
-                await anext(stream)
-            await stream.aclose()
-        service = llm._made._service  # type: ignore[union-attr]
-        while (await llm.stats()).running or service._guided.compiling:
-            await asyncio.sleep(0.01)
-        assert len(service._guided._guide._rows) == 0, "a matcher is left"
+async def test_a_bad_grammar_is_one_requests_error(guided_llm: LLM, expected: Expected) -> None:
+    good = asyncio.create_task(texts(guided_llm, requests()))
+
+    async def refused(guided: Guided) -> TreadleError:
+        with pytest.raises(TreadleError) as caught:
+            await guided_llm.generate("a", SamplingParams(guided=guided)).final()
+        return caught.value
+
+    for error, (_, kind, text) in zip(await asyncio.gather(*(refused(g) for g, *_ in BAD)), BAD, strict=True):
+        assert type(error) is kind and text in str(error)
+    choice = Guided(choice=["yes", "no"])
+    contradictions = [{"min_tokens": 9}, {"allowed_token_ids": [1, 2]}, {"banned_token_ids": [*range(256)]}]
+    for contradiction in contradictions:
+        with pytest.raises(RequestFailed, match="no token is allowed"):
+            await guided_llm.generate("a", SamplingParams(guided=choice, **contradiction)).final()  # type: ignore[arg-type]
+    assert [output.token_ids for output in await good] == list(expected.tokens.values())
+    stats = await guided_llm.stats()
+    assert (stats.running, stats.waiting, stats.blocks_used, stats.recoveries) == (0, 0, 0, 0)
+
+
+@pytest.mark.asyncio
+async def test_several_continuations_biases_and_aborts(guided_llm: LLM) -> None:
+    regex = Guided(regex="[ab]{40}")
+    several = await guided_llm.generate("a", SamplingParams(n=3, seed=5, guided=regex, max_tokens=50)).final()
+    made = {output.text for output in several.outputs}
+    assert len(made) == 3 and all(re.fullmatch("[ab]{40}", text) for text in made)
+    biased = SamplingParams(guided=regex, max_tokens=50, logit_bias={guided_llm.tokenize("b")[0]: 100.0})
+    assert (await guided_llm.generate("a", biased).final()).text == "b" * 40
+    short = await guided_llm.generate("a", SamplingParams(guided=regex, max_tokens=7)).final()
+    assert (len(short.text), short.finish_reason) == (7, "length")
+    # Left at once, while the grammar is being compiled, and later.
+    for index, tokens in enumerate((0, 0, 1, 5)):
+        stream = guided_llm.generate("a", SamplingParams(guided=Guided(regex=f"[ab]{{{100 + index}}}"), max_tokens=200))
+        for _ in range(tokens):
+            await anext(stream)
+        await stream.aclose()
+    service = guided_llm._made._service  # type: ignore[union-attr]
+    while (await guided_llm.stats()).running or service._guided.compiling:
+        await asyncio.sleep(0.01)
+    assert len(service._guided._guide._rows) == 0, "a matcher is left"
 
 
 @pytest.mark.asyncio

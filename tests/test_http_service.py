@@ -88,15 +88,6 @@ async def test_health_is_progress_and_a_lost_engine_costs_no_token(tiny: Path, t
         assert status(server.url) == 0
 
 
-def test_a_killed_server_takes_its_gateway_with_it(tiny: Path, tmp_path: Path) -> None:
-    with serving(tmp_path / "server", tiny, "--http", "127.0.0.1:0", "--dtype", "float32") as server:
-        pids = [child.pid for child in psutil.Process(server.process.pid).children()]
-        assert len(pids) == 2
-        server.process.kill()
-        server.process.wait()
-        eventually(lambda: not alive(pids), "rank and gateway are gone")
-
-
 def test_a_gateway_outlives_its_service(tiny: Path, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path / 's' / 'service.ipc'}"
     with gateway(endpoint, "--model-name", "m") as (process, url), client(url) as api:
@@ -123,7 +114,7 @@ def test_a_gateway_outlives_its_service(tiny: Path, tmp_path: Path) -> None:
             assert process.wait(20) == 0
 
 
-def test_a_gateway_over_tcp(tiny: Path, tmp_path: Path) -> None:
+def test_gateways_over_tcp_and_a_killed_server_takes_its_own_with_it(tiny: Path, tmp_path: Path) -> None:
     keys = write_keys(tmp_path / "keys")
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -135,6 +126,12 @@ def test_a_gateway_over_tcp(tiny: Path, tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         assert status(url) == status(server.url) == 200
+        pids = [child.pid for child in psutil.Process(server.process.pid).children()]
+        assert len(pids) == 2
+        server.process.kill()
+        server.process.wait()
+        eventually(lambda: not alive(pids), "rank and gateway are gone")
+        assert alive([process.pid])
 
 
 @pytest.mark.asyncio
