@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import time
 from pathlib import Path
 
@@ -173,6 +174,16 @@ def test_the_loop_of_a_rank_overlaps_and_gives_the_same(checkpoint: Path) -> Non
     plain = asyncio.run(_served(checkpoint, overlap=False, cuda_graphs=False))
     assert asyncio.run(_served(checkpoint)) == plain
     assert asyncio.run(_served(checkpoint, pipeline_depth=3, max_prefill_chunk=16)) == plain
+
+
+def test_a_cold_start_finds_every_kernel_that_was_compiled_ahead(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with caplog.at_level(logging.INFO, "treadle.loading"):
+        asyncio.run(_served(checkpoint, dtype="bfloat16"))
+    assert " compiled" in caplog.text
+    assert "compiled late" not in caplog.text
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

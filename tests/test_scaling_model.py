@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -80,3 +82,42 @@ def test_a_table_says_what_is_gained_and_whether_it_was_predicted() -> None:
     assert least < 2.6 < most
     rows = list(bench_scaling.table([one, two]))
     assert rows[3].endswith("| yes |") and "1.62 | 81%" in rows[3]
+
+
+def test_jobs_are_taken_in_the_order_in_which_gpus_become_free() -> None:
+    """Whoever fits first: three GPUs are not kept waiting for the fourth."""
+
+    async def run() -> list[str]:
+        gpus, began = bench_scaling.Gpus(["0", "1", "2", "3"]), []
+        ends = {size: asyncio.Event() for size in (1, 2, 3, 4)}
+
+        async def job(size: int) -> None:
+            taken = await gpus.take(size)
+            began.append(f"{size} on {','.join(taken)}")
+            await ends[size].wait()
+            await gpus.give(taken)
+
+        async with asyncio.TaskGroup() as group:
+            for size in (1, 3, 4, 2):
+                group.create_task(job(size))
+            for size in (3, 1, 2, 4):
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                ends[size].set()
+        return began
+
+    assert asyncio.run(run()) == ["1 on 0", "3 on 1,2,3", "2 on 1,2", "4 on 0,1,2,3"]
+
+
+def test_jobs_may_be_vllms_and_are_set_beside_ours() -> None:
+    ours, theirs = bench_scaling.jobs_of("llama-3.1-8b:4,vllm:llama-3.1-8b:2")
+    assert (ours.model, ours.size, ours.peer) == ("llama-3.1-8b", 4, False)
+    assert (theirs.size, theirs.peer) == (2, True)
+    with pytest.raises(argparse.ArgumentTypeError, match="other:x:2"):
+        bench_scaling.jobs_of("other:x:2")
+    assert bench_scaling.counts("a=1,b=20") == {"a": 1, "b": 20}
+    record = {"model": "m", "tp": 2, "mode": "latency", "batch": 8}
+    faster, slower = record | {"step_ms_median": 2.0}, record | {"step_ms_median": 3.0}
+    other = record | {"model": "n", "step_ms_median": 1.0}
+    assert list(bench_scaling.beside("m", [faster, other], [slower]))[2:] == ["| latency 8 | 2 | 2.00 | 3.00 | 1.50 |"]
+    assert not list(bench_scaling.beside("m", [faster], [other]))
