@@ -28,14 +28,14 @@ def host_blocks(configure: Configure, sizes: Sequence[int], available: int) -> i
     need = blocks * sum(sizes)
     if need > available:
         raise DoesNotFit(
-            f"{blocks} blocks of host memory on {len(sizes)} ranks are {need / 1e9:,.1f} GB, and {available / 1e9:,.1f} "
-            "are available; lower swap_space or swap_blocks"
+            f"{blocks} blocks of host memory on {len(sizes)} ranks are {need / 1e9:,.1f} GB, and "
+            f"{available / 1e9:,.1f} GB are available; lower swap_space or swap_blocks"
         )
     return blocks
 
 
 def reserve_staging(host: int, block_bytes: int, device: torch.device) -> Tensor | None:
-    """Bytes on the device, where blocks lie on their way: taken before the cache takes the rest. None without tier."""
+    """Memory of the device where blocks lie on their way, taken before the cache takes the rest; None for no host."""
     if not host:
         return None
     return torch.empty(_LANES * staging_blocks(block_bytes, host) * block_bytes, dtype=torch.uint8, device=device)

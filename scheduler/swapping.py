@@ -1,10 +1,10 @@
 """Which blocks are worth a copy in host memory, and which copies are worth fetching.
 
-    recompute(s, e) = prefill_token · (e − s) + chunk_pair · pairs(s, e)    what positions s to e cost to prefill
-    swap(n)         = (block_out + block_in) · n                            what n blocks cost to move out and back
+    recompute(s, e) = prefill_token · (e − s) + chunk_pair · pairs(s, e)    to prefill positions s to e
+    swap(n)         = (block_out + block_in) · n                            to move n blocks out and back
 
-The first is learned from the steps; the second begins with what the ranks measured when they were loaded, and is learned
-too (`cost_model.py`). As long as nothing is known of prefills, swapping is taken to be cheaper: it loses no work.
+The first is learned from the steps; the second begins with what the ranks measured when they were loaded, and is
+learned too (`cost_model.py`). As long as nothing is known of prefills, swapping is taken to be cheaper: it loses no work.
 
 Nothing is copied when a sequence is preempted. Its blocks become cached, as those of one that has ended, and a block is
 copied out by the plan that gives it to somebody else. So what is never needed by others is never moved.

@@ -221,9 +221,7 @@ def test_no_token_changes(
         assert driver.core.stats().preemptions == 0 and driver.core.stats().cpu_hit_tokens >= 56
 
 
-def test_overlapped_steps_change_nothing(
-    checkpoint: Path, undisturbed: dict[str, list[int]], tmp_path: Path
-) -> None:
+def test_overlapped_steps_change_nothing(checkpoint: Path, undisturbed: dict[str, list[int]], tmp_path: Path) -> None:
     runner = Overlapped(configure_for(checkpoint, tmp_path, swap_blocks=60), "rows")
     for depth in (1, 2, 3):
         assert runner.run(requests(), depth, num_blocks=41, preemption="swap") == undisturbed

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
 import pytest
 
 from tests.corekit import Rig, config
 from treadle.errors import ConfigError
+from treadle.http.metrics import Metrics
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.cost_model import CostModel, StepCosts, StepShape
-from treadle.transport.codec import unpack
-from treadle.transport.messages import StepPlan
+from treadle.scheduler.event_log import EventWriter
+from treadle.scheduler.fake_engine import FakeEngine
+from treadle.scheduler.recording import RecordedCore, plan_digest
+from treadle.scheduler.replay import replay
+from treadle.transport.codec import pack, unpack
+from treadle.transport.messages import Health, SamplingParams, Stats, StepPlan, Submit
 
 # Of blocks of 4 tokens: one at the start of a sequence is computed in 5 ms, the sixth in 25. Moving one takes 16.
 LONG_ONLY = StepCosts(prefill_token=1e-3, chunk_pair=2.5e-4, block_out=8e-3, block_in=8e-3)
@@ -165,6 +173,43 @@ def test_costs_of_copies_are_learned_and_a_freak_does_not_end_swapping() -> None
         shape = StepShape(16 * (i % 4), 8, 0)
         model.observe(shape, truth.predict(shape))
     assert model.coefficients.block_in == pytest.approx(1e-4, rel=0.1)  # long ago: what was measured counts again
+
+
+def test_prometheus_is_told_where_there_is_host_memory() -> None:
+    made = rig(preemption="swap")
+    two_too_many(made)
+    stats = made.core.stats()
+    page = Metrics().page("m", stats, Health(state="ready")).decode()
+    for name, value in (
+        ("cpu_cache_usage_perc", stats.cpu_blocks_used / 20),
+        ("cpu_prefix_cache_hits_total", stats.cpu_hit_tokens),
+        ("swapped_out_blocks_total", stats.swapped_out_blocks),
+        ("swapped_in_blocks_total", stats.swapped_in_blocks),
+        ("num_swapped_preemptions_total", 1),
+    ):
+        assert f'treadle:{name}{{model_name="m"}} {float(value)}' in page
+    assert "swapped" not in Metrics().page("m", Stats(), Health(state="ready")).decode()
+
+
+def test_a_log_of_swaps_replays(tmp_path: Path) -> None:
+    """Costs are in the log, so the same choices are made; and a copy that goes elsewhere is a difference."""
+    path = tmp_path / "log"
+    writer = EventWriter(path)
+    chosen = config(num_blocks=11, swap_blocks=20, swap_out_seconds=8e-3, swap_in_seconds=8e-3)
+    core, engine = RecordedCore(chosen, lambda: 1, writer), FakeEngine(chosen)
+    for i, length in enumerate((12, 20, 9)):
+        core.add(Submit(id=str(i), tokens=pack(text(length, i)), params=SamplingParams(max_tokens=14, seed=i)), 0.0)
+    copied = 0
+    while core.has_work:
+        plan = core.plan(0.0)
+        assert plan is not None
+        copied += len(plan.copy_in)
+        core.apply(engine.run(plan), 0.0, 0.001 * len(plan.counts))
+    writer.close()
+    assert copied and core.stats().preemptions
+    assert replay(path, check=True).good
+    digest = plan_digest(plan)
+    assert digest.copies == 0 != plan_digest(msgspec.structs.replace(plan, copy_in=pack([1, 2]))).copies
 
 
 @pytest.mark.parametrize(

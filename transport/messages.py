@@ -474,6 +474,11 @@ class Stats(Message, frozen=True, kw_only=True):
         """Share of blocks owned by running requests."""
         return self.blocks_used / self.blocks_total if self.blocks_total else 0.0
 
+    @property
+    def cpu_occupancy(self) -> float:
+        """Share of the blocks of host memory that hold something."""
+        return self.cpu_blocks_used / self.cpu_blocks_total if self.cpu_blocks_total else 0.0
+
 
 class Health(Message, frozen=True, kw_only=True):
     """Judged by progress, not by liveness.
