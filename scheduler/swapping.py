@@ -4,7 +4,7 @@
     swap(n)         = (block_out + block_in) · n                            to move n blocks out and back
 
 The first is learned from the steps; the second begins with what the ranks measured when they were loaded, and is
-learned too (`cost_model.py`). As long as nothing is known of prefills, swapping is taken to be cheaper: it loses no work.
+learned too (`cost_model.py`). While nothing is known of prefills, swapping is taken to be cheaper: it loses no work.
 
 Nothing is copied when a sequence is preempted. Its blocks become cached, as those of one that has ended, and a block is
 copied out by the plan that gives it to somebody else. So what is never needed by others is never moved.

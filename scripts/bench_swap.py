@@ -101,6 +101,7 @@ def bandwidth(options: argparse.Namespace, directory: Path) -> list[Result]:
     from treadle.engine.sharding import shard_for
     from treadle.scheduler.setup import resolve_dtype
 
+    torch.set_num_threads(1)  # as a rank has by default
     config = load_config(directory)
     device = torch.device(options.device)
     dtype = getattr(torch, resolve_dtype(options.dtype, options.device))
