@@ -60,14 +60,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--input-len", type=int, help="of each (default: by device)")
     parser.add_argument("--output-len", type=int, help="of each (default: by device)")
     parser.add_argument("--overcommit", type=float, default=2.5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path, nargs="?", metavar="FILE", help="a copy of what is printed")
     options = parser.parse_args()
     gpu = options.device == "cuda"
     options.lengths = options.lengths or ([64, 256, 1024, 4096] if gpu else [32, 64, 128, 256])
-    options.requests = options.requests or (128 if gpu else 12)
+    options.requests = options.requests or (96 if gpu else 12)
     options.input_len = options.input_len or (512 if gpu else 64)
-    options.output_len = options.output_len or (256 if gpu else 48)
+    options.output_len = options.output_len or (192 if gpu else 48)
     return options
 
 
@@ -161,7 +161,7 @@ class Served:
             random_weights=True,
             block_size=BLOCK,
             num_blocks=blocks,
-            swap_blocks=2 * tokens // BLOCK + longest // BLOCK,
+            swap_blocks=(tokens + longest) // BLOCK,
             preemption=preemption,
             reserve_output="none",
             max_model_len=longest + 64,
