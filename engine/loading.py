@@ -22,6 +22,7 @@ from .cuda.program import StepProgram
 from .cuda.runner import CudaRunner
 from .cuda.warm import warm
 from .early import Start, identify_triton
+from .host_memory import host_blocks, make_copies, reserve_staging
 from .kv import KVCache, bytes_per_block
 from .model import Decoder, load_model
 from .native import load_native
@@ -30,6 +31,7 @@ from .runner import Runner
 from .sampling.sampler import Sampler
 from .sampling.state import SamplingState
 from .sharding import shard_for
+from .swap import BlockCopies, measure
 from .weights import WeightSource, open_weights
 from .weights.counted import Counted
 
@@ -96,6 +98,7 @@ class _Loading:
         configure, device = self._configure, self._device
         path = Path(configure.model)
         config = load_config(path)
+        host = host_blocks(configure, self._sizes(config), available_memory())  # before any rank takes some
         source = open_weights(path, config, random=configure.random_weights, seed=configure.seed, device=device)
         comm = make_comm(
             self._rank,
@@ -117,6 +120,7 @@ class _Loading:
             )
             if device.type == "cuda":
                 self._warm(program, config, comm)
+        staging = reserve_staging(host, self._sizes(config)[self._rank], self._device) if self._device_rows else None
         blocks, block_bytes = self._blocks(config, comm, program)
         try:
             kv = self._cache(config, blocks, poison=configure.debug)
@@ -126,7 +130,11 @@ class _Loading:
                 "this rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
             ) from error
         self._ended("cache")
-        runner = self._runner(config, model, comm, kv, program)
+        copies = make_copies(kv, host, staging, poison=configure.debug)
+        runner = self._runner(config, model, comm, kv, program, copies)
+        out_seconds, in_seconds = measure(copies, blocks)
+        if host:
+            self._ended("host memory")
         self._ended("graphs" if program is not None else "runner")
         if self._late is not None:
             self._start.phases.seconds |= self._late.end()
@@ -145,6 +153,9 @@ class _Loading:
                 kv_bytes=blocks * block_bytes,
                 backend=model.backend_name,
                 phases=self._start.phases.seconds,
+                swap_blocks=host,
+                swap_out_seconds=out_seconds,
+                swap_in_seconds=in_seconds,
             ),
         )
 
@@ -204,7 +215,13 @@ class _Loading:
         self._ended("warm-up")
 
     def _runner(
-        self, config: ModelConfig, model: Decoder, comm: Communicator, kv: KVCache, program: StepProgram | None
+        self,
+        config: ModelConfig,
+        model: Decoder,
+        comm: Communicator,
+        kv: KVCache,
+        program: StepProgram | None,
+        copies: BlockCopies,
     ) -> Runner | CudaRunner:
         configure, device = self._configure, self._device
         mirror = RowMirror(
@@ -213,8 +230,8 @@ class _Loading:
         sampling = SamplingState(configure.max_num_seqs, config.vocab_size, device)
         sampler = Sampler(comm, model.vocab_start, model.vocab_local, config.vocab_size, sampling, device)
         if program is None:
-            return Runner(model, kv, mirror, sampling, sampler, device)
-        host = build.Host(mirror, sampling, sampler)
+            return Runner(model, kv, mirror, sampling, sampler, device, copies)
+        host = build.Host(mirror, sampling, sampler, copies)
         return build.make_runner(configure, program, kv, host, device, profiled=self._profiled)
 
     def _cache(self, config: ModelConfig, blocks: int, poison: bool = False) -> KVCache:
@@ -231,11 +248,7 @@ class _Loading:
     def _blocks(self, config: ModelConfig, comm: Communicator, program: StepProgram | None) -> tuple[int, int]:
         """(number of blocks, bytes of one on this rank), the number equal on all ranks though their shards may
         differ."""
-        configure = self._configure
-        sizes = [
-            bytes_per_block(config, shard_for(config, rank, comm.world_size), configure.block_size, self._kv_dtype)
-            for rank in range(comm.world_size)
-        ]
+        configure, sizes = self._configure, self._sizes(config)
         if configure.num_blocks:
             return configure.num_blocks, sizes[comm.rank]
         least = (_NULL_BLOCKS + 1) * max(sizes)
@@ -251,11 +264,16 @@ class _Loading:
         rows_times_length = configure.max_num_seqs * -(-configure.max_model_len // configure.block_size)
         return min(blocks, rows_times_length + _NULL_BLOCKS), sizes[comm.rank]
 
+    def _sizes(self, config: ModelConfig) -> list[int]:
+        """Bytes of a block, by rank."""
+        ranks, size = self._configure.world_size, self._configure.block_size
+        return [bytes_per_block(config, shard_for(config, rank, ranks), size, self._kv_dtype) for rank in range(ranks)]
+
     def _free_bytes(self, config: ModelConfig, comm: Communicator, program: StepProgram | None, least: int) -> int:
         """What the cache may take on this rank."""
         configure, device = self._configure, self._device
         if device.type != "cuda":
-            return min(_CPU_CACHE_LIMIT, int(_available_memory() * _CPU_CACHE_SHARE)) // comm.world_size
+            return min(_CPU_CACHE_LIMIT, int(available_memory() * _CPU_CACHE_SHARE)) // comm.world_size
         if program is not None:
             most, longest = configure.max_num_batched_tokens, configure.max_model_len
 
@@ -288,7 +306,7 @@ def _device(name: str, rank: int) -> torch.device:
     raise ConfigError(f"device {name!r}: allowed are cpu and cuda")
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that can be taken without swapping; a fixed guess where /proc is missing."""
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():

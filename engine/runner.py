@@ -20,6 +20,7 @@ from .rows import Int64, RowMirror, Work, spans
 from .sampling.masks import LocalMasks, guided_places
 from .sampling.sampler import Sampler
 from .sampling.state import SamplingState
+from .swap import BlockCopies
 
 _SCORE_SLICE = 256
 _NOTHING = np.empty(0, np.int64)
@@ -61,9 +62,11 @@ class Runner:
         sampling: SamplingState,
         sampler: Sampler,
         device: torch.device,
+        copies: BlockCopies,
     ) -> None:
         self._model = model
         self._kv = kv
+        self._copies = copies
         self._mirror = mirror
         self._sampling = sampling
         self._sampler = sampler
@@ -74,6 +77,8 @@ class Runner:
     @torch.inference_mode()
     def step(self, plan: StepPlan, take_masks: TakeMasks | None = None) -> StepOutcome:
         work = self._mirror.apply(plan)
+        if plan.copy_out or plan.copy_in:
+            self._copies.run(plan)
         for row in unpack(plan.release).tolist():
             self._sampling.stop(row)
         for start in plan.start:

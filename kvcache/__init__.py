@@ -1,6 +1,7 @@
 """Blocks of key/value cache: pool, reference counts, prefix cache, sizing. No torch, no sockets, no clocks."""
 
 from .block_pool import BlockId, BlockPool
+from .host_tier import Copies, HostTier
 from .invariant import CoreInvariantError
 from .prefix_cache import Parent, PrefixCache
 from .sizing import blocks_for_tokens
@@ -8,7 +9,9 @@ from .sizing import blocks_for_tokens
 __all__ = [
     "BlockId",
     "BlockPool",
+    "Copies",
     "CoreInvariantError",
+    "HostTier",
     "Parent",
     "PrefixCache",
     "blocks_for_tokens",

@@ -26,14 +26,20 @@ class BlockPool:
     hot path, and so it only counts references.
 
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
-    `num_blocks - 1`. `on_evict` is told the blocks whose content is given up, while they still have their labels.
-    `cached` counts the cached ones.
+    `num_blocks - 1`. `on_evict` is told the blocks whose content is given up, while they still have their labels;
+    `on_withdraw` those whose content is wrong, by default the same. `cached` counts the cached ones.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[Sequence[BlockId]], object]) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        on_evict: Callable[[Sequence[BlockId]], object],
+        on_withdraw: Callable[[Sequence[BlockId]], object] | None = None,
+    ) -> None:
         self.total = num_blocks - 1
         self.evictions = 0
         self._on_evict = on_evict
+        self._on_withdraw = on_withdraw or on_evict
         self.clear()
 
     def clear(self) -> None:
@@ -105,7 +111,7 @@ class BlockPool:
         """Its content is not to be served again. Owners keep it; an idle block becomes blank."""
         if self.labels[block] is None:
             return
-        self._on_evict([block])
+        self._on_withdraw([block])
         self.labels[block] = None
         self._queue.pop(block, None)
         if not self.refs[block]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 from treadle.errors import ConfigError
 
 from .policies import check_policy_name
 
 RESERVE_OUTPUT = ("estimate", "none", "full")
+PREEMPTION = ("auto", "recompute", "swap")
 MOST_WATERMARK = 0.5
 MOST_TARGET_SECONDS = 3600.0
 
@@ -27,6 +29,8 @@ class CoreConfig:
     None for most throughput. watermark: share of the blocks that admission leaves free while anything runs.
     reserve_output: what admission keeps for outputs to come: "estimate", "none" or "full" (`reservation.py`).
     max_engine_failures: a request in flight at that many engine deaths, with no token in between, fails.
+    swap_blocks: of host memory that hold what the device has given up (`swapping.py`), 0 is none. preemption: "auto",
+    "recompute" or "swap". swap_out_seconds, swap_in_seconds: per block, as the ranks have measured.
     """
 
     num_blocks: int
@@ -48,6 +52,10 @@ class CoreConfig:
     target_tpot: float | None = None
     watermark: float = 0.01
     reserve_output: str = "estimate"
+    swap_blocks: int = 0
+    preemption: str = "auto"
+    swap_out_seconds: float = 0.0
+    swap_in_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -61,6 +69,7 @@ class CoreConfig:
             ("max_waiting_requests", self.max_waiting_requests, 1),
             ("max_waiting_tokens", self.max_waiting_tokens, 1),
             ("max_engine_failures", self.max_engine_failures, 1),
+            ("swap_blocks", self.swap_blocks, 0),
         ):
             if value < least:
                 raise ConfigError(f"{name}={value}: it must be at least {least}")
@@ -71,6 +80,10 @@ class CoreConfig:
         ):
             if bound is not None and bound < 1:
                 raise ConfigError(f"{name}={bound}: it must be at least 1, or None")
+        check_swap(self.preemption, self.swap_blocks > 0, self.prefix_cache)
+        for name, seconds in (("swap_out_seconds", self.swap_out_seconds), ("swap_in_seconds", self.swap_in_seconds)):
+            if not 0 <= seconds < inf:
+                raise ConfigError(f"{name}={seconds}: it must be a number of seconds from 0")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
             raise ConfigError(f"max_prefill_chunk={self.max_prefill_chunk}: it must be at least 1, or None")
         if self.capacity < 2:
@@ -97,3 +110,13 @@ def check_service_levels(policy: str, target_tpot: float | None, watermark: floa
         raise ConfigError(f"watermark={watermark}: allowed is a share of the blocks from 0 to {MOST_WATERMARK:g}")
     if reserve_output not in RESERVE_OUTPUT:
         raise ConfigError(f"reserve_output={reserve_output!r}: allowed are {', '.join(RESERVE_OUTPUT)}")
+
+
+def check_swap(preemption: str, tier: bool, prefix_cache: bool) -> None:
+    """tier: whether there is host memory for blocks. Raises ConfigError that says what is allowed."""
+    if preemption not in PREEMPTION:
+        raise ConfigError(f"preemption={preemption!r}: allowed are {', '.join(PREEMPTION)}")
+    if preemption == "swap" and not tier:
+        raise ConfigError("preemption='swap' needs host memory to swap to: give swap_space (GiB) or swap_blocks")
+    if tier and not prefix_cache:
+        raise ConfigError("swap_space and swap_blocks need prefix_cache: swapped blocks are found again through it")

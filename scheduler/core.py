@@ -25,7 +25,7 @@ from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Su
 
 from .admission import Admission
 from .config import CoreConfig
-from .cost_model import CostModel, StepShape
+from .cost_model import CostModel, StepCosts, StepShape
 from .guidance.pending import MasksDue, PendingMasks
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
@@ -58,9 +58,9 @@ class Core:
         costs: CostModel | None = None,
     ) -> None:
         self.config = config
-        self.costs = CostModel() if costs is None else costs
+        self.costs = CostModel(_measured(config)) if costs is None else costs
         self._guard = Guard(make_policy(config.policy) if policy is None else policy)
-        self._running = Running(config, self._guard)
+        self._running = Running(config, self._guard, self.costs)
         self._waiting = Waiting(config, self._guard, self._running, self.costs)
         self._planner = Planner(config, self._running, self._waiting, self._guard, self.costs)
         self._admission = Admission(config, draw_seed)
@@ -246,7 +246,7 @@ class Core:
         return self._guard.error
 
     def stats(self) -> Stats:
-        pool = self._running.cache.pool
+        pool, host = self._running.cache.pool, self._running.cache.host
         return Stats(
             step=self._step,
             running=self._running.rows.count,
@@ -264,6 +264,13 @@ class Core:
             evictions=pool.evictions,
             policy_errors=self._guard.errors,
             recomputed_tokens=self._running.recomputed_tokens,
+            swapped_preemptions=self._running.swapping.swapped,
+            cpu_blocks_total=host.total,
+            cpu_blocks_used=len(host.kept),
+            cpu_hit_tokens=self._running.host_tokens,
+            swapped_out_blocks=host.saved,
+            swapped_in_blocks=host.fetched,
+            cpu_evictions=host.evictions,
         )
 
     def snapshot(self) -> list[str]:
@@ -433,6 +440,11 @@ class Core:
 def _unreachable(request: Request, now: float) -> str:
     left = (request.deadline or now) - now
     return f"{left:.3g} s are left until the deadline, and this request takes longer even if it begins now, alone"
+
+
+def _measured(config: CoreConfig) -> StepCosts:
+    """What is known of costs before the first step."""
+    return StepCosts(block_out=config.swap_out_seconds, block_in=config.swap_in_seconds)
 
 
 def _deadline_key(request: Request) -> tuple[float, int]:

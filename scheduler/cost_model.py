@@ -1,10 +1,11 @@
 """What a step costs: a linear model of its shape, learned while it runs.
 
     seconds ≈ step + prefill_token · T + decode_row · R + context_token · C + chunk_pair · P
+              + block_out · O + block_in · I
 
 T tokens in chunks of prompts, R rows that decode, C positions of K/V that those rows read, P pairs of a chunk's query
-and a key that it attends to. Decodes and chunks attend at very different prices (one is bound by memory, the other by
-arithmetic), so each has a term of its own.
+and a key that it attends to, O and I blocks copied to host memory and back. Decodes and chunks attend at very different
+prices (one is bound by memory, the other by arithmetic), so each has a term of its own.
 
 The model has no clock. Whoever measures steps calls `observe`; the same observations give the same coefficients.
 """
@@ -28,7 +29,10 @@ _EAGER, _BATCH = 64, 16
 """The first 64 observations are learned from one by one, later ones 16 at a time: solving costs more than appending."""
 _HOLD = 1e-4
 """How strongly a coefficient stays where it was, as a share of what the observations say about it."""
-_SIZE = 5
+_COPIES = slice(5, 7)
+_TRUST = 16.0
+"""Steps with copies that a coefficient of copies as it was given weighs as much as."""
+_SIZE = 7
 
 
 @dataclass(slots=True, frozen=True)
@@ -36,18 +40,22 @@ class StepShape:
     """What a step computes, as far as its duration depends on it.
 
     prefill_tokens: of all chunks. decode_rows: rows that compute one token and sample. context_tokens: positions of
-    K/V that the decode rows read, their own included. chunk_pairs: sum of `chunk_pairs` over the chunks.
+    K/V that the decode rows read, their own included. chunk_pairs: sum of `chunk_pairs` over the chunks. blocks_out,
+    blocks_in: copied to host memory and back.
     """
 
     prefill_tokens: int
     decode_rows: int
     context_tokens: int
     chunk_pairs: int = 0
+    blocks_out: int = 0
+    blocks_in: int = 0
 
     def with_chunk(self, count: int, end: int) -> StepShape:
         """The shape with one more chunk of `count` tokens that ends at a context of `end` tokens."""
         pairs = self.chunk_pairs + chunk_pairs(count, end)
-        return StepShape(self.prefill_tokens + count, self.decode_rows, self.context_tokens, pairs)
+        tokens, out, back = self.prefill_tokens + count, self.blocks_out, self.blocks_in
+        return StepShape(tokens, self.decode_rows, self.context_tokens, pairs, out, back)
 
 
 def chunk_pairs(count: int, end: int) -> int:
@@ -63,13 +71,15 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     decode_row: float = 0.0
     context_token: float = 0.0
     chunk_pair: float = 0.0
+    block_out: float = 0.0
+    block_in: float = 0.0
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
 
     @classmethod
     def from_json(cls, data: bytes | str) -> StepCosts:
-        """Raises ConfigError for what is not an object of the five names with numbers from 0."""
+        """Raises ConfigError for what is not an object of these names with numbers from 0."""
         try:
             costs = msgspec.json.decode(data, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -93,11 +103,17 @@ class CostModel:
     (a page fault, a compilation) pulls hardly at all, and so does a result that was read in one go with the last one.
     Where the observations say nothing of a coefficient (no prefill for a while), it stays as it was: a small term
     holds each coefficient near its last value, which also settles what a single shape cannot tell apart.
+
+    Copies are few, and their cost is measured before the first step. So what was given of them counts as much as
+    `_TRUST` steps with copies that took their usual time, and counts again when such steps have become rare: one slow
+    step must not end all swapping, for what is never done is never learned.
     """
 
     def __init__(self, coefficients: StepCosts | None = None) -> None:
         self._costs = StepCosts() if coefficients is None else check_costs(coefficients)
         self._values = np.array(msgspec.structs.astuple(self._costs), np.float64)
+        self._given = self._values[_COPIES].copy()
+        self._copied: Vector = np.zeros((2, 2))
         self._information: Vector = np.zeros((_SIZE, _SIZE))
         self._target: Vector = np.zeros(_SIZE)
         self._pending: list[tuple[StepShape, float]] = []
@@ -110,7 +126,7 @@ class CostModel:
     @property
     def known(self) -> bool:
         """Something was given or learned; before that every prediction is 0."""
-        return bool(self._values.any())
+        return bool(self._values[: _COPIES.start].any())
 
     def predict(self, shape: StepShape) -> float:
         """Seconds that such a step takes. An empty shape costs what a step costs at least."""
@@ -121,6 +137,8 @@ class CostModel:
             + costs.decode_row * shape.decode_rows
             + costs.context_token * shape.context_tokens
             + costs.chunk_pair * shape.chunk_pairs
+            + costs.block_out * shape.blocks_out
+            + costs.block_in * shape.blocks_in
         )
 
     def observe(self, shape: StepShape, seconds: float) -> None:
@@ -136,23 +154,34 @@ class CostModel:
         shapes = np.array([_features(shape) for shape, _ in self._pending])
         seconds = np.array([seconds for _, seconds in self._pending])
         age = np.arange(len(seconds) - 1, -1, -1)
-        weights = (1 - 1 / _MEMORY) ** age / np.maximum(seconds, shapes @ self._values) ** 2
+        predicted = shapes @ self._values
+        weights = (1 - 1 / _MEMORY) ** age / np.maximum(seconds, predicted) ** 2
         weighted = shapes * weights[:, None]
         self._information *= (1 - 1 / _MEMORY) ** len(seconds)
         self._target *= (1 - 1 / _MEMORY) ** len(seconds)
         self._information += weighted.T @ shapes
         self._target += weighted.T @ seconds
+        copies = shapes[:, _COPIES]
+        if copies.any():
+            expected = np.where(predicted > 0, predicted, seconds)[:, None]
+            self._copied += (copies > 0).sum(0), ((copies / expected) ** 2).sum(0)
         self._pending.clear()
         self._solve()
 
     def _solve(self) -> None:
-        """The new coefficients, in units in which each feature's information is 1, so that numbers stay near 1."""
+        """The new coefficients, in units in which each feature's information is 1, so that numbers stay near 1.
+
+        Those of features that were never seen stay as they are.
+        """
         scale = np.sqrt(np.diag(self._information))
-        seen = scale > 0
-        unit = np.where(seen, scale, 1.0)
-        matrix = self._information / np.outer(unit, unit) + np.diag(np.where(seen, _HOLD, 1.0))
-        held = np.where(seen, _HOLD, 1.0) * self._values * unit
-        self._values = solve_non_negative(matrix, self._target / unit + held) / unit
+        seen = scale.nonzero()[0]
+        unit, hold = scale[seen], np.full(_SIZE, _HOLD)
+        steps, weight = self._copied
+        hold[_COPIES] = _TRUST * weight / np.maximum(steps, 1) / np.maximum(scale[_COPIES], 1e-12) ** 2
+        self._values[_COPIES] = self._given
+        matrix = self._information[np.ix_(seen, seen)] / np.outer(unit, unit) + np.diag(hold[seen])
+        held = hold[seen] * self._values[seen] * unit
+        self._values[seen] = solve_non_negative(matrix, self._target[seen] / unit + held) / unit
         self._costs = StepCosts(**dict(zip(StepCosts.__struct_fields__, self._values.tolist(), strict=True)))
 
 
@@ -186,4 +215,12 @@ def solve_non_negative(matrix: Vector, target: Vector) -> Vector:
 
 
 def _features(shape: StepShape) -> tuple[float, ...]:
-    return (1.0, shape.prefill_tokens, shape.decode_rows, shape.context_tokens, shape.chunk_pairs)
+    return (
+        1.0,
+        shape.prefill_tokens,
+        shape.decode_rows,
+        shape.context_tokens,
+        shape.chunk_pairs,
+        shape.blocks_out,
+        shape.blocks_in,
+    )

@@ -41,6 +41,7 @@ from treadle.transport.sockets import group_socket
 
 from .lifecycle import Cause
 from .loading_progress import LOGGER, LoadingProgress, phases_line
+from .setup import Held, held
 from .watchdog import process_state
 
 logger = logging.getLogger("treadle")
@@ -125,9 +126,9 @@ class EngineGroup:
         return [process.popen.pid for process in self._processes]
 
     @property
-    def num_blocks(self) -> int:
-        """That each rank holds, once the group is ready."""
-        return self._ready[0].num_blocks
+    def held(self) -> Held:
+        """What each rank holds, once the group is ready."""
+        return held(self._ready.values())
 
     async def start(self, timeout: float) -> list[Ready]:
         """Starts all ranks and waits until each is ready. Raises the rank's own error, or EngineStartFailed."""
@@ -142,7 +143,7 @@ class EngineGroup:
                 "more with start_timeout (--start-timeout)"
             ) from None
         ready = [self._ready[rank] for rank in range(self._configure.world_size)]
-        if len({(r.fingerprint, r.num_blocks) for r in ready}) != 1:
+        if len({(r.fingerprint, r.num_blocks, r.swap_blocks) for r in ready}) != 1:
             raise EngineStartFailed(f"the ranks hold different models or cache sizes: {ready}")
         return ready
 

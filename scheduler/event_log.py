@@ -36,7 +36,10 @@ logger = logging.getLogger("treadle")
 
 
 class PlanDigest(msgspec.Struct, array_like=True, frozen=True):
-    """CRC-32 of the parts of a plan, so that a difference has a name. starts: how many rows begin."""
+    """CRC-32 of the parts of a plan, so that a difference has a name. starts: how many rows begin.
+
+    copies: 0 where nothing moves to host memory or back, as in logs from before there was any.
+    """
 
     step: int
     starts: int
@@ -46,6 +49,7 @@ class PlanDigest(msgspec.Struct, array_like=True, frozen=True):
     rows: int
     counts: int
     guided: int
+    copies: int = 0
 
 
 class OutputDigest(msgspec.Struct, array_like=True, frozen=True):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from treadle.transport.codec import Digest, pack, rank_codec, unpack
+from treadle.transport.codec import Digest, Int32, pack, rank_codec, unpack
 from treadle.transport.masks import ANYTHING, decode_masks
 from treadle.transport.messages import Masks, RowStart, SamplingParams, StepPlan, StepResult, TokenLogprobs
 
@@ -26,6 +26,7 @@ from .request import derive_seed
 
 _MASK = (1 << 64) - 1
 _START = 0x7EAD1E
+_NOTHING = -1
 EOS_EVERY = 12
 """One sampled token in so many is EOS, when there is one."""
 
@@ -139,8 +140,10 @@ class FakeEngine:
         self._masks: dict[int, bytes] = {}
         self._last_step: int | None = None
         slots = config.num_blocks * config.block_size
-        self._slot_token = np.full(slots, -1, np.int32)
+        self._slot_token = np.full(slots, _NOTHING, np.int32)
         self._slot_hash = np.zeros(slots, np.uint64)
+        self._host_token = np.full((config.swap_blocks, config.block_size), _NOTHING, np.int32)
+        self._host_hash = np.zeros((config.swap_blocks, config.block_size), np.uint64)
 
     @property
     def live_rows(self) -> int:
@@ -207,6 +210,8 @@ class FakeEngine:
         _require(self._last_step is None or plan.step == self._last_step + 1, f"step {plan.step} out of order")
         self._last_step = plan.step
         self._change_rows(plan)
+        self._copy_out(plan)
+        self._copy_in(plan)
         rows, counts = unpack(plan.rows).tolist(), unpack(plan.counts).tolist()
         _require(0 < len(rows) == len(counts) == len(set(rows)), "rows and counts do not pair, or a row runs twice")
         _require(set(rows) <= set(self._rows), "a row runs that was never started")
@@ -238,6 +243,38 @@ class FakeEngine:
         for row in self._rows.values():
             usable = all(0 < block < self._config.num_blocks for block in row.table)
             _require(usable and len(set(row.table)) == len(row.table), "a block table with a bad or repeated block")
+
+    def _copy_out(self, plan: StepPlan) -> None:
+        """What has moved is gone from where it was: whoever reads it there finds nothing."""
+        pairs = unpack(plan.copy_out).reshape(-1, 2)
+        self._require_blocks(pairs[:, 0], pairs[:, 1])
+        tokens, hashes = self._by_block()
+        for block, place in pairs.tolist():
+            _require((tokens[block] != _NOTHING).all(), f"block {block} goes to host memory and was never filled")
+            self._host_token[place], self._host_hash[place] = tokens[block], hashes[block]
+            tokens[block] = _NOTHING
+
+    def _copy_in(self, plan: StepPlan) -> None:
+        pairs = unpack(plan.copy_in).reshape(-1, 2)
+        self._require_blocks(pairs[:, 1], pairs[:, 0])
+        tokens, hashes = self._by_block()
+        for place, block in pairs.tolist():
+            _require(self._host_token[place, 0] != _NOTHING, f"host block {place} is fetched and holds nothing")
+            tokens[block], hashes[block] = self._host_token[place], self._host_hash[place]
+            self._host_token[place] = _NOTHING
+
+    def _by_block(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint64]]:
+        size = self._config.block_size
+        return self._slot_token.reshape(-1, size), self._slot_hash.reshape(-1, size)
+
+    def _require_blocks(self, blocks: Int32, places: Int32) -> None:
+        """Of one direction: all exist, and none comes twice."""
+        for what, numbers, low, end in (
+            ("device", blocks, 1, self._config.num_blocks),
+            ("host", places, 0, self._config.swap_blocks),
+        ):
+            good = ((low <= numbers) & (numbers < end)).all() and np.unique(numbers).size == numbers.size
+            _require(good, f"copies of {what} blocks {numbers.tolist()}: one is not there, or twice")
 
     def _write(self, row: _Row, count: int) -> None:
         """All writes of a step come before all reads, as in each layer of a real engine."""

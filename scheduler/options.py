@@ -9,7 +9,7 @@ import msgspec
 
 from treadle.errors import ConfigError
 
-from .config import MOST_WATERMARK, check_service_levels
+from .config import MOST_WATERMARK, check_service_levels, check_swap
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -35,6 +35,9 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     scheduler, "" for none; one service each. journal_sync: least seconds between two fsyncs of it. dump_dir: where the
     dump of a stuck step goes, "" is $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
     grammar_timeout: seconds that the grammar of a guided request may take to compile.
+    swap_space: GiB of host memory, of each rank, for blocks that the device gives up; swap_blocks: the same as a number
+    of blocks, which goes first; 0 is none (docs/swap.md). preemption: "auto" swaps where it costs less than computing
+    again, "recompute" never, "swap" always.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step. event_log: file that gets every input and decision of the core, ""
@@ -91,6 +94,14 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     fused_linears: bool = True
     fused_sums: bool = True
     overlap_sums: bool = True
+    swap_space: float = 0.0
+    swap_blocks: int = 0
+    preemption: str = "auto"
+
+    @property
+    def swap_bytes(self) -> int:
+        """Of each rank."""
+        return int(self.swap_space * (1 << 30))
 
 
 def service_options(**values: object) -> ServiceOptions:
@@ -122,6 +133,8 @@ def service_options(**values: object) -> ServiceOptions:
         ("grammar_timeout", 0.01, 3_600),
         ("max_restarts", 0, 1_000),
         ("gpu_memory_utilization", 0.01, 1.0),
+        ("swap_space", 0.0, float(1 << 14)),
+        ("swap_blocks", 0, 1 << 30),
     ):
         value = values.get(name, low)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -137,6 +150,7 @@ def service_options(**values: object) -> ServiceOptions:
         if bound is not None and bound < 1:
             raise ConfigError(f"{name}={bound!r}: allowed is None or at least 1")
     check_service_levels(options.policy, options.target_tpot, options.watermark, options.reserve_output)
+    check_swap(options.preemption, options.swap_space > 0 or options.swap_blocks > 0, options.prefix_cache)
     if options.num_blocks == 1:
         raise ConfigError("num_blocks=1: the first block is kept empty, so at least 2 are needed (0 is automatic)")
     if options.device not in DEVICES:

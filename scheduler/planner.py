@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
+from treadle.kvcache import HostTier
 from treadle.transport.codec import pack
 from treadle.transport.messages import RowStart, StepPlan
 
@@ -55,7 +57,8 @@ class Flight:
 class _Batch:
     """A step while it is being put together."""
 
-    def __init__(self, budget: int, decode: Rows1D, context: int) -> None:
+    def __init__(self, budget: int, decode: Rows1D, context: int, host: HostTier) -> None:
+        self._host = host
         self.left = budget - decode.size
         self.decode = decode
         self._context = context
@@ -76,7 +79,7 @@ class _Batch:
         self._pairs += chunk_pairs(count, end)
 
     def shape(self) -> StepShape:
-        return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs)
+        return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs, *self._host.pending)
 
     def rows(self) -> Rows1D:
         return np.concatenate((self.decode, np.array(self.chunk_rows, np.intp))) if self.chunk_rows else self.decode
@@ -98,6 +101,7 @@ class Planner:
         self._chunk = config.max_prefill_chunk or config.max_num_batched_tokens
         self._block_size = config.block_size
         self._running = running
+        self._host = running.cache.host
         self._waiting = waiting
         self._guard = guard
         self._pace = Pace(config.target_tpot, costs, config.block_size)
@@ -112,10 +116,11 @@ class Planner:
         """
         preemptions = self.preemptions
         self._guard.broken = False
+        self._running.swapping.begin()
         decode, growing, context = self._decode(now)
         blocks = self._running.grow(growing)
         self._running.rows.advance(decode)
-        batch = _Batch(self._budget, decode, context)
+        batch = _Batch(self._budget, decode, context, self._host)
         arrays = self._running.rows
         prefills = (arrays.frontier - arrays.computed > 1).nonzero()[0]
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
@@ -138,7 +143,15 @@ class Planner:
             self._ones[: 4 * decode.size] + batch.counts(),
         )
         self._running.released.clear()
-        return plan, Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape())
+        flight = Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape())
+        return self._with_copies(plan), flight
+
+    def _with_copies(self, plan: StepPlan) -> StepPlan:
+        """The plan, with what it moves between device and host memory."""
+        if not self._host.total:
+            return plan
+        out, back = self._host.take_copies()
+        return msgspec.structs.replace(plan, copy_out=pack(out), copy_in=pack(back)) if out or back else plan
 
     def _decode(self, now: float) -> tuple[Rows1D, Rows1D, int]:
         """Rows that compute one token and sample the next, those among them that need one more block for it, and the

@@ -14,11 +14,13 @@ from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import Row, RowStart
 
 from .config import CoreConfig
+from .cost_model import CostModel
 from .ledger import Ledger
 from .policies.guard import Guard
 from .request import NO_ROW, Sequence
 from .reservation import Reservation
 from .rows import WIRE_INT, Rows, Rows1D
+from .swapping import Swapping
 
 _NO_BLOCKS = np.zeros(0, WIRE_INT)
 
@@ -27,17 +29,19 @@ class Running:
     """rows: the arrays. cache: the blocks. parked: preempted sequences by admission whose tokens are still in flight.
 
     released: rows given back since the last plan. ledger: who was served what. reservation: what is still to come.
-    recomputed_tokens: K/V that had been there before a preemption or the engine's death.
+    recomputed_tokens: K/V that had been there before a preemption or the engine's death. swapping: what of it moves to
+    host memory and back. host_tokens: of prompts, served from there.
     """
 
-    def __init__(self, config: CoreConfig, guard: Guard) -> None:
+    def __init__(self, config: CoreConfig, guard: Guard, costs: CostModel) -> None:
         self._config = config
         self._guard = guard
         self._block_size = config.block_size
         self._admissions = 0
         self._last_block = np.arange(-config.block_size, 0, dtype=np.intp)
         self.rows = Rows(config.max_num_seqs, config.max_model_len, config.max_blocks_per_row)
-        self.cache = PrefixCache(config.num_blocks, config.block_size)
+        self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks)
+        self.swapping = Swapping(config, costs, self.cache)
         self.reservation = Reservation(config, self.rows, self.cache.pool)
         self.ledger = Ledger(self.rows, guard)
         self._stops = 0
@@ -47,6 +51,7 @@ class Running:
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0
         self.recomputed_tokens = 0
+        self.host_tokens = 0
 
     # ── in and out ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -62,19 +67,25 @@ class Running:
             return None
         available = pool.available
         hit, parent = self._lookup(sequence)
-        pool.share(hit)
-        missing = blocks_for_tokens(sequence.known, self._block_size) - len(hit)
+        away = self.cache.in_host(hit)
+        here = [block for block in hit if block <= pool.total] if away else hit
+        pool.share(here)
+        missing = blocks_for_tokens(sequence.known, self._block_size) - len(here)
         wanted = missing + available - pool.available
         if wanted + spare > available:
             sequence.wanted = wanted
-            pool.release(hit)
+            pool.release(here)
             return None
         if not self.reservation.allows(sequence, wanted):
             self._held = sequence.order, self._stops
-            pool.release(hit)
+            pool.release(here)
             return None
-        fresh = pool.allocate(missing) or []
-        return self._start(sequence, hit + fresh, len(hit) * self._block_size, parent)
+        if away:
+            self._note_host_hit(sequence, away)
+            table = self.cache.fetch(hit, missing - away) or []
+        else:
+            table = hit + (pool.allocate(missing) or [])
+        return self._start(sequence, table, len(hit) * self._block_size, parent)
 
     def stop(self, sequence: Sequence) -> None:
         """The sequence has ended: its row and its references on blocks are given back."""
@@ -89,6 +100,7 @@ class Running:
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes row and blocks away; the sequence keeps its committed tokens, and those in flight will still count."""
+        self.swapping.preempt(self.rows.blocks_of(sequence.row))
         self._remember(sequence)
         sequence.in_flight = int(self.rows.frontier[sequence.row] - self.rows.known[sequence.row])
         if sequence.in_flight:
@@ -183,7 +195,16 @@ class Running:
         wants_all = request.params.prompt_logprobs is not None and sequence.prompt_logprobs_to < request.prompt_len - 1
         if wants_all or not self._config.prefix_cache:
             return [], request.salt
-        return self.cache.match(request.salt, sequence.tokens, (sequence.known - 1) // self._block_size)
+        hit, parent = self.cache.match(request.salt, sequence.tokens, (sequence.known - 1) // self._block_size)
+        if self.swapping.worth_fetching(hit):
+            return hit, parent
+        hit = self.cache.on_device(hit)
+        return hit, self.cache.end_of(hit, request.salt)
+
+    def _note_host_hit(self, sequence: Sequence, blocks: int) -> None:
+        """Counts what a new prompt got from host memory."""
+        if sequence.cached_tokens < 0:
+            self.host_tokens += blocks * self._block_size
 
     def _start(self, sequence: Sequence, blocks: list[BlockId], computed: int, parent: Parent) -> RowStart:
         request = sequence.request

@@ -144,8 +144,8 @@ class Service:
                 self._event_log = EventWriter(Path(self.options.event_log))
             configure = configure_message(self.facts, self.options, self._runtime.path)
             self._supervisor = self._make_supervisor(configure, self._runtime)
-            num_blocks = await self._supervisor.start()
-            self._core = self._make_core(core_config(self.facts, self.options, num_blocks, configure.max_model_len))
+            held = await self._supervisor.start()
+            self._core = self._make_core(core_config(self.facts, self.options, held, configure.max_model_len))
             await self._take_up_journal(self._core)
         except BaseException:
             await self.close()

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from treadle.errors import ConfigError
-from treadle.transport.messages import Configure
+from treadle.transport.messages import Configure, Ready
 
 from .config import CoreConfig
 from .options import ModelFacts, ServiceOptions
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16"}
+
+
+@dataclass(slots=True, frozen=True)
+class Held:
+    """What every rank of a group holds: blocks on its device and in host memory, and seconds that one takes to move."""
+
+    num_blocks: int
+    swap_blocks: int = 0
+    swap_out_seconds: float = 0.0
+    swap_in_seconds: float = 0.0
+
+
+def held(ready: Iterable[Ready]) -> Held:
+    """Of ranks that agree on numbers; a step waits for the slowest of them."""
+    ranks = list(ready)
+    return Held(
+        ranks[0].num_blocks,
+        ranks[0].swap_blocks,
+        max(rank.swap_out_seconds for rank in ranks),
+        max(rank.swap_in_seconds for rank in ranks),
+    )
 
 
 def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Path) -> Configure:
@@ -50,13 +73,15 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         fused_linears=options.fused_linears,
         fused_sums=options.fused_sums,
         overlap_sums=options.overlap_sums,
+        swap_blocks=options.swap_blocks,
+        swap_bytes=options.swap_bytes,
     )
 
 
-def core_config(facts: ModelFacts, options: ServiceOptions, num_blocks: int, max_model_len: int) -> CoreConfig:
+def core_config(facts: ModelFacts, options: ServiceOptions, held: Held, max_model_len: int) -> CoreConfig:
     """The core's limits, once the ranks have said how many blocks they hold."""
     return CoreConfig(
-        num_blocks=num_blocks,
+        num_blocks=held.num_blocks,
         block_size=options.block_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
@@ -74,6 +99,10 @@ def core_config(facts: ModelFacts, options: ServiceOptions, num_blocks: int, max
         watermark=options.watermark,
         reserve_output=options.reserve_output,
         eos_token_ids=facts.eos_token_ids,
+        swap_blocks=held.swap_blocks,
+        preemption=options.preemption,
+        swap_out_seconds=held.swap_out_seconds,
+        swap_in_seconds=held.swap_in_seconds,
     )
 
 

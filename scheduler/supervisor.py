@@ -22,6 +22,7 @@ from treadle.transport.messages import Configure, StepResult
 from .engine_group import Death, EngineGroup
 from .lifecycle import GroupLost, backoff
 from .options import ServiceOptions
+from .setup import Held
 
 logger = logging.getLogger("treadle")
 _SPARE_DELAY = 1.0
@@ -64,13 +65,16 @@ class Supervisor:
         self._endings: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    async def start(self) -> int:
-        """Starts the first group and returns its number of blocks. Raises TreadleError."""
+    async def start(self) -> Held:
+        """Starts the first group and returns what its ranks hold. Raises TreadleError."""
         self.group = await self.make()
+        held = self.group.held
         # A later group must hold as many blocks as the core hands out, whatever is free by then.
-        self.configure = msgspec.structs.replace(self.configure, num_blocks=self.group.num_blocks)
+        self.configure = msgspec.structs.replace(
+            self.configure, num_blocks=held.num_blocks, swap_blocks=held.swap_blocks
+        )
         self._order_spare(0.0)
-        return self.configure.num_blocks
+        return held
 
     async def replace(self, error: TreadleError) -> TreadleError | None:
         """Ends the serving group and gives another; None when it serves, else why the last attempt failed."""

@@ -16,6 +16,7 @@ import random
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import msgspec
 
@@ -36,7 +37,7 @@ def by_name(name: str) -> MakePolicy:
 
 
 def draw_config(dice: random.Random) -> CoreConfig:
-    return CoreConfig(
+    config = CoreConfig(
         num_blocks=dice.randint(6, 40),
         block_size=dice.choice([1, 2, 4, 8]),
         max_num_seqs=dice.randint(1, 12),
@@ -53,6 +54,15 @@ def draw_config(dice: random.Random) -> CoreConfig:
         watermark=dice.choice([0.0, 0.01, 0.3]),
         reserve_output=dice.choice(RESERVE_OUTPUT),
     )
+    if not config.prefix_cache or dice.random() < 0.3:
+        return config
+    return replace(
+        config,
+        swap_blocks=dice.choice([1, 3, 8, 40]),
+        preemption=dice.choice(["auto", "auto", "swap", "recompute"]),
+        swap_out_seconds=dice.choice([0.0, 1e-4, 1e-3]),
+        swap_in_seconds=dice.choice([0.0, 1e-4, 1e-3]),
+    )
 
 
 class Round:
@@ -64,7 +74,7 @@ class Round:
         self.core = Core(self.config, lambda: 7, make_policy(dice.getrandbits(32)))
         self.engine = FakeEngine(self.config)
         self.encoder = rank_codec()
-        self.plans: deque[list[int]] = deque()
+        self.plans: deque[tuple[list[int], int]] = deque()
         self.now = 0.0
         self.serial = 0
         self.seen: Counter[str] = Counter()
@@ -118,17 +128,17 @@ class Round:
         if plan is None:
             assert self.core.in_flight or not self.core.has_work, "work, nothing in flight, and no plan"
             return False
-        self.plans.append(unpack(plan.rows).tolist())
+        self.plans.append((unpack(plan.rows).tolist(), (len(plan.copy_out) + len(plan.copy_in)) // 8))
         self.engine.submit(self.encoder.encode(plan))
         return True
 
     def apply(self, fault: bool) -> None:
         if not self.plans:
             return
-        rows, result = self.plans.popleft(), self.engine.step()[0]
+        (rows, copied), result = self.plans.popleft(), self.engine.step()[0]
         if fault:
             result = msgspec.structs.replace(result, faults=[RowFault(self.dice.choice(rows), "it broke")])
-        seconds = 0.001 + 0.0002 * len(rows)
+        seconds = 0.001 + 0.0002 * len(rows) + 0.0002 * copied
         self.now += seconds
         self.core.apply(result, self.now, seconds)
 
@@ -146,6 +156,7 @@ class Round:
         left = (stats.running, stats.waiting, stats.blocks_used, self.core.in_flight)
         assert left == (0, 0, 0, 0) and not self.core.has_work, f"left over: {left}"
         self.seen.update(preemptions=stats.preemptions, tokens=stats.generated_tokens, finished=stats.finished)
+        self.seen.update(swapped_out=stats.swapped_out_blocks, swapped_in=stats.swapped_in_blocks)
 
 
 def soak(events: int, seed: int, policies: Sequence[MakePolicy]) -> Counter[str]:

@@ -106,6 +106,7 @@ class Rig:
         assert shape.context_tokens == sum(end for _, end in ends[: shape.decode_rows])
         assert shape.prefill_tokens == sum(count for count, _ in chunks)
         assert shape.chunk_pairs == sum(chunk_pairs(count, end) for count, end in chunks)
+        assert (shape.blocks_out, shape.blocks_in) == (len(plan.copy_out) // 8, len(plan.copy_in) // 8)
 
     def _guide(self) -> None:
         for made in self.guiding.made(self.core):

@@ -21,8 +21,9 @@ from treadle.engine.runner import Runner
 from treadle.engine.worker import run_step
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
+from treadle.scheduler.cost_model import CostModel
 from treadle.transport.codec import Digest, engine_codec, pack, rank_codec
-from treadle.transport.messages import Configure, Delta, Masks, SamplingParams, StepPlan, StepResult, Submit
+from treadle.transport.messages import Configure, Delta, Masks, SamplingParams, Stats, StepPlan, StepResult, Submit
 
 from .guidekit import Guiding, llg
 
@@ -54,8 +55,8 @@ def configure_for(model: Path, shared_dir: Path, world_size: int = 1, **changes:
     return msgspec.structs.replace(configure, **changes)
 
 
-def core_for(configure: Configure, **changes: object) -> Core:
-    """A core that fits ranks with this configuration."""
+def core_for(configure: Configure, costs: CostModel | None = None, **changes: object) -> Core:
+    """A core that fits ranks with this configuration. costs: that it is to know; here no step takes any time."""
     values: dict[str, object] = {
         "num_blocks": configure.num_blocks,
         "block_size": configure.block_size,
@@ -63,10 +64,11 @@ def core_for(configure: Configure, **changes: object) -> Core:
         "max_num_batched_tokens": configure.max_num_batched_tokens,
         "max_model_len": configure.max_model_len,
         "vocab_size": load_config(Path(configure.model)).vocab_size,
+        "swap_blocks": configure.swap_blocks,
         "reserve_output": "none",  # where blocks are few, preemption is to happen
         **changes,
     }
-    return Core(CoreConfig(**values), draw_seed=lambda: 1)  # type: ignore[arg-type]
+    return Core(CoreConfig(**values), draw_seed=lambda: 1, costs=costs)  # type: ignore[arg-type]
 
 
 def _share_a_core() -> None:
@@ -132,11 +134,14 @@ class LocalGroup:
 class Driver:
     """Runs requests through a core and a group to their end, and keeps what each continuation got.
 
-    check: the core's invariants after every step, or only at the end. changes: of the core's configuration.
+    check: the core's invariants after every step, or only at the end. costs: that the core begins with. changes: of the
+    core's configuration.
     """
 
-    def __init__(self, group: LocalGroup, check: bool = True, **changes: object) -> None:
-        self.core = core_for(group.configure, **changes)
+    def __init__(
+        self, group: LocalGroup, check: bool = True, costs: CostModel | None = None, **changes: object
+    ) -> None:
+        self.core = core_for(group.configure, costs, **changes)
         self.tokens: dict[tuple[str, int], list[int]] = {}
         self.finish: dict[tuple[str, int], str] = {}
         self.deltas: list[Delta] = []
@@ -194,10 +199,13 @@ class Overlapped:
         self.runner = loaded.runner
         self.ready = loaded.ready
         self.most = 0
+        self.stats = Stats()
 
-    def run(self, requests: Requests, depth: int, **changes: object) -> dict[str, list[int]]:
-        """Tokens by request. changes: of the core's configuration."""
-        core = core_for(self.configure, pipeline_depth=depth, **changes)
+    def run(
+        self, requests: Requests, depth: int, costs: CostModel | None = None, **changes: object
+    ) -> dict[str, list[int]]:
+        """Tokens by request. costs, changes: of the core's configuration. `stats`: of the core, afterwards."""
+        core = core_for(self.configure, costs, pipeline_depth=depth, **changes)
         guiding = Guiding(llg(Path(self.configure.model)))
         for name, prompt, params in requests:
             guiding.begin(core.add(Submit(id=name, tokens=pack(prompt), params=params), 0.0))
@@ -217,6 +225,7 @@ class Overlapped:
             for output in core.apply(result, 0.0).each():
                 tokens.setdefault(output.sequence.request.id, []).extend(output.tokens)
         self.runner.forget()
+        self.stats = core.stats()
         return tokens
 
     def _launch(self, plans: deque[StepPlan], steps: deque[tuple[int, Ticket]], masks: dict[int, Masks]) -> None:

@@ -145,6 +145,7 @@ class Rogue:
             weight_bytes=0,
             kv_bytes=0,
             backend="none",
+            swap_blocks=configure.swap_blocks,
         )
 
 
@@ -156,6 +157,7 @@ def config_of(configure: Configure, vocab: int) -> CoreConfig:
         max_num_batched_tokens=configure.max_num_batched_tokens,
         max_model_len=configure.max_model_len,
         vocab_size=vocab,
+        swap_blocks=configure.swap_blocks,
     )
 
 

@@ -31,3 +31,10 @@ def test_the_cost_of_delivery(mode: str) -> None:
     found = report("bench_delivery.py", mode, "--streams", "12", "--clients", "3", "--steps", "24")
     assert 0 < found["delivery"] < found["thread_per_step"]
     assert found["steps"] > 10
+
+
+def test_the_cost_of_moving_blocks() -> None:
+    sizes = ("--block-sizes", "16", "--blocks", "1,3", "--repeats", "1")
+    found = report("bench_swap.py", "--device", "cpu", "--parts", "bandwidth", *sizes)
+    assert [row["blocks"] for row in found["bandwidth"]] == [1, 3]
+    assert all(row[way] > 0 for row in found["bandwidth"] for way in ("out_us_per_block", "in_us_per_block"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgspec
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -38,6 +40,24 @@ configs = st.builds(
     watermark=st.sampled_from([0.0, 0.01, 0.4]),
     reserve_output=st.sampled_from(RESERVE_OUTPUT),
 )
+
+
+@st.composite
+def tiered(draw: st.DrawFn) -> CoreConfig:
+    """With host memory or without; moving a block costs nothing, or about as much as a token, or as a prompt."""
+    config = draw(configs)
+    if not config.prefix_cache or not draw(st.sampled_from([True, True, False])):
+        return config
+    cost = st.sampled_from([0.0, 0.001, 0.004, 0.1])
+    return replace(
+        config,
+        swap_blocks=draw(st.sampled_from([1, 2, 3, 5, 8, 30])),
+        preemption=draw(st.sampled_from(["auto", "auto", "swap", "swap", "recompute"])),
+        swap_out_seconds=draw(cost),
+        swap_in_seconds=draw(cost),
+    )
+
+
 prompts = st.one_of(
     st.integers(1, 14).map(lambda length: PREFIX[:length]),
     st.tuples(st.integers(0, 12), st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)).map(
@@ -60,7 +80,7 @@ params = st.fixed_dictionaries(
 
 
 class CoreMachine(RuleBasedStateMachine):
-    @initialize(config=configs, chaos=st.sampled_from([None, None, None, 1, 2, 3]))
+    @initialize(config=tiered(), chaos=st.sampled_from([None, None, None, 1, 2, 3]))
     def begin(self, config: CoreConfig, chaos: int | None) -> None:
         self.rig = Rig(config, None if chaos is None else ChaosPolicy(chaos))
         self.serial = 0
@@ -170,7 +190,9 @@ class CoreMachine(RuleBasedStateMachine):
 
     def _apply(self, result: StepResult) -> None:
         """Steps take so long that prompts are held back under some targets, and deadlines become unreachable."""
-        seconds = 0.001 * (1 + sum(counts(self.rig.plans[0]).values()))
+        plan = self.rig.plans[0]
+        copied = (len(plan.copy_out) + len(plan.copy_in)) // 8
+        seconds = 0.001 * (1 + sum(counts(plan).values()) + 2 * copied)
         for output in self.rig.apply(result, seconds).others:
             self._check_logprobs(output)
 

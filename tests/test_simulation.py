@@ -68,6 +68,16 @@ def test_a_shared_prefix_is_not_computed_again() -> None:
     assert run(workload, costs, prefix_cache=False)[0] == [pytest.approx(1.0), pytest.approx(6.0)]
 
 
+def test_blocks_that_come_back_from_host_memory_cost_what_they_cost() -> None:
+    """8 of the third's 10 tokens were evicted by the second: 2 to compute, and 2 blocks to fetch; 2 went out."""
+    workload = work((0.0, 10, 1), (5.0, 32, 1), (20.0, 10, 1), prefix=[3, 4, 3], prefix_tokens=8)
+    costs = StepCosts(prefill_token=0.1, block_out=0.001, block_in=0.01)
+    first, _, result = run(workload, costs, num_blocks=9, swap_blocks=9)
+    assert first == [pytest.approx(1.0), pytest.approx(8.202), pytest.approx(20.222)]
+    assert (result.stats["swapped_in_blocks"], result.stats["cpu_hit_tokens"]) == (2, 8)
+    assert run(workload, costs, num_blocks=9)[0][2] == pytest.approx(21.0)
+
+
 def test_requests_that_share_nothing_never_meet_in_the_cache() -> None:
     workload = work(*((float(i), 40, 2) for i in range(300)))
     assert run(workload)[2].stats["cached_prompt_tokens"] == 0
@@ -115,6 +125,8 @@ def test_the_simulated_engine_does_what_plans_say(seed: int) -> None:
         reserve_output="none",
         watermark=0.0,
         policy=["fair", "fcfs", "prefix"][seed % 3],
+        swap_blocks=[0, 30][seed // 3],
+        preemption=["auto", "swap"][seed // 3],
     )
     workload = random_work(seed, 60, 30, prefixes=(-1, 0, 1))
     replica = Replica(chosen, SECOND, workload, engine=Verified(chosen))
@@ -125,6 +137,7 @@ def test_the_simulated_engine_does_what_plans_say(seed: int) -> None:
     assert (first > workload.arrival).all() and (finish > first + workload.outputs - 1.001).all()
     assert ((finish == first) == (workload.outputs == 1)).all()
     assert result.stats["generated_tokens"] == workload.outputs.sum()
+    assert (result.stats["swapped_in_blocks"] > 0) == (seed >= 3)
     plain = Replica(chosen, SECOND, workload).run()
     assert (plain.first, plain.finish) == (result.first, result.finish), "which tokens they are makes no difference"
 

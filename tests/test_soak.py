@@ -17,5 +17,5 @@ def test_nothing_leaks_over_many_random_events() -> None:
     soak = script("soak_core")
     policies = [*(soak.by_name(name) for name in POLICIES), ChaosPolicy]
     seen = soak.soak(int(os.environ.get("TREADLE_SOAK_EVENTS", "120000")), 0, policies)
-    rare = ("preemptions", "fault", "death", "abort", "Overloaded", "DeadlineUnreachable", "finished")
+    rare = ("preemptions", "fault", "death", "abort", "Overloaded", "DeadlineUnreachable", "finished", "swapped_in")
     assert all(seen[event] > 20 for event in rare), seen

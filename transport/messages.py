@@ -19,7 +19,7 @@ import msgspec
 
 from treadle.errors import InvalidParameter
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Row = NewType("Row", int)
 
@@ -127,6 +127,7 @@ class Configure(Message, frozen=True, kw_only=True):
     model: directory or GGUF file. dtype: "float32", "bfloat16", "float16". num_blocks 0: take the size from
     `kv_cache_bytes` (0: from what is free). init_method: torch.distributed's, shared by the group.
     collective_timeout: seconds that a rank waits for its peers, in loading and in a step.
+    swap_blocks: of host memory; 0: as many as fit into `swap_bytes`, of this rank; 0 again is none.
     On "cuda" only: cuda_graphs: replay decode steps from graphs. overlap: begin a step before the last one's tokens are
     there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
     "triton", "flashinfer", "torch". fused_linears: products of few rows through kernels that take the norm before them
@@ -160,6 +161,8 @@ class Configure(Message, frozen=True, kw_only=True):
     fused_linears: bool = True
     fused_sums: bool = True
     overlap_sums: bool = True
+    swap_blocks: int = 0
+    swap_bytes: int = 0
 
 
 class Loading(Message, frozen=True):
@@ -174,6 +177,7 @@ class Ready(Message, frozen=True, kw_only=True):
     """Rank → scheduler: loaded. `fingerprint` is equal on all ranks of a group or they hold different models.
 
     phases: where the time since the process began went, in seconds; what ran beside it has names that begin with "+".
+    swap_blocks: of host memory. swap_out_seconds, swap_in_seconds: that a block takes to go there and back, measured.
     """
 
     rank: int
@@ -184,6 +188,9 @@ class Ready(Message, frozen=True, kw_only=True):
     kv_bytes: int
     backend: str
     phases: dict[str, float] = {}
+    swap_blocks: int = 0
+    swap_out_seconds: float = 0.0
+    swap_in_seconds: float = 0.0
 
 
 class RowStart(Message, frozen=True):
@@ -205,12 +212,15 @@ class RowStart(Message, frozen=True):
 
 
 class StepPlan(Message, frozen=True):
-    """One step, applied in the order of the fields: release rows, start rows, append blocks, run.
+    """One step, applied in this order: release rows, start rows, append blocks, copy blocks out, copy blocks in, run.
 
     release: rows that end. grow_rows/grow_blocks: pairs; the block is appended to the row's table. rows/counts: pairs;
     the row computes its next `count` tokens, and samples when that reaches the last token it knows (the rank's own
     mirror tells), in the order given here. guided: rows among those that sample whose token must wait for this step's
     `Masks`; empty in nearly all plans, and then no such message comes.
+    copy_out: pairs (device block, host block), copy_in: pairs (host block, device block); host blocks count from 0. All
+    of the first come before all of the second, and no block is written twice. A block may be read by one copy and
+    written by a later one of the same plan, and by the step.
     """
 
     step: int
@@ -221,6 +231,8 @@ class StepPlan(Message, frozen=True):
     rows: bytes
     counts: bytes
     guided: bytes = b""
+    copy_out: bytes = b""
+    copy_in: bytes = b""
 
 
 class Masks(Message, frozen=True):
@@ -423,6 +435,9 @@ class Stats(Message, frozen=True, kw_only=True):
     """Counters since start, and the present. Times in seconds, sizes in tokens or blocks.
 
     policy_errors: wrong answers of the scheduling policy. recomputed_tokens: K/V that was there before a preemption.
+    swapped_preemptions: whose blocks were kept for host memory. cpu_blocks_total, cpu_blocks_used: of host memory.
+    cpu_hit_tokens: prompt tokens served from there, which cached_prompt_tokens counts, too. swapped_out_blocks,
+    swapped_in_blocks: copied. cpu_evictions: blocks of host memory given up for others.
     """
 
     id: str = ""
@@ -443,6 +458,13 @@ class Stats(Message, frozen=True, kw_only=True):
     bad_frames: int = 0
     policy_errors: int = 0
     recomputed_tokens: int = 0
+    swapped_preemptions: int = 0
+    cpu_blocks_total: int = 0
+    cpu_blocks_used: int = 0
+    cpu_hit_tokens: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    cpu_evictions: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -453,6 +475,11 @@ class Stats(Message, frozen=True, kw_only=True):
     def occupancy(self) -> float:
         """Share of blocks owned by running requests."""
         return self.blocks_used / self.blocks_total if self.blocks_total else 0.0
+
+    @property
+    def cpu_occupancy(self) -> float:
+        """Share of the blocks of host memory that hold something."""
+        return self.cpu_blocks_used / self.cpu_blocks_total if self.cpu_blocks_total else 0.0
 
 
 class Health(Message, frozen=True, kw_only=True):

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from treadle.errors import ConfigError
-from treadle.scheduler.config import RESERVE_OUTPUT
+from treadle.scheduler.config import PREEMPTION, RESERVE_OUTPUT
 from treadle.scheduler.options import ATTENTION_BACKENDS, DEVICES, DTYPES, ServiceOptions
 from treadle.scheduler.policies import POLICIES
 from treadle.transport.messages import Guided, SamplingParams
@@ -57,6 +57,9 @@ SERVICE_HELP: Mapping[str, str] = {
     "fused_linears": "on GPUs: few rows through kernels that join a product with what stands around it",
     "fused_sums": "on GPUs: small sums over the ranks take residual and norm along",
     "overlap_sums": "on GPUs: one half of a long prefill is summed over the ranks while the other is computed",
+    "swap_space": "GiB of host memory of each rank for KV blocks that the device gives up; 0: none",
+    "swap_blocks": "the same as a number of blocks; goes before --swap-space",
+    "preemption": f"what happens to the blocks of whoever gives way: {', '.join(PREEMPTION)}",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
     "event_log": "file for every input and decision of the scheduler, for `treadle replay`; it holds token ids",

@@ -81,9 +81,10 @@ def run_simulate(options: argparse.Namespace) -> int:
         check_plots(options.plots)
     workload = _workload(options)
     goals = Goals(options.goal_ttft, options.goal_tpot)
+    config = _core_config(options)
     fleet = Fleet(
-        config=_core_config(options),
-        costs=_step_costs(options),
+        config=config,
+        costs=_with_copies(_step_costs(options), config),
         replicas=options.replicas,
         routing=options.routing,
         overhead=options.overhead,
@@ -133,6 +134,13 @@ def _step_costs(options: argparse.Namespace) -> StepCosts:
     if options.costs is not None:
         raise ConfigError("--costs and --costs-from: give one of them")
     return costs_from_log(_existing(options.costs_from))
+
+
+def _with_copies(costs: StepCosts, config: CoreConfig) -> StepCosts:
+    """Where nothing is known of copies to host memory, what the ranks of that configuration have measured."""
+    if costs.block_out or costs.block_in:
+        return costs
+    return msgspec.structs.replace(costs, block_out=config.swap_out_seconds, block_in=config.swap_in_seconds)
 
 
 def _existing(path: Path) -> Path:

@@ -13,6 +13,7 @@ from treadle.engine.model import Decoder
 from treadle.engine.rows import RowMirror
 from treadle.engine.sampling.sampler import Sampler
 from treadle.engine.sampling.state import SamplingState
+from treadle.engine.swap import BlockCopies
 from treadle.transport.messages import Configure
 
 from .device_rows import DeviceRows
@@ -50,11 +51,12 @@ def make_program(
 
 @dataclass(slots=True)
 class Host:
-    """The host's side of the rows."""
+    """The host's side of the rows, and of blocks that moved there."""
 
     mirror: RowMirror
     sampling: SamplingState
     sampler: Sampler
+    copies: BlockCopies
 
 
 @torch.inference_mode()
@@ -71,4 +73,4 @@ def make_runner(
         if not profiled:
             run()  # fills the allocator's cache, so that no later step has to ask the driver for memory
         torch.cuda.synchronize(device)
-    return CudaRunner(program, graphs, host.mirror, host.sampling, host.sampler, device)
+    return CudaRunner(program, graphs, host.mirror, host.sampling, host.sampler, device, host.copies)

@@ -19,6 +19,7 @@ from treadle.engine.sampling.masks import LocalMasks, guided_places
 from treadle.engine.sampling.sampler import SampleOutput, Sampler, row_faults
 from treadle.engine.sampling.state import FILTERED, LISTS, LOGPROBS, MIN_TOKENS, PENALTIES, SamplingState
 from treadle.engine.sampling.upload import upload
+from treadle.engine.swap import BlockCopies
 from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
 from treadle.transport.messages import Masks, StepPlan, TokenLogprobs
@@ -100,8 +101,10 @@ class CudaRunner:
         sampling: SamplingState,
         sampler: Sampler,
         device: torch.device,
+        copies: BlockCopies,
     ) -> None:
         self.program = program
+        self._copies = copies
         self._graphs = graphs
         self._rows = program.rows
         self._mirror = mirror
@@ -132,6 +135,8 @@ class CudaRunner:
         if self._open >= TURNS:
             raise RuntimeError(f"{self._open} steps are open already")
         work = self._mirror.apply(plan)
+        if plan.copy_out or plan.copy_in:
+            self._copies.run(plan)
         for row in unpack(plan.release).tolist():
             self._sampling.stop(row)
         for start in plan.start:

@@ -6,7 +6,7 @@ knows nothing but plans, and the tests run both beside each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,8 @@ class SimulatedEngine:
             shape, sampled, recent = self._mixed(rows, unpack(plan.counts))
         else:
             shape, sampled, recent = self._decode(rows), rows.size, 0
+        if plan.copy_out or plan.copy_in:
+            shape = replace(shape, blocks_out=len(plan.copy_out) // 8, blocks_in=len(plan.copy_in) // 8)
         self._at = (self._at + sampled) % _POOL
         return Executed(plan.step, self._pool[4 * self._at : 4 * (self._at + sampled)], shape, recent)
 

@@ -201,6 +201,8 @@ class _Service:
         ):
             blocks.add_metric([self._model, state], count)
         yield blocks
+        if stats.cpu_blocks_total:
+            yield from self._host_memory(stats)
         yield self._gauge("prefix_cache_hit_rate", "Share of prompt tokens from the prefix cache", stats.hit_rate)
         for name, about, value in (
             ("prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache", stats.prompt_tokens),
@@ -214,6 +216,16 @@ class _Service:
             ("requests_refused", "Requests that were refused: overload, and what cannot be served", stats.refused),
             ("bad_frames", "Messages that could not be read", stats.bad_frames),
             ("steps", "Steps finished", stats.step),
+        ):
+            yield self._counter(name, about, value)
+
+    def _host_memory(self, stats: Stats) -> Iterator[Metric]:
+        yield self._gauge("cpu_cache_usage_perc", "Share of host blocks that hold something", stats.cpu_occupancy)
+        for name, about, value in (
+            ("cpu_prefix_cache_hits", "Prompt tokens whose K/V came from host memory", stats.cpu_hit_tokens),
+            ("swapped_out_blocks", "Blocks that moved to host memory", stats.swapped_out_blocks),
+            ("swapped_in_blocks", "Blocks that came back from host memory", stats.swapped_in_blocks),
+            ("num_swapped_preemptions", "Preempted requests that were swapped", stats.swapped_preemptions),
         ):
             yield self._counter(name, about, value)
 
