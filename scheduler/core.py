@@ -85,9 +85,11 @@ class Core:
         """
         request = self._admission.accept(submit, now, self._waiting, self._requests)
         waiting = [sequence for sequence in request.sequences if not sequence.finish]
+        late = False
         for sequence in waiting:
             self._waiting.enter(sequence, now)
-        if any(sequence.latest < now for sequence in waiting):
+            late = late or sequence.latest < now
+        if late:
             for sequence in waiting:
                 self._waiting.remove(sequence)
             self._admission.refused += 1

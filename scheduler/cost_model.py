@@ -11,7 +11,6 @@ The model has no clock. Whoever measures steps calls `observe`; the same observa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isfinite
 
 import msgspec
@@ -31,8 +30,7 @@ _HOLD = 1e-4
 _SIZE = 5
 
 
-@dataclass(slots=True, frozen=True)
-class StepShape:
+class StepShape(msgspec.Struct, frozen=True, gc=False):
     """What a step computes, as far as its duration depends on it.
 
     prefill_tokens: of all chunks. decode_rows: rows that compute one token and sample. context_tokens: positions of

@@ -74,8 +74,9 @@ class Rows:
         self.admission[row] = admission
         self.order[row] = sequence.order
         self.key[row] = sequence.key
-        self.guided[row] = sequence.request.guided
-        self.guided_count += sequence.request.guided
+        if sequence.request.guided:
+            self.guided[row] = True
+            self.guided_count += 1
         self.owner[row] = sequence
         return row
 

@@ -151,9 +151,8 @@ class Running:
         if end - start < size:
             return
         end -= end % size
-        tokens = rows.tokens[row, start:end].tobytes()
-        blocks = rows.table[row, start // size : end // size].tolist()
-        rows.chain[row] = self.cache.publish(rows.chain[row], tokens, blocks)
+        tokens, blocks = rows.tokens[row, start:end], rows.table[row, start // size : end // size]
+        rows.chain[row] = self.cache.publish(rows.chain[row], tokens.tobytes(), blocks.tolist())
         rows.publish_at[row] = end + size
 
     def publish_decoded(self, rows: Rows1D) -> None:
