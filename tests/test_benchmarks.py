@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.test_admission import script
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -31,3 +33,13 @@ def test_the_cost_of_delivery(mode: str) -> None:
     found = report("bench_delivery.py", mode, "--streams", "12", "--clients", "3", "--steps", "24")
     assert 0 < found["delivery"] < found["thread_per_step"]
     assert found["steps"] > 10
+
+
+def test_the_trade_off_of_a_service_level() -> None:
+    """Simulated, so the figures are the same everywhere: a target holds, and somebody pays for it."""
+    levels = script("bench_service_level")
+    free, held = (levels.simulated(target, seconds=6.0, seed=0) for target in (None, 0.012))
+    assert free.between_p99 > 0.05 and free.within is None
+    assert held.between_p99 < 0.0122 and held.within == 1.0
+    assert held.ttft_document_p50 > free.ttft_document_p50
+    assert levels.table([free, held]).count("\n") == 3
