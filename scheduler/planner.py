@@ -25,7 +25,7 @@ from .cost_model import CostModel, StepShape, chunk_pairs
 from .pace import Pace
 from .policies.guard import Guard
 from .request import Request, Sequence
-from .rows import Int64, Rows1D
+from .rows import Int64, Rows1D, span
 from .running import Running
 from .waiting import Waiting
 
@@ -37,6 +37,7 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     rows, admissions: of all rows of the step, in plan order. A row whose admission is another one by then has ended
     or was preempted meanwhile. sampling: indices of those that sample, None for all. shape: what it costs by.
+    rising: the rows are in rising order.
     """
 
     step: int
@@ -44,6 +45,7 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     admissions: Int64
     sampling: Rows1D | None
     shape: StepShape
+    rising: bool
 
     def sampled(self) -> tuple[Rows1D, Int64]:
         """Rows and admissions in the order of the result's tokens."""
@@ -141,7 +143,7 @@ class Planner:
             self._ones[: 4 * decode.size] + batch.counts(),
         )
         self._running.released.clear()
-        return plan, Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape())
+        return plan, Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape(), not batch.chunk_rows)
 
     def _decode(self, now: float) -> tuple[Rows1D, Rows1D, int]:
         """Rows that compute one token and sample the next, those among them that need one more block for it, and the
@@ -156,9 +158,10 @@ class Planner:
         decode = ready.nonzero()[0]
         if not decode.size:
             return decode, decode, 0
-        computed = rows.computed[decode]
+        at = span(decode)
+        computed = rows.computed[at]
         context = int(np.add.reduce(computed, dtype=np.int64)) + decode.size
-        growing = decode[computed == rows.nblocks[decode] * self._block_size]
+        growing = decode[computed == rows.nblocks[at] * self._block_size]
         while growing.size > self._running.cache.pool.available:
             victim = self._victim(now)
             context -= int(rows.computed[victim.row]) + 1 if (decode == victim.row).any() else 0
