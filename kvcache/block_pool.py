@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NewType
 
@@ -11,6 +11,8 @@ from .invariant import require
 BlockId = NewType("BlockId", int)
 Label = bytes | tuple[str, bytes]
 """The tokens of a block; of the first of a sequence, with its salt."""
+
+_SLACK = 64
 
 
 class BlockPool:
@@ -21,9 +23,10 @@ class BlockPool:
       only when no blank block is left;
     - owned: `refs` says by how many block tables.
 
-    `_queue` has every cached block in the order of eviction. A cached block that is owned again keeps its place there,
-    to be skipped at eviction or moved to the end when it is released, whichever comes first: sharing a prefix is the
-    hot path, and so it only counts references.
+    `_queue` is the order of eviction: what became cached by one release, with the number of that release. `_released`
+    says of each block in which release it became cached last; where it is named in an earlier one, or has an owner,
+    it is stepped over. So sharing a prefix, which is the hot path, only counts references, and nothing is ever taken
+    out of the middle. `_named` counts the names in the queue.
 
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
     `num_blocks - 1`. `on_evict` is told the blocks whose content is given up, while they still have their labels;
@@ -45,7 +48,9 @@ class BlockPool:
     def clear(self) -> None:
         """Every block is blank again: the memory behind the pool is gone. No block is reported as evicted."""
         self._blank = [BlockId(block) for block in range(self.total, 0, -1)]
-        self._queue: OrderedDict[BlockId, None] = OrderedDict()
+        self._queue: deque[tuple[int, list[BlockId]]] = deque()
+        self._released = [0] * (self.total + 1)
+        self._release = self._named = 0
         self.cached = 0
         self.refs = [0] * (self.total + 1)
         self.labels: list[Label | None] = [None] * (self.total + 1)
@@ -90,8 +95,8 @@ class BlockPool:
 
         They are freed from the tail, so that a continuation is evicted before the prefix it hangs on.
         """
-        refs, labels, queue, blank, cached = self.refs, self.labels, self._queue, self._blank, 0
-        before = len(queue)
+        refs, labels, released, blank = self.refs, self.labels, self._released, self._blank
+        number, cached = self._release + 1, list[BlockId]()
         for block in reversed(blocks):
             left = refs[block] - 1
             refs[block] = left
@@ -99,13 +104,11 @@ class BlockPool:
                 if labels[block] is None:
                     blank.append(block)
                 else:
-                    queue[block] = None
-                    cached += 1
-        self.cached += cached
-        if len(queue) < before + cached:  # some were shared out of the queue and have their old places there
-            for block in reversed(blocks):
-                if block in queue and not refs[block]:
-                    queue.move_to_end(block)
+                    cached.append(block)
+                    released[block] = number
+        if cached:
+            self._release = number
+            self._enqueue(number, cached)
 
     def withdraw(self, block: BlockId) -> None:
         """Its content is not to be served again. Owners keep it; an idle block becomes blank."""
@@ -113,7 +116,7 @@ class BlockPool:
             return
         self._on_withdraw([block])
         self.labels[block] = None
-        self._queue.pop(block, None)
+        self._released[block] = 0
         if not self.refs[block]:
             self.cached -= 1
             self._blank.append(block)
@@ -121,7 +124,7 @@ class BlockPool:
     def check(self) -> None:
         """Raises CoreInvariantError unless every block is in exactly one place and counted there."""
         owned = [block for block, count in enumerate(self.refs) if count]
-        cached = [block for block in self._queue if not self.refs[block]]
+        cached = [block for number, part in self._queue for block in self._idle(number, part)]
         places = Counter[int]([*self._blank, *cached, *owned])
         require(set(places) == set(range(1, self.total + 1)), "a block is lost, or the null block was handed out")
         twice = [block for block, count in places.items() if count > 1]
@@ -129,18 +132,37 @@ class BlockPool:
         require(min(self.refs) >= 0, "a block was released more often than owned")
         require(len(cached) == self.cached, "cached blocks are miscounted")
         require(all(self.labels[block] is None for block in self._blank), "a blank block has a label")
-        require(all(self.labels[block] is not None for block in self._queue), "a block in the queue has no label")
+        require(all(self.labels[block] is not None for block in cached), "a cached block has no label")
+        require(sum(len(part) for _, part in self._queue) == self._named, "names in the queue are miscounted")
 
     def _evict(self, count: int) -> None:
-        pop, refs, labels = self._queue.popitem, self.refs, self.labels
         blocks: list[BlockId] = []
-        while len(blocks) < count:
-            block = pop(False)[0]
-            if not refs[block]:
-                blocks.append(block)
+        while (missing := count - len(blocks)) > 0:
+            number, part = self._queue.popleft()
+            self._named -= len(part)
+            idle = self._idle(number, part)
+            blocks += idle[:missing]
+            if len(idle) > missing:
+                self._queue.appendleft((number, idle[missing:]))
+                self._named += len(idle) - missing
         self._on_evict(blocks)
+        labels = self.labels
         for block in blocks:
             labels[block] = None
         self._blank += blocks
         self.cached -= count
         self.evictions += count
+
+    def _idle(self, number: int, part: list[BlockId]) -> list[BlockId]:
+        """Those of a part of the queue that may be evicted."""
+        refs, released = self.refs, self._released
+        return [block for block in part if released[block] == number and not refs[block]]
+
+    def _enqueue(self, number: int, cached: list[BlockId]) -> None:
+        self.cached += len(cached)
+        self._queue.append((number, cached))
+        self._named += len(cached)
+        if self._named > 2 * self.total + _SLACK:  # half of it is to be stepped over: O(1) for each that ever came in
+            parts = [(number, self._idle(number, part)) for number, part in self._queue]
+            self._queue = deque((number, part) for number, part in parts if part)
+            self._named = self.cached

@@ -14,7 +14,6 @@ the same node, so all that hangs behind it is still found.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 
 import numpy as np
 
@@ -75,11 +74,14 @@ class PrefixCache:
             return [], salt
         nodes = self._nodes
         blocks, node = [block], nodes[block]
-        with suppress(KeyError):
+        append = blocks.append
+        try:
             for content in self._split(tokens, max_blocks)[1:]:
                 block = node[content]
-                blocks.append(block)
+                append(block)
                 node = nodes[block]
+        except KeyError:
+            return blocks, node
         return blocks, node
 
     def publish(self, parent: Parent, tokens: bytes, blocks: Sequence[BlockId]) -> Parent:
@@ -222,10 +224,9 @@ class PrefixCache:
     def _forget(self, blocks: Sequence[BlockId]) -> None:
         homes, labels = self._homes, self.pool.labels
         for block in blocks:
-            label = labels[block]
-            if label is not None:
-                del homes[block][label]
-                self._wanted.discard(block)
+            del homes[block][labels[block]]  # type: ignore[arg-type]  # what can be evicted has a label
+        if self._wanted:
+            self._wanted.difference_update(blocks)
 
     def _split(self, tokens: bytes, count: int) -> list[bytes]:
         """The first `count` blocks of it. numpy's void type cuts four times faster than slices."""

@@ -34,7 +34,7 @@ from .planner import Flight, Planner
 from .policies import Policy, make_policy
 from .policies.guard import Guard
 from .request import NO_ROW, Output, Outputs, Request, Sequence
-from .rows import Int64, Rows1D
+from .rows import Int64, Rows1D, span
 from .running import Running
 from .snapshot import snapshot
 from .stop_ids import StopIds
@@ -85,9 +85,11 @@ class Core:
         """
         request = self._admission.accept(submit, now, self._waiting, self._requests)
         waiting = [sequence for sequence in request.sequences if not sequence.finish]
+        late = False
         for sequence in waiting:
             self._waiting.enter(sequence, now)
-        if any(sequence.latest < now for sequence in waiting):
+            late = late or sequence.latest < now
+        if late:
             for sequence in waiting:
                 self._waiting.remove(sequence)
             self._admission.refused += 1
@@ -183,12 +185,14 @@ class Core:
         for fault in result.faults:
             self._fail_row(flight, fault, outputs, now)
         details = self._details(flight, result.logprobs) if result.logprobs else {}
-        live = self._running.rows.admission[rows] == admissions
+        at = span(rows) if flight.rising else rows
+        live = self._running.rows.admission[at] == admissions
         if not live.all():
             self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
-            rows, tokens = rows[live], tokens[live]
+            at = rows = rows[live]
+            tokens = tokens[live]
         if rows.size:
-            self._commit(rows, tokens, outputs, details, now)
+            self._commit(rows, at, tokens, outputs, details, now)
         outputs.others += details.values()
         self._clear_trial(outputs)
         return outputs
@@ -297,20 +301,25 @@ class Core:
         tokens = unpack(result.tokens)
         if tokens.size != rows.size:
             raise ProtocolError(f"step {result.step}: {tokens.size} tokens for {rows.size} rows that sample")
-        outside = np.flatnonzero(tokens.view(np.uint32) >= self.config.vocab_size)
-        if outside.size and not {fault.row for fault in result.faults}.issuperset(rows[outside].tolist()):
+        ids = tokens.view(np.uint32)
+        if not ids.size or ids.item(ids.argmax()) < self.config.vocab_size:
+            return tokens
+        outside = (ids >= self.config.vocab_size).nonzero()[0]
+        if not {fault.row for fault in result.faults}.issuperset(rows[outside].tolist()):
             raise ProtocolError(f"step {result.step}: sampled ids outside [0, {self.config.vocab_size})")
         return tokens
 
-    def _commit(self, rows: Rows1D, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
+    def _commit(
+        self, rows: Rows1D, at: Rows1D | slice, tokens: Int32, outputs: Outputs, details: Details, now: float
+    ) -> None:
         """The hot path: vectors for everybody, Python only for rows that end or carry details."""
         arrays = self._running.rows
-        length = arrays.commit(rows, tokens)
-        self._running.publish_decoded(rows)
+        length = arrays.commit(rows, at, tokens)
+        self._running.publish_decoded(rows, at)
         self._generated += rows.size
-        sequences: list[Sequence] = arrays.owner[rows].tolist()
+        sequences: list[Sequence] = arrays.owner[at].tolist()
         values: list[int] = tokens.tolist()
-        ending = (length >= arrays.limit[rows]) | self._stop_ids.mask[tokens]
+        ending = (length >= arrays.limit[at]) | self._stop_ids.mask[tokens]
         special = range(rows.size) if details else ending.nonzero()[0].tolist()
         apart: list[Output] = []
         for i in reversed(special):

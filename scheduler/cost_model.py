@@ -12,7 +12,6 @@ The model has no clock. Whoever measures steps calls `observe`; the same observa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import isfinite
 
 import msgspec
@@ -35,8 +34,7 @@ _TRUST = 16.0
 _SIZE = 7
 
 
-@dataclass(slots=True, frozen=True)
-class StepShape:
+class StepShape(msgspec.Struct, frozen=True, gc=False):
     """What a step computes, as far as its duration depends on it.
 
     prefill_tokens: of all chunks. decode_rows: rows that compute one token and sample. context_tokens: positions of

@@ -40,27 +40,28 @@ class Lanes:
         queue = self._queues.get(sequence.lane)
         if queue is None:
             queue = self._queues[sequence.lane] = OrderedQueue()
-            self._new[sequence.lane] = None
+            if self._guard.has_lanes:
+                self._new[sequence.lane] = None
         queue.push((sequence.key, sequence.order), sequence)
 
     def remove(self, sequence: Sequence) -> None:
         lane = sequence.lane
         queue = self._queues[lane]
         queue.remove((sequence.key, sequence.order))
-        if len(queue):
+        if len(queue) or not self._guard.has_lanes:
             return
         del self._queues[lane]
         if lane in self._new:
             del self._new[lane]
-        elif self._guard.has_lanes:
+        else:
             del self._opened[lane]
             self._guard.closes(lane)
 
     def next(self) -> Queue | None:
         """The queue of the lane that is served next; None when all are empty, or the policy failed."""
         if not self._guard.has_lanes:
-            self._new.clear()
-            return self._queues.get("")
+            queue = self._queues.get("")
+            return queue if queue is not None and len(queue) else None
         for lane in self._new:
             self._open(lane)
         self._new.clear()

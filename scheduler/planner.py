@@ -14,8 +14,6 @@ Why nobody starves is the policy's promise: each says its bound.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import msgspec
 import numpy as np
 
@@ -28,17 +26,19 @@ from .cost_model import CostModel, StepShape, chunk_pairs
 from .pace import Pace
 from .policies.guard import Guard
 from .request import Request, Sequence
-from .rows import Int64, Rows1D
+from .rows import Int64, Rows1D, span
 from .running import Running
 from .waiting import Waiting
 
+_NO_ROWS: Rows1D = np.zeros(0, np.intp)
 
-@dataclass(slots=True, frozen=True)
-class Flight:
+
+class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A plan on its way: what is needed to understand its result.
 
     rows, admissions: of all rows of the step, in plan order. A row whose admission is another one by then has ended
     or was preempted meanwhile. sampling: indices of those that sample, None for all. shape: what it costs by.
+    rising: the rows are in rising order.
     """
 
     step: int
@@ -46,6 +46,7 @@ class Flight:
     admissions: Int64
     sampling: Rows1D | None
     shape: StepShape
+    rising: bool
 
     def sampled(self) -> tuple[Rows1D, Int64]:
         """Rows and admissions in the order of the result's tokens."""
@@ -82,7 +83,10 @@ class _Batch:
         return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs, *self._host.pending)
 
     def rows(self) -> Rows1D:
-        return np.concatenate((self.decode, np.array(self.chunk_rows, np.intp))) if self.chunk_rows else self.decode
+        if not self.chunk_rows:
+            return self.decode
+        chunks = np.array(self.chunk_rows, np.intp)
+        return np.concatenate((self.decode, chunks)) if self.decode.size else chunks
 
     def counts(self) -> bytes:
         return pack(self.chunk_counts) if self.chunk_counts else b""
@@ -122,7 +126,7 @@ class Planner:
         self._running.rows.advance(decode)
         batch = _Batch(self._budget, decode, context, self._host)
         arrays = self._running.rows
-        prefills = (arrays.frontier - arrays.computed > 1).nonzero()[0]
+        prefills = (arrays.frontier - arrays.computed > 1).nonzero()[0] if arrays.count else _NO_ROWS
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
         if prefills.size or admits:
             self._limit(batch, now)
@@ -143,7 +147,7 @@ class Planner:
             self._ones[: 4 * decode.size] + batch.counts(),
         )
         self._running.released.clear()
-        flight = Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape())
+        flight = Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape(), not batch.chunk_rows)
         return self._with_copies(plan), flight
 
     def _with_copies(self, plan: StepPlan) -> StepPlan:
@@ -160,13 +164,16 @@ class Planner:
         They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
         """
         rows = self._running.rows
+        if not rows.count:
+            return _NO_ROWS, _NO_ROWS, 0
         ready = (rows.frontier - rows.computed == 1) & (rows.frontier < rows.limit)
         decode = ready.nonzero()[0]
         if not decode.size:
             return decode, decode, 0
-        computed = rows.computed[decode]
+        at = span(decode)
+        computed = rows.computed[at]
         context = int(np.add.reduce(computed, dtype=np.int64)) + decode.size
-        growing = decode[computed == rows.nblocks[decode] * self._block_size]
+        growing = decode[computed == rows.nblocks[at] * self._block_size]
         while growing.size > self._running.cache.pool.available:
             victim = self._victim(now)
             context -= int(rows.computed[victim.row]) + 1 if (decode == victim.row).any() else 0
@@ -241,11 +248,12 @@ class Planner:
     def _advance(self, row: int, batch: _Batch, room: int) -> None:
         """Plans the row's next chunk; when that reaches the last known token, the row samples."""
         rows = self._running.rows
-        count = min(int(rows.frontier[row] - rows.computed[row]), room, self._chunk)
-        rows.computed[row] += count
-        end = int(rows.computed[row])
-        samples = end == int(rows.frontier[row])
+        computed, frontier = rows.computed.item(row), rows.frontier.item(row)
+        count = min(frontier - computed, room, self._chunk)
+        end = computed + count
+        rows.computed[row] = end
+        samples = end == frontier
         if samples:
-            rows.frontier[row] += 1
+            rows.frontier[row] = frontier + 1
         batch.add_chunk(row, count, end, samples)
         self._running.publish_prefill(row)

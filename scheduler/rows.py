@@ -28,6 +28,13 @@ NOBODY = np.iinfo(np.int64).min
 NEVER = np.iinfo(np.int32).max
 
 
+def span(rows: Rows1D) -> Rows1D | slice:
+    """The same rows, which rise, as a slice where they have no gap: reading it copies nothing, and is several times as
+    fast. In a full house nearly all steps are so."""
+    first, last = rows.item(0), rows.item(-1)
+    return slice(first, last + 1) if last - first == rows.size - 1 else rows
+
+
 class Rows:
     """The arrays. tokens: int32 [rows, max_len], table: int32 [rows, max_blocks], the others one number per row.
 
@@ -74,8 +81,9 @@ class Rows:
         self.admission[row] = admission
         self.order[row] = sequence.order
         self.key[row] = sequence.key
-        self.guided[row] = sequence.request.guided
-        self.guided_count += sequence.request.guided
+        if sequence.request.guided:
+            self.guided[row] = True
+            self.guided_count += 1
         self.owner[row] = sequence
         return row
 
@@ -99,16 +107,17 @@ class Rows:
         self.nblocks[rows] += 1
 
     def advance(self, rows: Rows1D) -> None:
-        """Plans one token of each: its K/V, and a sample."""
+        """Plans one token of each, in rising order: its K/V, and a sample."""
         if not rows.size:
             return
-        self.computed[rows] += 1
-        self.frontier[rows] += 1
+        at = span(rows)
+        self.computed[at] += 1
+        self.frontier[at] += 1
 
-    def commit(self, rows: Rows1D, tokens: Int32) -> Int32:
-        """Appends the token that came back to each row; returns their lengths now."""
-        position = self.known[rows]
+    def commit(self, rows: Rows1D, at: Rows1D | slice, tokens: Int32) -> Int32:
+        """Appends the token that came back to each row; returns their lengths now. at: the rows, or their `span`."""
+        position = self.known[at]
         self.tokens[rows, position] = tokens
         length = position + np.int32(1)
-        self.known[rows] = length
+        self.known[at] = length
         return length

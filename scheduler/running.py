@@ -23,6 +23,7 @@ from .rows import WIRE_INT, Rows, Rows1D
 from .swapping import Swapping
 
 _NO_BLOCKS = np.zeros(0, WIRE_INT)
+_NO_ROWS: Rows1D = np.zeros(0, np.intp)
 
 
 class Running:
@@ -163,14 +164,17 @@ class Running:
         if end - start < size:
             return
         end -= end % size
-        tokens = rows.tokens[row, start:end].tobytes()
-        blocks = rows.table[row, start // size : end // size].tolist()
-        rows.chain[row] = self.cache.publish(rows.chain[row], tokens, blocks)
+        tokens, blocks = rows.tokens[row, start:end], rows.table[row, start // size : end // size]
+        rows.chain[row] = self.cache.publish(rows.chain[row], tokens.tobytes(), blocks.tolist())
         rows.publish_at[row] = end + size
 
-    def publish_decoded(self, rows: Rows1D) -> None:
-        """Publishes the blocks that committed tokens have filled. With blocks of one token, two can be due at once."""
-        while (rows := self._due(rows)).size:
+    def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
+        """Publishes the blocks that committed tokens have filled. With blocks of one token, two can be due at once.
+
+        at: the rows, or their `span`.
+        """
+        rows = self._due(rows, at)
+        while rows.size:
             ends = self.rows.publish_at[rows]
             tokens = self.rows.tokens[rows[:, None], ends[:, None] + self._last_block].tobytes()
             blocks = self.rows.table[rows, ends // self._block_size - 1].tolist()
@@ -179,15 +183,16 @@ class Running:
             parents = self.cache.publish_each([chain[row] for row in numbers], tokens, blocks)
             for row, parent in zip(numbers, parents, strict=True):
                 chain[row] = parent
+            rows = self._due(rows, rows) if self._block_size == 1 else _NO_ROWS
 
     def withdraw(self, row: int) -> None:
         """The row's work has failed, so nobody else is to be served what it computed."""
         for block in self.rows.blocks_of(row):
             self.cache.pool.withdraw(block)
 
-    def _due(self, rows: Rows1D) -> Rows1D:
-        filled = np.minimum(self.rows.known[rows], self.rows.computed[rows])
-        return rows[filled >= self.rows.publish_at[rows]]
+    def _due(self, rows: Rows1D, at: Rows1D | slice) -> Rows1D:
+        filled = np.minimum(self.rows.known[at], self.rows.computed[at])
+        return rows[filled >= self.rows.publish_at[at]]
 
     def _lookup(self, sequence: Sequence) -> tuple[list[BlockId], Parent]:
         """Cached blocks for the sequence; at least its last token is left to compute, for there must be logits."""

@@ -1,13 +1,15 @@
 #!/usr/bin/env python
 """The simulator against a run: the same requests, served on CPUs and simulated with the costs learned from that run.
 
-    .venv/bin/python scripts/calibrate_simulator.py [--json FILE] [--requests 120] [--rate 2] [--ranks 2]
+    .venv/bin/python scripts/calibrate_simulator.py [--json FILE] [--rates 1,2,3] [--seconds 60] [--ranks 2]
 
-Requests arrive as a Poisson process, with random prompts and output lengths, uniform in the ranges of --input and
---output; greedy, end of sequence ignored. The service records an event log. From it come the step costs, the
-configuration of the core and the arrivals as the scheduler saw them; with these the simulator runs the same requests.
-Compared are output tokens/s (from the first arrival to the last token) and the median time to the first token, as the
-program that reads the streams sees it. Needs a quiet machine: what else runs changes the costs from second to second.
+For each rate, requests arrive for so many seconds as a Poisson process, with random prompts and output lengths,
+uniform in the ranges of --input and --output; greedy, end of sequence ignored. The service records an event log. From
+it come the step costs, the configuration of the core and the arrivals as the scheduler saw them; with these the
+simulator runs the same requests. Compared are output tokens/s (from the first arrival to the last token) and the
+median time to the first token, as the program that reads the streams sees it; the error is of the simulated figure,
+as a share of the measured one. Needs a quiet machine: what else runs changes the costs from second to second.
+`load_average` tells how quiet it was.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -61,7 +64,7 @@ def params(tokens: int) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
 
 
-async def measure(options: argparse.Namespace, log: Path) -> Measured:
+async def measure(options: argparse.Namespace, rate: float, log: Path) -> Measured:
     """Serves the requests; the warm-up before is in the log too, and teaches the cost model its extremes."""
     source = random.Random(options.seed)
     async with LLM(
@@ -71,11 +74,11 @@ async def measure(options: argparse.Namespace, log: Path) -> Measured:
         await asyncio.gather(*(stream.final() for stream in warm_up))
         began = time.perf_counter()
         due, running = began, []
-        for _ in range(options.requests):
+        for _ in range(max(1, round(rate * options.seconds))):
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             stream = llm.generate(prompt(source, options.input), params(source.randint(*options.output)))
             running.append(asyncio.create_task(stream.final()))
-            due += source.expovariate(options.rate)
+            due += source.expovariate(rate)
         outputs = await asyncio.gather(*running)
         return Measured(time.perf_counter() - began, outputs)
 
@@ -101,18 +104,19 @@ def simulated(log: Path) -> dict[str, object]:
     }
 
 
-def calibrate(options: argparse.Namespace) -> dict[str, object]:
+def calibrate(options: argparse.Namespace, rate: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         log = Path(directory) / "events"
-        measured = asyncio.run(measure(options, log)).summary()
+        measured = asyncio.run(measure(options, rate, log)).summary()
         told = simulated(log)
     names = ("output_tokens_per_s", "ttft_p50")
-    ratios = {name: float(str(told[name])) / measured[name] for name in names}
+    errors = {name: round(float(str(told[name])) / measured[name] - 1, 4) for name in names}
     return {
+        "rate": rate,
         "measured": measured,
         "simulated": told,
-        "ratio": ratios,
-        "within_10_percent": all(abs(ratio - 1) <= 0.1 for ratio in ratios.values()),
+        "error": errors,
+        "within_10_percent": all(abs(error) <= 0.1 for error in errors.values()),
         "load_average": os.getloadavg()[0],
     }
 
@@ -122,19 +126,28 @@ def pair(text: str) -> tuple[int, int]:
     return low, high
 
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
-    parser.add_argument("--requests", type=int, default=120)
+    parser.add_argument("--rates", type=numbers, default=[1.0, 2.0, 3.0], help="requests per second, by commas")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of arrivals at each rate")
     parser.add_argument("--input", type=pair, default=(32, 128), metavar="LOW,HIGH", help="tokens of a prompt")
     parser.add_argument("--output", type=pair, default=(16, 64), metavar="LOW,HIGH", help="tokens of an answer")
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
-    found = {"options": {name: str(value) for name, value in vars(options).items()}, **calibrate(options)}
+    runs = []
+    for rate in options.rates:
+        runs.append(calibrate(options, rate))
+        shares = ", ".join(f"{name} {error:+.1%}" for name, error in runs[-1]["error"].items())
+        print(f"{rate:g} requests/s: {shares}", file=sys.stderr)
+    found = {"options": {name: str(value) for name, value in vars(options).items()}, "runs": runs}
     print(json.dumps(found, indent=2))
     if options.json is not None:
         options.json.write_text(json.dumps(found, indent=2) + "\n")

@@ -1,14 +1,16 @@
 #!/usr/bin/env python
 """What admission keeps for outputs to come, compared: nothing, everything, or what the tenants' outputs let expect.
 
-    compare_admission.py [--json] [--requests 200] [--blocks 301] [--seed 0]
+    compare_admission.py [--json] [--requests 200] [--blocks 301] [--prompt 33] [--seed 0]
 
 The scheduler core and the fake engine in virtual time, so the same seed gives the same numbers on every machine. All
 requests wait from the start; output lengths are log-normal (tenant "chat") or Pareto with a heavy tail (tenant
-"report"), and `max_tokens` is 1,024 for everybody. No request tells its length: the engine ends it with EOS.
+"report"), and `max_tokens` is 1,024 for everybody. No request tells its length: the engine ends it with EOS. Prompts
+are log-normal around --prompt tokens.
 
 rows: mean number of rows that run in a step. recomputed: tokens whose K/V was there before a preemption, as a share of
-all tokens computed. seconds: of virtual time until all have ended, by the costs of an 8B model on one GPU.
+all tokens computed. seconds: of virtual time until all have ended, by the costs of an 8B model on one GPU. pause: the
+longest gap between two tokens of a request, mean over the requests and 99th percentile, seconds.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from treadle.scheduler.fake_engine import FakeEngine
 from treadle.transport.codec import pack, rank_codec, unpack
 from treadle.transport.messages import SamplingParams, Submit
 
-EOS, VOCAB, MAX_TOKENS, MAX_PROMPT = 0, 1_000, 1_024, 512
+EOS, VOCAB, MAX_TOKENS, MAX_PROMPT = 0, 1_000, 1_024, 2_048
 GPU = StepCosts(step=6e-3, prefill_token=32e-6, decode_row=4e-6, context_token=40e-9, chunk_pair=1e-9)
 
 
@@ -41,6 +43,8 @@ class Outcome:
     steps: int
     seconds: float
     tokens_per_second: float
+    pause_mean: float
+    pause_p99: float
 
 
 class LengthEngine(FakeEngine):
@@ -54,14 +58,14 @@ class LengthEngine(FakeEngine):
         return token
 
 
-def workload(requests: int, seed: int) -> list[Submit]:
+def workload(requests: int, prompt_tokens: float, seed: int) -> list[Submit]:
     random = np.random.default_rng(seed)
     submits = []
     for i in range(requests):
         tenant = "report" if random.random() < 0.3 else "chat"
         drawn = 200 * (1 + random.pareto(1.3)) if tenant == "report" else random.lognormal(4.5, 0.9)
         length = int(np.clip(drawn, 1, MAX_TOKENS))
-        prompt = random.integers(1, VOCAB, int(np.clip(random.lognormal(3.5, 0.8), 1, MAX_PROMPT)))
+        prompt = random.integers(1, VOCAB, int(np.clip(random.lognormal(np.log(prompt_tokens), 0.8), 1, MAX_PROMPT)))
         params = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, seed=length)
         submits.append(Submit(id=str(i), tokens=pack(prompt), params=params, tenant=tenant))
     return submits
@@ -86,6 +90,8 @@ def run(reserve_output: str, submits: list[Submit], blocks: int) -> Outcome:
         core.add(submit, 0.0)
     now, computed, rows, steps = 0.0, 0, 0, 0
     flights: deque[float] = deque()
+    last: dict[str, float] = {}
+    pauses: dict[str, float] = {submit.id: 0.0 for submit in submits}
     while core.has_work:
         while (plan := core.plan(now)) is not None:
             engine.submit(encoder.encode(plan))
@@ -94,7 +100,10 @@ def run(reserve_output: str, submits: list[Submit], blocks: int) -> Outcome:
             computed, rows, steps = computed + int(counts.sum()), rows + counts.size, steps + 1
         seconds = flights.popleft()
         now += seconds
-        core.apply(engine.step()[0], now, seconds)
+        for output in core.apply(engine.step()[0], now, seconds).each():
+            name = output.sequence.request.id
+            pauses[name] = max(pauses[name], now - last.get(name, now))
+            last[name] = now
     stats = core.stats()
     return Outcome(
         preemptions=stats.preemptions,
@@ -104,11 +113,13 @@ def run(reserve_output: str, submits: list[Submit], blocks: int) -> Outcome:
         steps=steps,
         seconds=round(now, 2),
         tokens_per_second=round(stats.generated_tokens / now, 1),
+        pause_mean=round(float(np.mean(list(pauses.values()))), 3),
+        pause_p99=round(float(np.percentile(list(pauses.values()), 99)), 3),
     )
 
 
-def compare(requests: int, blocks: int, seed: int) -> dict[str, Outcome]:
-    submits = workload(requests, seed)
+def compare(requests: int, blocks: int, seed: int, prompt_tokens: float = 33.0) -> dict[str, Outcome]:
+    submits = workload(requests, prompt_tokens, seed)
     return {mode: run(mode, submits, blocks) for mode in RESERVE_OUTPUT}
 
 
@@ -117,16 +128,17 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--blocks", type=int, default=301, help="of 16 tokens; one of them is the null block")
+    parser.add_argument("--prompt", type=float, default=33.0, help="tokens of the median prompt")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    outcomes = compare(options.requests, options.blocks, options.seed)
+    outcomes = compare(options.requests, options.blocks, options.seed, options.prompt)
     if options.json:
         print(json.dumps({mode: asdict(outcome) for mode, outcome in outcomes.items()}))
         return 0
     names = list(Outcome.__dataclass_fields__)
-    print(f"{'reserve':>9} " + " ".join(f"{name:>17}" for name in names))
+    print(f"{'reserve':>9} " + " ".join(f"{name:>18}" for name in names))
     for mode, outcome in outcomes.items():
-        print(f"{mode:>9} " + " ".join(f"{value:>17}" for value in asdict(outcome).values()))
+        print(f"{mode:>9} " + " ".join(f"{value:>18}" for value in asdict(outcome).values()))
     return 0
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.test_admission import script
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
@@ -38,3 +40,13 @@ def test_the_cost_of_moving_blocks() -> None:
     found = report("bench_swap.py", "--device", "cpu", "--parts", "bandwidth", *sizes)
     assert [row["blocks"] for row in found["bandwidth"]] == [1, 3]
     assert all(row[way] > 0 for row in found["bandwidth"] for way in ("out_us_per_block", "in_us_per_block"))
+
+
+def test_the_trade_off_of_a_service_level() -> None:
+    """Simulated, so the figures are the same everywhere: a target holds, and somebody pays for it."""
+    levels = script("bench_service_level")
+    free, held = (levels.simulated(target, seconds=6.0, seed=0) for target in (None, 0.012))
+    assert free.between_p99 > 0.05 and free.within is None
+    assert held.between_p99 < 0.0122 and held.within == 1.0
+    assert held.ttft_document_p50 > free.ttft_document_p50
+    assert levels.table([free, held]).count("\n") == 3

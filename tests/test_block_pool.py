@@ -53,6 +53,23 @@ def test_shared_block_is_free_after_the_last_owner() -> None:
     pool.check()
 
 
+def test_a_block_that_is_cached_again_and_again_is_evicted_by_its_last_release() -> None:
+    """And the order of eviction does not grow, however often a prefix is used while nothing is evicted."""
+    pool, evicted = make(6)
+    old, hot, cold = taken(pool, 1), taken(pool, 2), taken(pool, 2)
+    label(pool, *old, *hot, *cold)
+    pool.release(old)
+    pool.release(hot)
+    for _ in range(200):
+        pool.share(hot)
+        pool.release(hot)
+        pool.check()
+    pool.release(cold)
+    assert len(pool._queue) < 100
+    taken(pool, 5)
+    assert evicted == [*old, *reversed(hot), *reversed(cold)]
+
+
 def test_blank_before_cached_and_cached_least_recently_used_first() -> None:
     pool, evicted = make(6)
     first, second = taken(pool, 1), taken(pool, 1)

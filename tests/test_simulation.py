@@ -161,7 +161,8 @@ def test_histogram_is_exact_to_two_percent() -> None:
     for percent in (10, 50, 99):
         assert other.percentile(percent) == pytest.approx(percent / 100, rel=0.02)
     assert other.mean() == pytest.approx(0.5005, rel=0.02)
-    assert Histogram().percentile(50) == Histogram().mean() == 0.0
+    assert [other.share_within(s) for s in (0.0, 0.25, 5.0)] == pytest.approx([0.0, 0.25, 1.0], abs=0.01)
+    assert Histogram().percentile(50) == Histogram().mean() == 0.0 and Histogram().share_within(1.0) == 1.0
     other.add(0.0, 1)
     other.add(1e9, 1)
 

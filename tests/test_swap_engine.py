@@ -197,7 +197,12 @@ def test_no_token_changes(
     with LocalGroup(checkpoint, tmp_path, world_size, swap_blocks=120, **kind) as group:
         for depth, (preemption, costs, blocks) in enumerate(ways()):
             driver = Driver(
-                group, costs, num_blocks=41, swap_blocks=blocks, preemption=preemption, pipeline_depth=1 + depth % 3
+                group,
+                costs=costs,
+                num_blocks=41,
+                swap_blocks=blocks,
+                preemption=preemption,
+                pipeline_depth=1 + depth % 3,
             )
             for request in requests():
                 driver.submit(*request)

@@ -19,8 +19,7 @@ class Histogram:
         self.counts = list(counts) if counts is not None else [0] * _BUCKETS
 
     def add(self, seconds: float, weight: int) -> None:
-        bucket = int(log(seconds / _LEAST) / _WIDTH) if seconds > _LEAST else 0
-        self.counts[min(bucket, _BUCKETS - 1)] += weight
+        self.counts[_bucket(seconds)] += weight
 
     def merge(self, other: Histogram) -> None:
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
@@ -33,7 +32,17 @@ class Histogram:
         bucket = int(np.searchsorted(sums, sums[-1] * percent / 100))
         return float(_LEAST * np.exp((min(bucket, _BUCKETS - 1) + 0.5) * _WIDTH))
 
+    def share_within(self, seconds: float) -> float:
+        """Of all that was added, how much is in the bucket of `seconds` or before it; 1 when nothing was added."""
+        total = sum(self.counts)
+        return sum(self.counts[: _bucket(seconds) + 1]) / total if total else 1.0
+
     def mean(self) -> float:
         counts = np.array(self.counts, np.float64)
         middles = _LEAST * np.exp((np.arange(_BUCKETS) + 0.5) * _WIDTH)
         return float(counts @ middles / counts.sum()) if counts.any() else 0.0
+
+
+def _bucket(seconds: float) -> int:
+    bucket = int(log(seconds / _LEAST) / _WIDTH) if seconds > _LEAST else 0
+    return min(bucket, _BUCKETS - 1)
