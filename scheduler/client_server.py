@@ -143,6 +143,8 @@ class ClientServer:
             session.allowance.message(self._loop.time())
         except Overloaded as error:
             if not isinstance(message, Ping | Abort):
+                if isinstance(message, Submit):
+                    self._service.note_refused(message, error)
                 session.post(refusal(message.id, error))
                 return
         if isinstance(message, Submit):
@@ -180,6 +182,11 @@ class ClientServer:
         size = len(message.tokens) + sum(map(len, message.outputs))
         try:
             session.allowance.request(size, len(session.open))
+        except Overloaded as error:
+            self._service.note_refused(message, error)
+            session.post(refusal(message.id, error))
+            return
+        try:
             self._service.submit(message, session)
             if message.id in session.open:
                 session.allowance.opened(message.id, size)
