@@ -174,3 +174,4 @@ class Lives:
             self.prefill.observe(step.back_at - life.scheduled)
         if life.phase == "prefill":
             life.enter("decode", step.back_at)
+            life.told += 1

@@ -16,7 +16,8 @@ class Part(NamedTuple):
     """A stretch of a continuation's life. Times are `time.perf_counter`'s.
 
     name: "queue", "prefill" (one chunk of it), "decode", "preempted", "recovery" (waits for another engine group).
-    tokens: that were computed, or generated. step: of a chunk, else -1.
+    tokens: that were computed; of "decode", that were generated, the one not among them that the prefill brought.
+    step: of a chunk, else -1.
     """
 
     continuation: int

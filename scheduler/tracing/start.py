@@ -18,7 +18,7 @@ _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL
 def start_tracing(endpoint: str, model: str) -> TraceExporter | None:
     """An exporter to `endpoint`, or to where OpenTelemetry's environment variables point; None where neither says.
 
-    Raises ConfigError for an endpoint that cannot be used. What the environment alone asks for is meant for all programs:
+    Raises ConfigError for an endpoint that cannot be used. What the environment asks for is meant for all programs:
     where it cannot be done, that is said in the log instead.
     """
     if endpoint:
