@@ -20,6 +20,7 @@ from treadle.errors import (
     EngineFailed,
     InvalidRequest,
     ModelError,
+    Overloaded,
     ProtocolError,
     RequestFailed,
     ServiceClosed,
@@ -39,6 +40,7 @@ from treadle.transport.messages import (
     Stats,
     StepResult,
     Submit,
+    Timeline,
     TokenizerInfo,
 )
 from treadle.transport.params import check_params, check_submit
@@ -67,6 +69,7 @@ from .setup import check_same_shape, configure_message, core_config
 from .step import Step
 from .supervisor import Supervisor
 from .telemetry import Telemetry
+from .timeline import MOST_SECONDS, Recorder
 from .tracing.exporter import TraceExporter
 from .tracing.start import start_tracing
 from .watchdog import Dumps, Section, own_stacks
@@ -122,6 +125,7 @@ class Service:
         self._recovery = Recovery(self._note_event, self._forget_steps, self._resume, self._give_up)
         self._keeping: Keeping | None = None
         self._traces: TraceExporter | None = None
+        self._recorder: Recorder | None = None
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._paused = False
@@ -421,6 +425,20 @@ class Service:
         now = self._loop.time()
         return judge(state, detail, steps, oldest, missing, recovery.lost, recovery.lost_at, self._supervisor, now)
 
+    async def record(self, seconds: float) -> Timeline:
+        """What happens in the next seconds. Raises InvalidRequest, and Overloaded while somebody else records."""
+        self._living()
+        if not 0 < seconds <= MOST_SECONDS:
+            raise InvalidRequest(f"seconds={seconds!r}: allowed is above 0 and up to {MOST_SECONDS:g}")
+        if self._recorder is not None:
+            raise Overloaded("somebody else records this service; try again later", seconds)
+        recorder = self._recorder = Recorder(perf_counter(), self.telemetry.lives.rows)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._recorder = None
+        return recorder.timeline(perf_counter())
+
     def dump(self, reason: str) -> asyncio.Task[None]:
         """Writes what everybody is doing into one file, and its path into the log."""
         return self._dumps.leave(reason, self._sections)
@@ -452,6 +470,8 @@ class Service:
             group.broadcast(step.frame)
             step.out_at = plan_at = perf_counter()
             step.chunks = self.telemetry.lives.planned(plan, started, plan_at)
+            if self._recorder is not None:
+                self._recorder.sent(step, plan, started)
             if group.death is not None or self._state != "ready":
                 return
         self._make_masks()
@@ -495,6 +515,8 @@ class Service:
         self._deliver_step(outputs)
         step.delivered_at = perf_counter()
         self.telemetry.note(step)
+        if self._recorder is not None:
+            self._recorder.landed(step)
 
     def _note_progress(self, step: Step) -> None:
         self._pipeline.finish(step)
@@ -526,6 +548,8 @@ class Service:
                 trace = self.telemetry.lives.ended(output, perf_counter())
                 if trace is not None and self._traces is not None:
                     self._traces.put(trace)
+                if self._recorder is not None:
+                    self._recorder.ended(output, perf_counter())
                 route.sink.count_down(route.request_id)
                 self._guided.forget(output.sequence)
         for sink in dirty:
@@ -551,6 +575,8 @@ class Service:
         if self._core is not None:
             outputs = self._core.reset(self._loop.time())
             self.telemetry.lives.lost(perf_counter())
+            if self._recorder is not None:
+                self._recorder.lost(perf_counter())
             self._deliver(outputs)
 
     def _resume(self) -> None:

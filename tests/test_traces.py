@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -192,6 +193,7 @@ async def test_an_embedded_engine_traces_too(tiny: Path, monkeypatch: pytest.Mon
         async with LLM(str(tiny), dtype="float32", num_blocks=40) as llm:
             output = await llm.generate([5] * 9, params(3, 6), trace_headers={"Traceparent": PARENT}).final()
             [root] = collector.requests(1)
+            assert json.loads(await llm.trace(0.01))["traceEvents"]
     assert (root.trace, root.parent) == (TRACE, CALLER)
     check_tree(collector, root, 9, len(output.outputs[0].token_ids))
     assert collector.resource["service.name"] == "mine" and collector.headers["x-who"] == "me"

@@ -397,6 +397,70 @@ class Reload(Message, frozen=True):
     model: str
 
 
+class Record(Message, frozen=True):
+    """Client → service, over ipc only: record what happens for some seconds. Answered by Timeline."""
+
+    id: str
+    seconds: float
+
+
+class RankTimes(msgspec.Struct, array_like=True, frozen=True):
+    """Of one rank in one step, in microseconds."""
+
+    rank: int
+    began: int
+    forward: int
+    sample: int
+
+
+class StepTimes(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """One step. Times in microseconds of the machine's monotonic clock: its plan was begun, ready and out, its results
+    were back and applied, its tokens began to be delivered, and were.
+
+    uses, counts: int32, of each row that it computes, which of the timeline's uses that is and how many tokens. chunks:
+    those that are prefills; parts: those of them that end before the last known token, and sample nothing.
+    """
+
+    number: int
+    tokens: int
+    plan: int
+    ready: int
+    out: int
+    back: int = 0
+    applied: int = 0
+    deliver: int = 0
+    delivered: int = 0
+    ranks: list[RankTimes] = []
+    uses: bytes
+    counts: bytes
+    chunks: bytes
+    parts: bytes
+
+
+class RowUse(msgspec.Struct, array_like=True, frozen=True):
+    """One continuation in one row, without a break. how: "" while it lasts; "preempted", "lost", or its finish."""
+
+    row: int
+    request: str
+    continuation: int
+    prompt_tokens: int
+    began: int
+    ended: int = 0
+    how: str = ""
+
+
+class Timeline(Message, frozen=True, kw_only=True):
+    """What happened between `began` and `ended`. losses: of engine groups. full: later steps had no room."""
+
+    id: str = ""
+    began: int
+    ended: int
+    steps: list[StepTimes]
+    uses: list[RowUse]
+    losses: list[int]
+    full: bool
+
+
 class Done(Message, frozen=True):
     id: str
     detail: str = ""
@@ -548,5 +612,6 @@ class Pong(Message, frozen=True):
 EngineMessage = Hello | Loading | Ready | StepResult | Failure
 PlanMessage = Configure | StepPlan | Masks | Ping | Shutdown
 ControlMessage = Drain | Reload
-ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload
-ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | ServiceMetrics | Health | Pong | Done
+ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload | Record
+Answer = ServerInfo | TokenizerInfo | Stats | ServiceMetrics | Timeline | Health | Done
+ServiceMessage = Deltas | Refused | Answer | Pong

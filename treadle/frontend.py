@@ -19,6 +19,7 @@ from .backend import Backend
 from .loop_thread import LoopThread
 from .outputs import RequestOutput
 from .stream import Stream
+from .timeline import to_json
 
 Prompt = str | Sequence[int]
 _INT32_MAX = 2**31 - 1
@@ -143,6 +144,14 @@ class Frontend:
     async def health(self) -> Health:
         """State of the service, judged by progress. Raises ServerLost when nobody answers."""
         return _expect(await self._backend.info("health"), Health)
+
+    async def trace(self, seconds: float) -> bytes:
+        """What scheduler, ranks and rows do in the next seconds, as JSON for ui.perfetto.dev or chrome://tracing.
+
+        Of a server only over ipc: it shows what others do. Raises InvalidRequest, and Overloaded while it is recorded.
+        """
+        self._must_be_open()
+        return to_json(await self._backend.record(seconds))
 
     async def server_info(self) -> ServerInfo:
         """What is served: the model's name, its vocabulary, the context limit, and which start of the service it is."""
