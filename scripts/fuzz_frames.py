@@ -50,11 +50,14 @@ from treadle.transport.messages import (
     InfoRequest,
     Ping,
     Pong,
+    RankTimes,
     Ready,
+    Record,
     Refused,
     Reload,
     RowFault,
     RowStart,
+    RowUse,
     SamplingParams,
     ServerInfo,
     ServiceMetrics,
@@ -62,7 +65,9 @@ from treadle.transport.messages import (
     Stats,
     StepPlan,
     StepResult,
+    StepTimes,
     Submit,
+    Timeline,
     TokenizerInfo,
     TokenLogprobs,
 )
@@ -82,6 +87,18 @@ def seeds() -> list[bytes]:
     names = Configure.__struct_fields__
     types = Configure.__annotations__
     configure = Configure(**{name: values[str(types[name])] for name in names})
+    step = StepTimes(
+        number=1,
+        tokens=2,
+        plan=1,
+        ready=2,
+        out=3,
+        ranks=[RankTimes(0, 1, 2, 3)],
+        uses=pack([0]),
+        counts=pack([2]),
+        chunks=b"",
+        parts=b"",
+    )
     messages = [
         Hello(2, 0, 123, "token"),
         configure,
@@ -98,6 +115,8 @@ def seeds() -> list[bytes]:
         *(InfoRequest("i", kind) for kind in ("server", "tokenizer", "stats", "metrics", "health")),
         Drain("d", 1.0),
         Reload("r", "model"),
+        Record("r", 0.1),
+        Timeline(id="r", began=1, ended=2, steps=[step], uses=[RowUse(0, "x", 0, 3, 1)], losses=[1], full=False),
         Done("d", "fine"),
         ServerInfo(id="i", version=2, incarnation="a", model="m", max_model_len=9, vocab_size=9, world_size=1),
         TokenizerInfo(
