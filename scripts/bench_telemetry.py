@@ -115,9 +115,10 @@ def steps(rows: int, count: int) -> dict[str, float]:
     for place in range(count):
         times[MODES[place % 3]].append(watched.step(MODES[place % 3]))
     report = {f"step_{mode}": statistics.median(part) / 1e3 for mode, part in times.items()}
+    many = min(25_600, 10 * count)
     enough = max(256, MOST_ENTRIES // (2 * rows))
-    metrics = alone(watched.last, "metrics", 25_600)
-    report |= {"metrics": metrics, "recording": alone(watched.last, "recording", min(enough, 25_600)) - metrics}
+    metrics = alone(watched.last, "metrics", many)
+    report |= {"metrics": metrics, "recording": alone(watched.last, "recording", min(enough, many)) - metrics}
     return report | {"of_step": metrics / report["step_bare"], "of_1ms": metrics / 1e3}
 
 

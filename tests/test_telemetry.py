@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import InvalidParameter, Overloaded, PromptTooLong, ServiceDraining
 from treadle.scheduler.client_limits import Allowance, ClientLimits
+from treadle.scheduler.config import CoreConfig
+from treadle.scheduler.delivery import Route
 from treadle.scheduler.histogram import Histogram
 from treadle.scheduler.lifecycle import GroupReady
+from treadle.scheduler.lives import Lives
+from treadle.scheduler.request import Output, Outputs
+from treadle.scheduler.request_trace import End, RequestTrace, begin_trace
+from treadle.scheduler.step import Step, sent
 from treadle.scheduler.telemetry import PHASES, Telemetry
 from treadle.scheduler.tenant_tally import MOST_NAMED
-from treadle.transport.messages import HistogramFigures, SamplingParams, ServiceMetrics
+from treadle.transport.codec import pack
+from treadle.transport.messages import HistogramFigures, SamplingParams, ServiceMetrics, StepPlan, StepResult, Submit
 
 from .corekit import Rig, config
-from .faultkit import PROMPTS, faulty, params
+from .faultkit import PROMPTS, Collector, faulty, params
 
 
 def histogram(metrics: ServiceMetrics, name: str, phase: str = "") -> HistogramFigures:
@@ -84,6 +92,102 @@ def test_made_up_tenants_fill_nothing() -> None:
     assert len(figures) == MOST_NAMED + 1
     assert [t.generated_tokens for t in figures] == [2] * MOST_NAMED + [60]
     assert figures[-1].name == "other"
+
+
+class Followed(Rig):
+    """A core whose requests are followed as the service does it. The clock ticks at every event."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__(config)
+        self.lives, self.sink, self.clock = Lives(), Collector(), itertools.count(1)
+        self.steps: list[Step] = []
+        self.traces: dict[str, RequestTrace] = {}
+        self.ended: set[str] = set()
+
+    def follow(self, name: str, prompt: int, **params: object) -> None:
+        request = self.add(name, [1 + len(self.traces)] * prompt, **params)  # type: ignore[arg-type]
+        at = float(next(self.clock))
+        submit = Submit(id=name, tokens=pack([1] * prompt), params=request.params)
+        self.traces[name] = begin_trace(submit, at, request.unfinished)
+        request.context = Route(self.sink, name, -1, at, self.traces[name])
+        self.lives.entered(request)
+
+    def plan(self) -> StepPlan | None:
+        plan = super().plan()
+        if plan is not None:
+            step = sent(plan, b"", 0.0)
+            step.out_at = float(next(self.clock))
+            step.chunks = self.lives.planned(plan, self.core.started(plan), step.out_at)
+            self.steps.append(step)
+        return plan
+
+    def apply(self, result: StepResult | None = None, seconds: float = 0.0) -> Outputs:
+        step = self.steps.pop(0)
+        step.back_at = float(next(self.clock))
+        outputs = super().apply(result, seconds)
+        self.lives.landed(step)
+        self.tell(outputs.others)
+        return outputs
+
+    def reset(self) -> list[Output]:
+        self.steps.clear()
+        outputs = super().reset()
+        self.lives.lost(float(next(self.clock)))
+        self.tell(outputs)
+        return outputs
+
+    def tell(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            trace = self.lives.ended(output, float(next(self.clock))) if output.finish else None
+            if trace is not None:
+                self.ended.add(trace.submit.id)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_life_is_told_without_gaps(data: st.DataObject) -> None:
+    """Whatever is preempted, aborted, in flight or lost: one thing at a time, and every token in its place."""
+    depth = data.draw(st.integers(1, 3))
+    rig = Followed(config(num_blocks=data.draw(st.integers(17, 30)), pipeline_depth=depth, max_prefill_chunk=8))
+    events = data.draw(
+        st.lists(st.sampled_from(("add", "add", "plan", "plan", "apply", "apply", "abort", "reset")), max_size=60)
+    )
+    for event in events:
+        if event == "add" and len(rig.traces) < 9:
+            n, tokens = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 20))
+            rig.follow(str(len(rig.traces)), data.draw(st.integers(1, 25)), n=n, max_tokens=tokens, seed=1)
+        elif event == "plan":
+            rig.plan()
+        elif event == "apply" and rig.steps:
+            rig.apply()
+        elif event == "abort" and rig.traces:
+            rig.tell(rig.abort(data.draw(st.sampled_from(sorted(rig.traces)))))
+        elif event == "reset":
+            rig.reset()
+    while rig.plan() is not None or rig.steps:
+        rig.apply()
+    assert rig.ended == set(rig.traces), "each is told once, when its last continuation has ended"
+    for name, trace in rig.traces.items():
+        for end in trace.ends:
+            check_life(trace, end, len(rig.tokens[name, end.continuation]))
+    assert rig.lives.inference.count == sum(end.scheduled > 0 for trace in rig.traces.values() for end in trace.ends)
+    assert rig.lives.decode.count == rig.lives.prefill.count
+
+
+def check_life(trace: RequestTrace, end: End, got: int) -> None:
+    parts = [part for part in trace.parts if part.continuation == end.continuation]
+    assert (parts[0].name, parts[0].began) == ("queue", trace.arrived)
+    assert end.tokens == got and parts[-1].ended <= end.at
+    apart = [part for part in parts if part.name != "prefill"]  # a chunk in flight may land when its row is gone
+    assert all(before.ended <= after.began for before, after in itertools.pairwise(apart))
+    assert bool(end.first) == any(part.name == "decode" for part in parts) or end.finish != "length"
+    decodes = [part for part in parts if part.name == "decode"]
+    assert sum(part.tokens for part in decodes) + len(decodes) <= got
+    if len(apart) == 2 and end.finish == "length":  # nothing came in between
+        chunks = [part for part in parts if part.name == "prefill"]
+        assert sum(part.tokens for part in chunks) + max(0, end.cached) == trace.prompt_tokens
+        assert sum(part.tokens for part in decodes) + 1 == got
+        assert chunks[0].began >= end.scheduled and chunks[-1].ended == end.first == decodes[0].began
 
 
 @pytest.mark.asyncio
