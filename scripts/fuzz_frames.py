@@ -50,18 +50,24 @@ from treadle.transport.messages import (
     InfoRequest,
     Ping,
     Pong,
+    RankTimes,
     Ready,
+    Record,
     Refused,
     Reload,
     RowFault,
     RowStart,
+    RowUse,
     SamplingParams,
     ServerInfo,
+    ServiceMetrics,
     Shutdown,
     Stats,
     StepPlan,
     StepResult,
+    StepTimes,
     Submit,
+    Timeline,
     TokenizerInfo,
     TokenLogprobs,
 )
@@ -81,6 +87,18 @@ def seeds() -> list[bytes]:
     names = Configure.__struct_fields__
     types = Configure.__annotations__
     configure = Configure(**{name: values[str(types[name])] for name in names})
+    step = StepTimes(
+        number=1,
+        tokens=2,
+        plan=1,
+        ready=2,
+        out=3,
+        ranks=[RankTimes(0, 1, 2, 3)],
+        uses=pack([0]),
+        counts=pack([2]),
+        chunks=b"",
+        parts=b"",
+    )
     messages = [
         Hello(2, 0, 123, "token"),
         configure,
@@ -94,15 +112,18 @@ def seeds() -> list[bytes]:
         Abort("x", 1),
         Deltas([Delta("x", 0, [1, 2], "stop", 3, 1, [logprobs], [logprobs], "code", "error")], {"y": 5}, 4),
         Refused("x", "overloaded", "no", 1.0),
-        *(InfoRequest("i", kind) for kind in ("server", "tokenizer", "stats", "health")),
+        *(InfoRequest("i", kind) for kind in ("server", "tokenizer", "stats", "metrics", "health")),
         Drain("d", 1.0),
         Reload("r", "model"),
+        Record("r", 0.1),
+        Timeline(id="r", began=1, ended=2, steps=[step], uses=[RowUse(0, "x", 0, 3, 1)], losses=[1], full=False),
         Done("d", "fine"),
         ServerInfo(id="i", version=2, incarnation="a", model="m", max_model_len=9, vocab_size=9, world_size=1),
         TokenizerInfo(
             id="i", tokenizer_json=b"{}", chat_template="", bos_token="", eos_token="", add_bos=True, eos_token_ids=[1]
         ),
         Stats(id="i"),
+        ServiceMetrics(id="i"),
         Health(state="ready"),
         Ping(7),
         Pong(7, "a-1", 5),

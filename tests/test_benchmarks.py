@@ -28,6 +28,12 @@ def test_the_cost_of_the_scheduler() -> None:
     assert all(found[f"admission_2048_{how}"]["ours"] > 0 for how in ("cold", "cached"))
 
 
+def test_the_cost_of_being_watched() -> None:
+    found = report("bench_telemetry.py", "--rows", "1,20", "--steps", "30")
+    assert set(found["step"]) == {"1", "20"} and all(step["metrics"] > 0 for step in found["step"].values())
+    assert min(found["request"].values()) > 0
+
+
 @pytest.mark.parametrize("mode", ["embedded", "clients"])
 def test_the_cost_of_delivery(mode: str) -> None:
     found = report("bench_delivery.py", mode, "--streams", "12", "--clients", "3", "--steps", "24")

@@ -186,6 +186,22 @@ def test_a_cold_start_finds_every_kernel_that_was_compiled_ahead(
     assert "compiled late" not in caplog.text
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_forward_and_sample_are_told_apart(checkpoint: Path, overlap: bool) -> None:
+    """By events of the device: of every step, and within the time that the scheduler waited."""
+
+    async def phases() -> dict[str, tuple[int, float]]:
+        async with LLM(str(checkpoint), device="cuda", num_blocks=512, overlap=overlap) as llm:
+            await asyncio.gather(*(llm.generate(prompt, GREEDY).final() for prompt in prompts()))
+            found = (await llm.metrics()).histograms
+        return {h.phase: (sum(h.counts), h.total) for h in found if h.phase in ("wait", "forward", "sample")}
+
+    seen = asyncio.run(phases())
+    assert len({count for count, _ in seen.values()}) == 1
+    assert seen["sample"][1] > 0 and seen["forward"][1] > 0
+    assert seen["sample"][1] + seen["forward"][1] <= seen["wait"][1] * 1.05
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(("graphs", "fused"), [(True, True), (True, False), (False, True)])
 def test_two_ranks_give_the_tokens_of_one(checkpoint: Path, graphs: bool, fused: bool) -> None:

@@ -114,7 +114,8 @@ class CudaRunner:
         cuda = device.type == "cuda"
         self._results = torch.zeros((TURNS, len(program.out)), dtype=torch.float64, pin_memory=cuda)
         self._arrays: list[npt.NDArray[np.float64]] = list(self._results.numpy())
-        self._events = [torch.cuda.Event(blocking=True) for _ in range(TURNS)] if cuda else []
+        self._events = [torch.cuda.Event(enable_timing=True, blocking=True) for _ in range(TURNS)] if cuda else []
+        self._forwarded = [torch.cuda.Event(enable_timing=True) for _ in self._events]
         self._turn = 0
         self._open = 0
 
@@ -154,6 +155,8 @@ class CudaRunner:
             samples = _Samples(sampled, self._mirror.known[sampled], np.ones(len(sampled), np.bool_))
             size, prompt_logprobs = self._mixed(work, samples, scored)
         ticket = self._ticket(work, samples, size, eager)
+        if self._events:
+            self._forwarded[ticket.turn].record()
         ticket.prompt_logprobs = prompt_logprobs
         places = guided_places(plan, samples.rows) if plan.guided else _NOWHERE
         unsampled = _Unsampled(samples, size, eager, places)
@@ -188,7 +191,11 @@ class CudaRunner:
         tokens = values[ticket.back].astype(np.int64)
         faults = row_faults(ticket.rows, values[ticket.samples + ticket.places])
         logprobs = ticket.output.logprobs if ticket.output is not None else []
-        return StepOutcome(tokens, ticket.prompt_logprobs + logprobs, faults)
+        return StepOutcome(tokens, ticket.prompt_logprobs + logprobs, faults, self._sample_seconds(ticket.turn))
+
+    def _sample_seconds(self, turn: int) -> float:
+        """By the device's clock, of a step that is done: from its logits to its tokens on their way to the host."""
+        return self._forwarded[turn].elapsed_time(self._events[turn]) * 1e-3 if self._events else 0.0
 
     # ── a step's inputs ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,6 +14,7 @@ from treadle.frontend import Frontend
 from treadle.outputs import RequestOutput
 from treadle.stream import Stream
 from treadle.transport.messages import SamplingParams
+from treadle.transport.params import MAX_TRACE_CONTEXT
 
 from .errors import ApiError, ClientGone
 from .metrics import Meter, Metrics
@@ -40,6 +41,7 @@ class Exchange:
             )
         self._metrics = metrics
         self._model = model
+        self._trace_headers = _trace_context(request)
         self._began = time.perf_counter()
         self._streams: list[Stream] = []
         self._meters: list[Meter] = []
@@ -63,7 +65,14 @@ class Exchange:
             raise ClientGone
         for prompt in prompts:
             self._meters.append(self._metrics.request(self._model, params, self._began))
-            self._streams.append(frontend.generate(prompt, params, priority=priority or 0, cache_salt=cache_salt or ""))
+            stream = frontend.generate(
+                prompt,
+                params,
+                priority=priority or 0,
+                cache_salt=cache_salt or "",
+                trace_headers=self._trace_headers,
+            )
+            self._streams.append(stream)
 
     async def finals(self) -> list[RequestOutput]:
         """The whole of every prompt, in order. Raises TreadleError, and ClientGone."""
@@ -117,6 +126,12 @@ class Exchange:
         self._metrics.disconnects.inc()
         for stream in self._streams:
             stream.abort()
+
+
+def _trace_context(request: Request) -> dict[str, str]:
+    """Of the caller's span. What is too long to be one is left out, as W3C's Trace Context asks."""
+    values = {name: ",".join(request.headers.getlist(name)) for name in ("traceparent", "tracestate")}
+    return {name: value for name, value in values.items() if 0 < len(value) <= MAX_TRACE_CONTEXT}
 
 
 async def _disconnected(request: Request) -> None:
