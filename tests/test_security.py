@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import zmq.asyncio
 
 from treadle import Client, SamplingParams
 from treadle.commands import run
-from treadle.errors import ConfigError, HandshakeFailed, Overloaded
+from treadle.errors import ConfigError, HandshakeFailed, Overloaded, ServerLost
 from treadle.scheduler import client_server
 from treadle.scheduler.client_limits import Allowance, ClientLimits
 from treadle.scheduler.client_server import ClientServer
@@ -207,6 +208,38 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path, monkeypatc
         async with Client(endpoint) as other:
             assert await exact(other)
         context.destroy(linger=0)
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_stood_still_does_not_blame_its_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, or starved: nobody was silent, it did not listen."""
+    monkeypatch.setattr(client_server, "_SILENCE_SECONDS", 1.5)
+    async with served(tmp_path, pace=0.005) as (_, endpoint), Client(endpoint) as client:
+        stream = client.generate(PROMPTS[0], params(0, 60))
+        await anext(stream)
+        time.sleep(2.0)  # noqa: ASYNC251  # this is what stands still
+        assert (await stream.final()).token_ids == undisturbed(PROMPTS[0], params(0, 60))
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_was_given_up_is_not_told_that_it_aborted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        served(tmp_path, pace=0.005) as (_, endpoint),
+        Client(endpoint) as plain,
+        Client(endpoint, resume=True) as resuming,
+    ):
+        streams = [client.generate(PROMPTS[0], params(0, 450)) for client in (plain, resuming)]
+        for stream in streams:
+            await anext(stream)
+        monkeypatch.setattr(client_server, "_SILENCE_SECONDS", 0.0)
+        with pytest.raises(ServerLost, match="lost this client"):
+            await streams[0].final()
+        monkeypatch.undo()
+        assert (await streams[1].final()).token_ids == undisturbed(PROMPTS[0], params(0, 450))
 
 
 @pytest.mark.asyncio
