@@ -36,7 +36,7 @@ from .service import Service
 
 logger = logging.getLogger("treadle")
 Control = Callable[[ControlMessage], Awaitable[str]]
-_SEND_HIGH_WATER = 1_000
+_SEND_HIGH_WATER = 64  # messages of any size, in the socket; what is over it waits here, and is counted in bytes
 _MAX_SESSIONS = 10_000
 _SILENCE_SECONDS = 15.0
 _SWEEP_SECONDS = 1.0
@@ -123,7 +123,7 @@ class ClientServer:
         """
         session.mute()
         if session.open:
-            logger.warning("%s %s: %d requests of it end", session.name, why, len(session.open))
+            logger.info("%s %s: %d requests of it end", session.name, why, len(session.open))
         if self._sessions.get(session.identity) is session:
             del self._sessions[session.identity]
         self._service.detach(session)
@@ -143,7 +143,7 @@ class ClientServer:
             self._tell(identity, refusal("", error))
             return
         try:
-            session.allowance.message(self._loop.time())
+            session.allowance.message(self._loop.time(), len(parts[0]))
         except Overloaded as error:
             if not isinstance(message, Ping | Abort):
                 session.post(refusal(message.id, error))
@@ -160,7 +160,7 @@ class ClientServer:
             self._controlling.add(task)
             task.add_done_callback(self._controlling.discard)
         else:
-            session.post(self._service.answer(message))
+            session.allowance.answered(session.post(self._service.answer(message)))
 
     def _session(self, identity: bytes) -> _Session:
         session = self._sessions.get(identity)
@@ -253,10 +253,10 @@ class _Session(Sink):
     def refuse(self, refused: Refused) -> None:
         self.post(refused)
 
-    def post(self, message: Message) -> None:
-        """Sends in order; cuts the client off when it is gone or too far behind."""
+    def post(self, message: Message) -> int:
+        """Sends in order; cuts the client off when it is gone or too far behind. Returns the bytes of the message."""
         if self._gone:
-            return
+            return 0
         frame = self._server.encode(message)
         self._backlog.append(frame)
         self._backlog_bytes += len(frame)
@@ -264,6 +264,7 @@ class _Session(Sink):
             self._cut(f"does not read: {self._backlog_bytes} bytes wait for it")
         else:
             self.drain()
+        return len(frame)
 
     def drain(self) -> None:
         try:

@@ -124,6 +124,7 @@ class Service:
         self._guided = GuidedRequests(
             lambda: make_matching(tokenizer_info, self.facts),
             options.grammar_timeout,
+            options.max_waiting_requests,
             enter=self._enter,
             abort=self.abort,
             broadcast=self._send_masks,

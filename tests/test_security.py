@@ -26,7 +26,7 @@ from treadle.scheduler.client_server import ClientServer
 from treadle.transport.allow_list import read_allow_list
 from treadle.transport.codec import client_codec, pack
 from treadle.transport.endpoints import ServerKeys, read_keys, write_keys
-from treadle.transport.messages import Drain, Ping, Refused, Reload, Submit
+from treadle.transport.messages import Drain, Guided, Ping, Refused, Reload, Submit
 
 from .faultkit import PROMPTS, Faulty, faulty, params, undisturbed
 
@@ -170,6 +170,18 @@ async def test_a_flood_of_messages_is_refused_and_the_others_are_served(tmp_path
         context.destroy(linger=0)
 
 
+@pytest.mark.asyncio
+async def test_requests_that_wait_for_their_grammars_are_bounded_too(tmp_path: Path) -> None:
+    async with faulty(tmp_path, max_waiting_requests=2) as f:
+        guided = SamplingParams(guided=Guided(regex="a+"))
+        for name in ("a", "b"):
+            f.submit(name, [1], guided)
+        with pytest.raises(Overloaded, match="2 requests wait for their grammars"):
+            f.submit("c", [1], guided)
+        f.submit("plain", PROMPTS[0], params(0))
+        await f.sink.ended("plain")
+
+
 def test_a_token_bucket_fills_with_time() -> None:
     allowance = Allowance(ClientLimits(messages_per_second=10.0))
     for _ in range(20):
@@ -182,6 +194,13 @@ def test_a_token_bucket_fills_with_time() -> None:
         allowance.message(0.1)
     with pytest.raises(ConfigError, match="at least 1"):
         ClientLimits(requests=0)
+    large = Allowance(ClientLimits(messages_per_second=10.0))
+    large.message(0.0, size=160 << 10)
+    large.answered(1 << 20)
+    with pytest.raises(Overloaded) as caught:
+        large.message(0.0)
+    assert 5.5 < caught.value.retry_after < 5.7, "1 + 10 for what came, 64 for what went, of 20"
+    large.message(6.0)
 
 
 @pytest.mark.asyncio
