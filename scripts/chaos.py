@@ -453,7 +453,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=24, help="different requests")
-    parser.add_argument("--gap", type=float, nargs=2, default=(0.3, 1.5), help="seconds between faults, from and to")
+    parser.add_argument("--gap", type=float, nargs=2, default=(0.6, 1.8), help="seconds between faults, from and to")
     parser.add_argument("--least", type=int, default=1, help="faults of every kind, however long it takes")
     parser.add_argument("--standby", action="store_true")
     parser.add_argument("--server-kills", action="store_true", help="kill the server itself, too; clients resume")

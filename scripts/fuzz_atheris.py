@@ -32,6 +32,7 @@ _MOST_BYTES = 4_096
 _CLIENT_FRAMES = 2_000
 _WARM = 10
 _DEFAULT_SEED = 1
+_STEP_SECONDS = 120.0
 
 
 def decoders(frames: int, report: Path, corpus: Path) -> None:
@@ -78,7 +79,8 @@ class Frontend:
         self._report = report
         self._directory = Path(tempfile.mkdtemp(prefix="a-"))
         self._endpoint = f"ipc://{self._directory}/s.ipc"
-        self._faulty = Faulty(self._directory, [], 0.0, {"max_num_seqs": 64})
+        # A slow machine must not be taken for a disturbed service.
+        self._faulty = Faulty(self._directory, [], 0.0, {"max_num_seqs": 64, "step_timeout": _STEP_SECONDS})
         self._taken = 0
         self._memory = 0
         self._began = time.perf_counter()
@@ -157,7 +159,14 @@ def _fuzz(take: Callable[[bytes], None], corpus: Path) -> None:
         mutator.exchange(changed)
         return bytes(changed[:most])
 
-    flags = [f"-max_len={_MOST_BYTES}", f"-seed={_DEFAULT_SEED}", "-timeout=60", "-print_final_stats=0", "-verbosity=1"]
+    flags = [
+        f"-max_len={_MOST_BYTES}",
+        f"-seed={_DEFAULT_SEED}",
+        "-timeout=300",
+        "-print_final_stats=0",
+        "-verbosity=1",
+    ]
+    flags.append(f"-artifact_prefix={corpus.parent}/")
     atheris.Setup([sys.argv[0], *flags, str(corpus)], take, custom_mutator=mutate)
     atheris.Fuzz()
 
@@ -176,6 +185,8 @@ def child(options: argparse.Namespace) -> None:
 def parent(options: argparse.Namespace) -> int:
     result: dict[str, object] = {}
     for target, frames in (("decoders", options.frames), ("socket", options.socket_frames)):
+        if not frames:
+            continue
         with tempfile.TemporaryDirectory(prefix="fuzz-") as made:
             report, corpus, log = Path(made, "report"), Path(made, "corpus"), Path(made, "log")
             corpus.mkdir()
@@ -210,6 +221,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         child(options)
+        return 1  # libFuzzer gave up; a target that has had its frames ends the process itself
     return parent(options)
 
 

@@ -252,7 +252,7 @@ async def fuzz_socket(frames: int, seed: int) -> dict[str, object]:
     """Frames to a live service from one client after another, and from one that wants to be served meanwhile."""
     mutator, process = Mutator(seed + 1), psutil.Process()
     with tempfile.TemporaryDirectory(prefix="f-") as directory:
-        async with faulty(Path(directory), max_num_seqs=64) as f:
+        async with faulty(Path(directory), max_num_seqs=64, step_timeout=120.0) as f:  # however slow
             endpoint = f"ipc://{directory}/s.ipc"
             server = ClientServer(f.service, endpoint, limits=ClientLimits(messages_per_second=1e6))
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
