@@ -123,7 +123,7 @@ class Load:
     async def _request(self, client: Client, phase: Phase) -> bool:
         """Whether it was accepted and ended."""
         phase.offered += 1
-        prompt = [self._random.randrange(1_000, 40_000) for _ in range(self._options.prompt)]
+        prompt = [self._random.randrange(client.server.vocab_size) for _ in range(self._options.prompt)]
         params = SamplingParams(temperature=0.0, max_tokens=self._options.tokens, ignore_eos=True)
         began = time.perf_counter()
         try:
@@ -184,6 +184,8 @@ async def measure(options: argparse.Namespace, endpoint: str, server: psutil.Pro
 def judged(once: Phase, many: Phase) -> dict[str, object]:
     """The promises, and whether they were kept."""
     before, after, refused = spread(once.latency), spread(many.latency), spread(many.refusal)
+    if not before or not after:
+        return {"good": False, "why": "nobody was accepted"}
     ratios = {name: round(after[name] / before[name], 3) for name in ("mean", "p50", "p90", "p99")}
     part = max(1, len(many.memory) // 4)
     grown = (statistics.median(many.memory[-part:]) - statistics.median(many.memory[:part])) / 1e6
