@@ -106,16 +106,17 @@ class Load:
         return phase
 
     async def offer(self, rate: float, seconds: float) -> Phase:
-        """`rate` requests a second, evenly spaced."""
-        phase = Phase()
+        """`rate` requests a second, evenly spaced. What comes before the server is as full as it will be counts not."""
+        filling, phase = Phase(), Phase()
         sampler = asyncio.create_task(self._sample(phase))
-        began, count = time.perf_counter(), int(rate * seconds)
-        for number in range(count):
+        began = time.perf_counter()
+        for number in range(int(rate * (self._options.fill_seconds + seconds))):
             await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            task = asyncio.create_task(self._request(self._clients[number % len(self._clients)], phase))
+            counted = phase if number / rate >= self._options.fill_seconds else filling
+            task = asyncio.create_task(self._request(self._clients[number % len(self._clients)], counted))
             self._running.add(task)
             task.add_done_callback(self._running.discard)
-        phase.seconds = time.perf_counter() - began
+        phase.seconds = time.perf_counter() - began - self._options.fill_seconds
         await asyncio.gather(*self._running)
         sampler.cancel()
         return phase
@@ -218,6 +219,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=64, help="of output")
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload (default %(default)s)")
     parser.add_argument("--shorter", type=float, default=2.0, help="1x lasts so much shorter (default %(default)s)")
+    parser.add_argument("--fill-seconds", type=float, default=10.0, help="of each run, before it counts")
     parser.add_argument("--warm-seconds", type=float, default=10.0)
     parser.add_argument("--capacity-seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
