@@ -14,6 +14,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from treadle.transport.endpoints import remove_default_directory
+
 ORPHANED = 3
 _LOOK_SECONDS = 2.0
 
@@ -34,6 +36,7 @@ def _wait(descriptor: int, parent: int, leftovers: dict[Path, int]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         elif _inode(path) == inode:  # else it is the file of a server that came after ours
             path.unlink(missing_ok=True)
+            remove_default_directory(path)
     os._exit(ORPHANED)
 
 

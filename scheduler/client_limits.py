@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 
 from treadle.errors import ConfigError, Overloaded
 
+_COUNTED_BYTES = 16 << 10
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientLimits:
-    """requests, prompt_bytes: open at a time. messages_per_second: sustained; twice as many may come at once.
+    """requests, prompt_bytes: open at a time. messages_per_second: sustained; twice as many may come at once. A message
+    counts once more for each 16 KiB of it and of its answer: who asks for the tokenizer asks for more than a Ping.
 
     backlog_bytes: that wait for a client which does not read; over it the client is cut off. Raises ConfigError.
     """
@@ -30,21 +33,25 @@ class Allowance:
     """One client's use of its limits. Time is a parameter, in seconds."""
 
     limits: ClientLimits
-    _left: float = -1.0
-    _at: float = 0.0
+    _left: float = 0.0
+    _at: float = -1.0
     _bytes: dict[str, int] = field(default_factory=dict)
     _total: int = 0
 
-    def message(self, now: float) -> None:
-        """A message has come. Raises Overloaded when there are more of them than may be (a token bucket)."""
+    def message(self, now: float, size: int = 0) -> None:
+        """A message of `size` bytes has come. Raises Overloaded when there are more than may be (a token bucket)."""
         rate, most = self.limits.messages_per_second, 2 * self.limits.messages_per_second
-        self._left = most if self._left < 0 else min(most, self._left + (now - self._at) * rate)
+        self._left = most if self._at < 0 else min(most, self._left + (now - self._at) * rate)
         self._at = now
         if self._left < 1.0:
             raise Overloaded(
                 f"more than {rate:g} messages a second from this client", (1.0 - self._left) / rate, "client"
             )
-        self._left -= 1.0
+        self._left -= 1.0 + size // _COUNTED_BYTES
+
+    def answered(self, size: int) -> None:
+        """So many bytes were sent because it had asked for them."""
+        self._left -= size // _COUNTED_BYTES
 
     def request(self, size: int, open_requests: int) -> None:
         """A request with a prompt of `size` bytes would be opened. Raises Overloaded; `opened` enters it."""

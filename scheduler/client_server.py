@@ -16,7 +16,7 @@ from treadle.errors import InvalidRequest, Overloaded, ProtocolError, ServiceClo
 from treadle.transport.allow_list import AllowList
 from treadle.transport.channel import Channel
 from treadle.transport.codec import service_codec
-from treadle.transport.endpoints import ServerKeys, bind_server, default_endpoint, ipc_path
+from treadle.transport.endpoints import ServerKeys, bind_server, ipc_path, remove_default_directory
 from treadle.transport.messages import (
     Abort,
     ControlMessage,
@@ -38,7 +38,7 @@ from .service import Service
 
 logger = logging.getLogger("treadle")
 Control = Callable[[ControlMessage], Awaitable[str]]
-_SEND_HIGH_WATER = 1_000
+_SEND_HIGH_WATER = 64  # messages of any size, in the socket; what is over it waits here, and is counted in bytes
 _MAX_SESSIONS = 10_000
 _SILENCE_SECONDS = 15.0
 _SWEEP_SECONDS = 1.0
@@ -76,6 +76,7 @@ class ClientServer:
         self._sessions: dict[bytes, _Session] = {}
         self._opened = 0
         self._sweeper: asyncio.TimerHandle | None = None
+        self._sweep_due = 0.0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._allow_list = AllowList(self._context, allowed) if allowed is not None else None
         socket = service_socket(self._context, _SEND_HIGH_WATER)
@@ -103,9 +104,7 @@ class ClientServer:
         path: Path | None = ipc_path(self._endpoint)
         if path is not None:
             path.unlink(missing_ok=True)
-            if self._endpoint == default_endpoint():
-                with suppress(OSError):
-                    path.parent.rmdir()
+            remove_default_directory(path)
 
     def _close_allow_list(self) -> None:
         if self._allow_list is not None:
@@ -118,11 +117,15 @@ class ClientServer:
         """False when the client's queue is full. Raises zmq.ZMQError when the client is gone."""
         return self._channel.send([identity, frame])
 
-    def drop(self, session: _Session) -> None:
+    def drop(self, session: _Session, why: str) -> None:
         """The client is gone, or reads too slowly to be kept: its requests end.
 
-        Should it come back, it finds a session of another number in its Pong, and knows.
+        Should it come back, it finds a session of another number in its Pong, and knows. It must not be told that its
+        requests were aborted: it never asked for that, and may want them to go on.
         """
+        session.mute()
+        if session.open:
+            logger.info("%s %s: %d requests of it end", session.name, why, len(session.open))
         if self._sessions.get(session.identity) is session:
             del self._sessions[session.identity]
         self._service.detach(session)
@@ -142,7 +145,7 @@ class ClientServer:
             self._tell(identity, refusal("", error))
             return
         try:
-            session.allowance.message(self._loop.time())
+            session.allowance.message(self._loop.time(), len(parts[0]))
         except Overloaded as error:
             if not isinstance(message, Ping | Abort):
                 if isinstance(message, Submit):
@@ -162,7 +165,7 @@ class ClientServer:
             self._controlling.add(task)
             task.add_done_callback(self._controlling.discard)
         else:
-            session.post(self._service.answer(message))
+            session.allowance.answered(session.post(self._service.answer(message)))
 
     def _session(self, identity: bytes) -> _Session:
         session = self._sessions.get(identity)
@@ -226,14 +229,20 @@ class ClientServer:
 
     def _arm(self) -> None:
         if self._sweeper is None and self._sessions and not self._private:
-            self._sweeper = self._loop.call_later(_SWEEP_SECONDS, self._sweep)
+            self._sweep_due = self._loop.time() + _SWEEP_SECONDS
+            self._sweeper = self._loop.call_at(self._sweep_due, self._sweep)
 
     def _sweep(self) -> None:
         """Ends the sessions that have been silent: clients ping while they are open."""
         self._sweeper = None
-        oldest = self._loop.time() - _SILENCE_SECONDS
+        now = self._loop.time()
+        late = now - self._sweep_due
+        if late > _SWEEP_SECONDS:  # we stood still, stopped perhaps: what the clients said meanwhile is not read yet
+            for session in self._sessions.values():
+                session.last_heard += late
+        oldest = now - _SILENCE_SECONDS
         for session in [s for s in self._sessions.values() if s.last_heard < oldest]:
-            self.drop(session)
+            self.drop(session, f"was silent for {_SILENCE_SECONDS:g} s")
         self._arm()
 
 
@@ -265,28 +274,33 @@ class _Session(Sink):
     def refuse(self, refused: Refused) -> None:
         self.post(refused)
 
-    def post(self, message: Message) -> None:
-        """Sends in order; cuts the client off when it is gone or too far behind."""
+    def post(self, message: Message) -> int:
+        """Sends in order; cuts the client off when it is gone or too far behind. Returns the bytes of the message."""
         if self._gone:
-            return
+            return 0
         frame = self._server.encode(message)
         self._backlog.append(frame)
         self._backlog_bytes += len(frame)
         if len(self._backlog) > 1 and self._backlog_bytes > self.allowance.limits.backlog_bytes:
-            self._cut()
+            self._cut(f"does not read: {self._backlog_bytes} bytes wait for it")
         else:
             self.drain()
+        return len(frame)
 
     def drain(self) -> None:
         try:
             while self._backlog and self._server.send(self.identity, self._backlog[0]):
                 self._backlog_bytes -= len(self._backlog.popleft())
         except zmq.ZMQError:
-            self._cut()
+            self._cut("is gone: its connection was lost")
 
-    def _cut(self) -> None:
-        # Later, not now: this may be in the middle of a step's delivery, which must not change what it iterates over.
+    def mute(self) -> None:
+        """Nothing is sent any more."""
         self._backlog.clear()
         self._backlog_bytes = 0
         self._gone = True
-        asyncio.get_running_loop().call_soon(self._server.drop, self)
+
+    def _cut(self, why: str) -> None:
+        # Later, not now: this may be in the middle of a step's delivery, which must not change what it iterates over.
+        self.mute()
+        asyncio.get_running_loop().call_soon(self._server.drop, self, why)

@@ -28,7 +28,8 @@ class CoreConfig:
     policy: one of `scheduler.policies.POLICIES`. target_tpot: seconds that a step with decodes may take (`pace.py`),
     None for most throughput. watermark: share of the blocks that admission leaves free while anything runs.
     reserve_output: what admission keeps for outputs to come: "estimate", "none" or "full" (`reservation.py`).
-    max_engine_failures: a request in flight at that many engine deaths, with no token in between, fails.
+    max_engine_failures: a request in flight at that many engine deaths, with no token in between, fails. The first only
+    makes it a suspect, and after the second it is tried alone, so 3 is the least that never fails an innocent one.
     swap_blocks: of host memory that hold what the device has given up (`swapping.py`), 0 is none. preemption: "auto",
     "recompute" or "swap". swap_out_seconds, swap_in_seconds: per block, as the ranks have measured.
     """
@@ -45,7 +46,7 @@ class CoreConfig:
     max_waiting_requests: int = 4096
     max_waiting_tokens: int = 8 << 20
     eos_token_ids: tuple[int, ...] = ()
-    max_engine_failures: int = 2
+    max_engine_failures: int = 3
     policy: str = "priority"
     max_tenant_requests: int | None = None
     max_tenant_tokens: int | None = None

@@ -194,14 +194,15 @@ class Core:
         if rows.size:
             self._commit(rows, at, tokens, outputs, details, now)
         outputs.others += details.values()
-        self._clear_trial(outputs)
+        self._planner.trials.clear(outputs)
         return outputs
 
     def reset(self, now: float) -> list[Output]:
         """The engine group died: plans in flight, rows and K/V are gone.
 
         Whoever ran waits again in its old place with its committed tokens. A request that was in flight at
-        `max_engine_failures` deaths in a row, and brought no token in between, ends with "error".
+        `max_engine_failures` deaths in a row, and brought no token in between, ends with "error". How the one at fault
+        is told from those beside it: `trials.py`.
         """
         suspects = self._in_flight_requests()
         self._flights.clear()
@@ -215,6 +216,7 @@ class Core:
             if request.failures >= self.config.max_engine_failures:
                 message = f"the engine died {request.failures} times in a row while this request was running"
                 outputs += self._end_request(request, "error", now, EngineFailed.code, message)
+        self._planner.trials.begin(suspects)
         return outputs
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -374,12 +376,6 @@ class Core:
         if output is not None:
             output.tokens.append(token)
         return output
-
-    def _clear_trial(self, outputs: Outputs) -> None:
-        trial = self._planner.trial
-        if trial is not None and any(output.tokens and output.sequence.request is trial for output in outputs.each()):
-            trial.failures = 0
-            self._planner.trial = None
 
     def _details(self, flight: Flight, logprobs: list[TokenLogprobs]) -> Details:
         """Log-probabilities by the sequence they belong to; prompt positions that were delivered before are dropped."""

@@ -60,12 +60,17 @@ def _check_places(running: Running, waiting: Waiting, requests: Mapping[str, Req
 
 
 def _check_order(running: Running, waiting: Waiting) -> None:
-    """First come, first served: within a priority nobody who waits came before one who runs."""
+    """First come, first served: within a priority nobody who waits came before one who runs.
+
+    But for those that were tried before their turn, since an engine had died under them.
+    """
     first_waiting: dict[int, int] = {}
     for sequence in waiting:
         priority = sequence.ticket.priority
         first_waiting[priority] = min(sequence.order, first_waiting.get(priority, sequence.order))
     for sequence in running.sequences():
+        if sequence.request.accused:
+            continue
         earliest = first_waiting.get(sequence.ticket.priority)
         require(earliest is None or sequence.order < earliest, f"{sequence.request.id} runs before its turn")
 

@@ -81,7 +81,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     step_timeout_floor: float = 5.0
     stop_timeout: float = 5.0
     grammar_timeout: float = 10.0
-    max_restarts: int = 3
+    max_restarts: int = 5
     standby: bool = False
     journal: str = ""
     journal_sync: float = 0.1

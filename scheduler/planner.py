@@ -25,9 +25,10 @@ from .config import CoreConfig
 from .cost_model import CostModel, StepShape, chunk_pairs
 from .pace import Pace
 from .policies.guard import Guard
-from .request import Request, Sequence
+from .request import NO_ROW, Request, Sequence
 from .rows import Int64, Rows1D, span
 from .running import Running
+from .trials import Trials
 from .waiting import Waiting
 
 _NO_ROWS: Rows1D = np.zeros(0, np.intp)
@@ -98,7 +99,7 @@ class _Batch:
 
 
 class Planner:
-    """Composes steps from what runs and what waits. trial: see `_admit`."""
+    """Composes steps from what runs and what waits. trials: of requests under which an engine died."""
 
     def __init__(self, config: CoreConfig, running: Running, waiting: Waiting, guard: Guard, costs: CostModel) -> None:
         self._budget = config.max_num_batched_tokens
@@ -110,7 +111,7 @@ class Planner:
         self._guard = guard
         self._pace = Pace(config.target_tpot, costs, config.block_size)
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
-        self.trial: Request | None = None
+        self.trials = Trials()
         self.preemptions = 0
 
     def compose(self, step: int, now: float) -> tuple[StepPlan, Flight] | None:
@@ -218,32 +219,39 @@ class Planner:
     def _admit(self, batch: _Batch, now: float) -> None:
         """New sequences, strictly in order: whoever cannot start keeps all behind it waiting.
 
-        One with tokens still in flight has to see them first. Requests that were in flight when the engine died are
-        suspects until they bring a token again; no more than one of them is on trial at a time, so that the one that
-        kills the engine is found alone.
+        One with tokens still in flight has to see them first. Of those under which an engine died, one at a time
+        begins, and who is accused of it before everybody and alone (`trials.py`).
         """
         self._running.ledger.settle()
         self._running.reservation.begin()
+        accused = self.trials.accused()
+        if accused is not None:
+            self._try_alone(accused, batch)
+            return
         while self._running.rows.free and self._room(batch, 0):
             sequence = self._waiting.first(now)
-            if sequence is None or sequence.in_flight or not self._may_stand_trial(sequence.request):
+            if sequence is None or sequence.in_flight or not self.trials.may_begin(sequence.request):
                 return
-            start = self._running.admit(sequence)
-            if start is None:
+            if not self._start(sequence, batch):
                 return
-            self._waiting.remove(sequence)
-            batch.starts.append(start)
-            room = max(1, self._room(batch, start.computed))  # it has a row, so it is to do something
-            self._advance(start.row, batch, room)
 
-    def _may_stand_trial(self, request: Request) -> bool:
-        if not request.failures:
-            return True
-        trial = self.trial
-        if trial is not None and trial is not request and trial.failures and trial.running:
+    def _start(self, sequence: Sequence, batch: _Batch) -> bool:
+        """Whether there are blocks for it."""
+        start = self._running.admit(sequence)
+        if start is None:
             return False
-        self.trial = request
+        self._waiting.remove(sequence)
+        batch.starts.append(start)
+        room = max(1, self._room(batch, start.computed))  # it has a row, so it is to do something
+        self._advance(start.row, batch, room)
         return True
+
+    def _try_alone(self, accused: Request, batch: _Batch) -> None:
+        for sequence in accused.sequences:
+            waits = sequence.row == NO_ROW and not sequence.finish and not sequence.in_flight
+            room = bool(self._running.rows.free) and self._room(batch, 0) > 0
+            if waits and not (room and self._start(sequence, batch)):
+                return
 
     def _advance(self, row: int, batch: _Batch, room: int) -> None:
         """Plans the row's next chunk; when that reaches the last known token, the row samples."""

@@ -36,7 +36,8 @@ class Request:
     context: free for whoever owns the core, to route outputs without a look-up.
     deadline: absolute time, None is none. stop_ids: token ids that end a continuation, EOS among them.
     limit: tokens, prompt included, at which a continuation ends. floor: stop ids do not count below it.
-    failures: engine deaths in a row that found it in flight. running: how many of its sequences have a row.
+    failures: engine deaths in a row that found it in flight. accused: one of them while it was on trial, so it has been
+    tried alone, before its turn. running: how many of its sequences have a row.
     tenant: on whose account.
     """
 
@@ -54,6 +55,7 @@ class Request:
     unfinished: int = 0
     running: int = 0
     failures: int = 0
+    accused: bool = False
     tenant: str = ""
 
     @property

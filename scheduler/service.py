@@ -138,6 +138,7 @@ class Service:
         self._guided = GuidedRequests(
             lambda: make_matching(tokenizer_info, self.facts),
             options.grammar_timeout,
+            options.max_waiting_requests,
             enter=self._enter,
             abort=self.abort,
             broadcast=self._send_masks,
@@ -453,11 +454,11 @@ class Service:
         return self._dumps.leave(reason, self._sections)
 
     async def _sections(self) -> list[Section]:
-        group, recent = self._group, self._pipeline.recent
-        sections: list[Section] = [
+        group, recent = self._group, list(self._pipeline.recent)
+        sections: list[Section] = [  # lists, made now: another thread writes them, while steps go on
             ("health", [str(self.health())]),
-            ("events", map(str, self.events)),
-            (f"last {len(recent)} steps", map(str, recent)),
+            ("events", list(map(str, self.events))),
+            (f"last {len(recent)} steps", list(map(str, recent))),
             ("requests", self._core.snapshot() if self._core is not None else []),
             ("scheduler", own_stacks()),
         ]

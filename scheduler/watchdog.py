@@ -13,14 +13,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from treadle.errors import ConfigError
 
 logger = logging.getLogger("treadle")
 _KEPT = 8
-Section = tuple[str, Iterable[str]]
+Section = tuple[str, list[str]]
 
 
 def dump_directory(chosen: str) -> Path:

@@ -43,7 +43,10 @@ from treadle.transport.messages import Drain, Reload
 ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("kill", "term", "stop", "delay", "spoil", "hostile")
 _READY_SECONDS = 300.0
+# A rank that was told to spoil its next answer may not have one, or its silence is found by the step's deadline.
+_EFFECT_SECONDS = {"delay": 0.2, "hostile": 0.2, "spoil": 12.0, "server": 0.2}
 _WARM_ROUNDS = 2
+_SAMPLES = 8
 _PROMPTS = ("The capital of France is", "Once upon a time", "One two three", "A list of colours:", "Water boils when")
 
 
@@ -71,6 +74,7 @@ class Tally:
     recoveries: int = 0
     server_kills: int = 0
     memory: list[int] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
 
 
 def jobs(rng: random.Random, count: int) -> list[Job]:
@@ -127,8 +131,11 @@ class Place:
         self.pids.update(pids)
         return pids
 
-    def memory(self) -> int:
-        return int(psutil.Process(self.process.pid).memory_info().rss)
+    def measure(self, tally: Tally) -> None:
+        """What the server itself holds now: bytes and open files."""
+        process = psutil.Process(self.process.pid)
+        tally.memory.append(int(process.memory_info().rss))
+        tally.descriptors.append(process.num_fds())
 
     async def kill(self) -> None:
         self.ranks()
@@ -183,7 +190,7 @@ class Chaos:
 
     async def run(self) -> None:
         wanted = await self._undisturbed(jobs(self._rng, self._options.jobs))
-        self.tally.memory.append(self._place.memory())
+        self._place.measure(self.tally)
         clients = [asyncio.create_task(self._client(i, wanted)) for i in range(self._options.clients)]
         self._clients = clients
         strikes = asyncio.create_task(self._strike_on())
@@ -199,7 +206,7 @@ class Chaos:
             stats = await client.stats()
             if stats.blocks_used or stats.running or stats.waiting:
                 self.tally.wrong.append(f"something is still held: {stats}")
-        self.tally.memory.append(self._place.memory())
+        self._place.measure(self.tally)
 
     async def _undisturbed(self, raw: list[Job]) -> list[Job]:
         """More than once: the second time prefixes are cached, and memory is what it will be."""
@@ -277,6 +284,8 @@ class Chaos:
                 await self._strike(kind)
                 self.tally.faults[kind] += 1
                 await self._healed(watcher, before, kind)
+                if not self._stop.is_set():
+                    self._place.measure(self.tally)
                 await self._pause(self._rng.uniform(*self._options.gap))
         finally:
             await watcher.close()
@@ -317,8 +326,7 @@ class Chaos:
 
     async def _healed(self, watcher: Client, before: int, kind: str) -> None:
         """Waits until the fault has been dealt with, as far as it had an effect."""
-        costs_a_group = kind in ("kill", "term", "stop")
-        end = time.monotonic() + (_READY_SECONDS if costs_a_group else 3.0)
+        end = time.monotonic() + _EFFECT_SECONDS.get(kind, _READY_SECONDS)
         while time.monotonic() < end:
             try:
                 recoveries = (await watcher.stats()).recoveries
@@ -360,13 +368,16 @@ class Chaos:
             return
 
 
-def report(tally: Tally, left: list[str], code: int) -> dict[str, object]:
+def report(tally: Tally, left: list[str], code: int, seconds: float) -> dict[str, object]:
     times = tally.recovery
-    grown = (tally.memory[-1] - tally.memory[0]) / 1e6 if not tally.server_kills and len(tally.memory) > 1 else 0.0
-    good = not tally.wrong and not tally.lost and not left and code == 0 and grown < 64.0
+    grown = 0.0 if tally.server_kills else growth(tally.memory) / 1e6
+    opened = 0 if tally.server_kills else tally.descriptors[-1] - tally.descriptors[0]
+    good = not tally.wrong and not tally.lost and not left and code == 0 and grown < 64.0 and opened < 8
     return {
         "good": good,
+        "seconds": round(seconds, 1),
         "faults": dict(tally.faults),
+        "faults_in_all": tally.faults.total(),
         "requests": tally.accepted,
         "exact": tally.exact,
         "aborted": tally.aborted,
@@ -379,12 +390,21 @@ def report(tally: Tally, left: list[str], code: int) -> dict[str, object]:
         "left": left,
         "server_exit_code": code,
         "memory_grown_mb": round(grown, 1),
+        "memory_mb": [round(size / 1e6, 1) for size in tally.memory[:: max(1, len(tally.memory) // 20)]],
+        "descriptors_grown": opened,
     }
+
+
+def growth(samples: list[int]) -> float:
+    """Bytes, from what the server held in the beginning to what it held in the end: medians, for one may be a peak."""
+    part = max(1, min(_SAMPLES, len(samples) // 2))
+    return statistics.median(samples[-part:]) - statistics.median(samples[:part])
 
 
 def chaos(options: argparse.Namespace) -> dict[str, object]:
     """Runs it all and says what came out."""
     directory = Path(tempfile.mkdtemp(prefix="c-"))
+    began = time.monotonic()
     place = Place(options, directory)
     try:
         made: list[Chaos] = []
@@ -395,7 +415,7 @@ def chaos(options: argparse.Namespace) -> dict[str, object]:
 
         asyncio.run(go())
         code = place.end()
-        result = report(made[0].tally, place.left(), code)
+        result = report(made[0].tally, place.left(), code, time.monotonic() - began)
         if not result["good"]:
             result["log"] = (directory / "server.log").read_text()[-4000:]
         return result
@@ -433,7 +453,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--jobs", type=int, default=24, help="different requests")
-    parser.add_argument("--gap", type=float, nargs=2, default=(0.5, 3.0), help="seconds between faults, from and to")
+    parser.add_argument("--gap", type=float, nargs=2, default=(0.6, 1.8), help="seconds between faults, from and to")
     parser.add_argument("--least", type=int, default=1, help="faults of every kind, however long it takes")
     parser.add_argument("--standby", action="store_true")
     parser.add_argument("--server-kills", action="store_true", help="kill the server itself, too; clients resume")

@@ -144,7 +144,7 @@ class Mutator:
         rng = self._rng
         data = bytearray(rng.choice(self._corpus))
         if rng.random() < 0.3:
-            self._value(data)
+            self.exchange(data)
         for _ in range(rng.choice((0, 1, 1, 2, 3, 8))):
             if data:
                 rng.choice(self._ways)(data)
@@ -177,7 +177,7 @@ class Mutator:
         other = self._rng.choice(self._corpus)
         data[self._rng.randrange(len(data)) :] = other[self._rng.randrange(len(other)) :]
 
-    def _value(self, data: bytearray) -> None:
+    def exchange(self, data: bytearray) -> None:
         """Exchanges one value of the structure, so that the frame stays well formed."""
         try:
             value = msgspec.msgpack.decode(data)
@@ -203,62 +203,77 @@ class Mutator:
             data[:] = msgspec.msgpack.encode(value)
 
 
-def fuzz_decoders(frames: int, seed: int) -> dict[str, object]:
-    """Every frame into every decoder. Anything but a message or a ProtocolError ends the run."""
-    codecs: list[Codec[Any]] = [service_codec(), rank_codec(), engine_codec(), client_codec()]
-    mutator = Mutator(seed)
-    core = Core(CoreConfig(num_blocks=64, vocab_size=_VOCAB, max_waiting_requests=64), draw_seed=lambda: 1)
-    outcomes: Counter[str] = Counter()
-    process, memory = psutil.Process(), [0, 0]
-    began = time.perf_counter()
-    for number in range(frames):
-        if number == min(frames // 10, 100_000):
-            memory[0] = process.memory_info().rss
-        frame = mutator.frame()
+class Decoders:
+    """Takes a frame into every decoder, and what is a request into a core. Anything but a typed error gets out."""
+
+    def __init__(self) -> None:
+        self._codecs: list[Codec[Any]] = [service_codec(), rank_codec(), engine_codec(), client_codec()]
+        self._core = Core(CoreConfig(num_blocks=64, vocab_size=_VOCAB, max_waiting_requests=64), draw_seed=lambda: 1)
+        self.frames = 0
+        self.outcomes: Counter[str] = Counter()
+
+    def take(self, frame: bytes) -> bool:
+        """Whether anybody could read it."""
         decoded = False
-        for codec in codecs:
+        for codec in self._codecs:
             try:
                 message = codec.decode(frame)
             except ProtocolError:
                 continue
             decoded = True
             if isinstance(message, Submit):
-                outcomes[_submit(core, message)] += 1
-        outcomes["decoded" if decoded else "refused"] += 1
-        if decoded:
+                self.outcomes[self._submit(message)] += 1
+        self.outcomes["decoded" if decoded else "refused"] += 1
+        if self.frames % _CHECK_EVERY == 0:
+            self._core.check()
+        self.frames += 1
+        return decoded
+
+    def _submit(self, message: Submit) -> str:
+        """As the service does it. What is accepted is ended at once."""
+        try:
+            check_params(message.params, _VOCAB)
+            check_submit(message)
+            request = self._core.add(message, 0.0)
+        except TreadleError as error:
+            return f"submit: {type(error).__name__}"
+        self._core.abort(request.id, 0.0)
+        return "submit: accepted"
+
+    def finish(self) -> None:
+        """Nothing may be left of all that."""
+        self._core.check()
+        stats = self._core.stats()
+        if self._core.unfinished or stats.blocks_used:
+            raise SystemExit(f"the core has kept something: {stats}")
+
+
+def fuzz_decoders(frames: int, seed: int) -> dict[str, object]:
+    """Every frame into every decoder. Anything but a message or a ProtocolError ends the run."""
+    mutator, decoders = Mutator(seed), Decoders()
+    process, memory = psutil.Process(), [0, 0]
+    began = time.perf_counter()
+    for number in range(frames):
+        if number == min(frames // 10, 100_000):
+            memory[0] = process.memory_info().rss
+        frame = mutator.frame()
+        if decoders.take(frame):
             mutator.keep(frame)
-        if number % _CHECK_EVERY == 0:
-            core.check()
-    core.check()
+    decoders.finish()
     memory[1] = process.memory_info().rss
-    stats = core.stats()
-    if core.unfinished or stats.blocks_used:
-        raise SystemExit(f"the core has kept something: {stats}")
     return {
         "frames": frames,
         "seconds": round(time.perf_counter() - began, 1),
-        "outcomes": dict(outcomes),
+        "outcomes": dict(decoders.outcomes),
         "memory_grown_mb": round((memory[1] - memory[0]) / 1e6, 1),
     }
-
-
-def _submit(core: Core, message: Submit) -> str:
-    """As the service does it. What is accepted is ended at once."""
-    try:
-        check_params(message.params, _VOCAB)
-        check_submit(message)
-        request = core.add(message, 0.0)
-    except TreadleError as error:
-        return f"submit: {type(error).__name__}"
-    core.abort(request.id, 0.0)
-    return "submit: accepted"
 
 
 async def fuzz_socket(frames: int, seed: int) -> dict[str, object]:
     """Frames to a live service from one client after another, and from one that wants to be served meanwhile."""
     mutator, process = Mutator(seed + 1), psutil.Process()
     with tempfile.TemporaryDirectory(prefix="f-") as directory:
-        async with faulty(Path(directory), max_num_seqs=64) as f:
+        async with faulty(Path(directory), max_num_seqs=64, step_timeout=120.0) as f:  # however slow
             endpoint = f"ipc://{directory}/s.ipc"
             server = ClientServer(f.service, endpoint, limits=ClientLimits(messages_per_second=1e6))
             context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -271,7 +286,7 @@ async def fuzz_socket(frames: int, seed: int) -> dict[str, object]:
                     if not memory[0] and sent >= min(frames // 4, 50_000):
                         memory[0] = process.memory_info().rss
                 for session in list(server._sessions.values()):
-                    server.drop(session)
+                    server.drop(session, "has said enough")
                 memory[1] = process.memory_info().rss
                 f.submit_all()
                 await f.all_ended()
@@ -290,32 +305,57 @@ async def fuzz_socket(frames: int, seed: int) -> dict[str, object]:
     }
 
 
+class Talker:
+    """A client that says one frame at a time, and waits until the service has read it."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._raw = self._context.socket(zmq.DEALER)
+        self._raw.connect(endpoint)
+        self._said = 0
+
+    async def say(self, frame: bytes) -> None:
+        """The answer to the Ping comes after those to all before it. Raises TimeoutError when none comes."""
+        self._said += 1
+        await _send(self._raw, [frame])
+        await _send(self._raw, [msgspec.msgpack.encode(Ping(self._said))])
+        async with asyncio.timeout(30):
+            while not _read(self._raw, self._said):
+                await asyncio.sleep(0)
+
+    def close(self) -> None:
+        self._context.destroy(linger=0)
+
+
 async def _one_client(context: zmq.Context[zmq.Socket[bytes]], endpoint: str, mutator: Mutator, count: int) -> None:
     raw = context.socket(zmq.DEALER)
     raw.linger = 0
     raw.connect(endpoint)
     try:
         for number in range(count):
-            parts = [mutator.frame()] if number % 50 else [mutator.frame() for _ in range(number % 3 + 2)]
-            while True:
-                try:
-                    raw.send_multipart(parts, zmq.NOBLOCK)
-                    break
-                except zmq.Again:
-                    await asyncio.sleep(0.001)
+            await _send(raw, [mutator.frame()] if number % 50 else [mutator.frame() for _ in range(number % 3 + 2)])
             if number % 20 == 0:
                 await asyncio.sleep(0)
-                _read(raw)
+                _read(raw, 1)
         raw.send(msgspec.msgpack.encode(Ping(1)))
         async with asyncio.timeout(30):  # its Pong comes after the answers to all before
-            while not _read(raw):
+            while not _read(raw, 1):
                 await asyncio.sleep(0.001)
     finally:
         raw.close(0)
 
 
-def _read(raw: zmq.Socket[bytes]) -> bool:
-    """Reads what there is; whether a Pong to our own ping was among it."""
+async def _send(raw: zmq.Socket[bytes], parts: list[bytes]) -> None:
+    while True:
+        try:
+            raw.send_multipart(parts, zmq.NOBLOCK)
+            return
+        except zmq.Again:
+            await asyncio.sleep(0.001)
+
+
+def _read(raw: zmq.Socket[bytes], nonce: int) -> bool:
+    """Reads what there is; whether the answer to that Ping was among it."""
     codec = client_codec()
     seen = False
     while True:
@@ -323,7 +363,7 @@ def _read(raw: zmq.Socket[bytes]) -> bool:
             message = codec.decode(raw.recv(zmq.NOBLOCK))
         except zmq.Again:
             return seen
-        seen |= isinstance(message, Pong) and message.nonce == 1
+        seen |= isinstance(message, Pong) and message.nonce == nonce
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from treadle.scheduler.lifecycle import ServiceEvent
 from treadle.scheduler.options import ModelFacts, service_options
 from treadle.scheduler.service import Service
 from treadle.transport.codec import pack
-from treadle.transport.messages import Delta, SamplingParams, Submit
+from treadle.transport.messages import Delta, Refused, SamplingParams, Submit
 
 VOCAB = 500
 FACTS = ModelFacts(name="none", path="/none", vocab_size=VOCAB, context=512, max_ranks=8, eos_token_ids=())
@@ -39,6 +39,7 @@ class Collector(Sink):
         self.tokens: dict[str, list[int]] = {}
         self.last: dict[str, Delta] = {}
         self.ends: list[str] = []
+        self.refused: list[Refused] = []
         self._news = asyncio.Event()
 
     def flush(self) -> None:
@@ -48,6 +49,9 @@ class Collector(Sink):
             if delta.finish:
                 self.ends.append(delta.id)
         self._news.set()
+
+    def refuse(self, refused: Refused) -> None:
+        self.refused.append(refused)
 
     async def ended(self, *ids: str) -> None:
         async with asyncio.timeout(30):

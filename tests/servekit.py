@@ -14,15 +14,22 @@ import psutil
 
 
 class Server:
-    """A `treadle serve` that has said it is ready. Its standard error is in `log`; `url`: of its gateway."""
+    """A `treadle serve` that has said it is ready. Its standard error is in `log`; `url`: of its gateway.
+
+    endpoint: "default" is the one that it takes by itself.
+    """
 
     def __init__(self, directory: Path, model: str | Path, *arguments: str, endpoint: str = "") -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
-        self.endpoint = endpoint or f"ipc://{directory / 'service.ipc'}"
         self.log = directory / "server.log"
         self.runtime = Path(tempfile.mkdtemp(prefix="r-"))  # `directory` may be too long for more sockets
-        command = [sys.executable, "-m", "treadle", "serve", str(model), "--endpoint", self.endpoint, *arguments]
+        self.endpoint = endpoint or f"ipc://{directory / 'service.ipc'}"
+        command = [sys.executable, "-m", "treadle", "serve", str(model), *arguments]
+        if endpoint == "default":
+            self.endpoint = f"ipc://{self.runtime}/treadle/default.ipc"
+        else:
+            command += ["--endpoint", self.endpoint]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

@@ -367,10 +367,49 @@ def test_the_request_that_kills_the_engine_fails_alone() -> None:
             deaths += 1
             continue
         rig.apply()
-    assert deaths == 2
+    assert deaths == 3
     assert {key[0] for key, output in rig.finish.items() if output.finish == "error"} == {"3"}
     assert rig.finish["3", 0].error_code == "engine_failed"
     rig.drain()
+
+
+def test_who_is_only_near_when_engines_die_goes_on() -> None:
+    """One is on trial when a newcomer kills the engine: it is tried alone then, and the newcomer found."""
+    rig = Rig(config(max_num_seqs=8, max_num_batched_tokens=64))
+    rig.add("near", text(5, 1), max_tokens=8, ignore_eos=True)
+    rig.must_plan()
+    assert rig.reset() == []  # from outside
+    rig.add("killer", text(5, 2), max_tokens=8, ignore_eos=True)
+    together: list[int] = []
+    while rig.core.has_work:
+        while rig.plan() is not None:
+            pass
+        started = [start.tokens[:20] for plan in rig.plans for start in plan.start]
+        if pack(text(5, 2)) in started:
+            together.append(len(started))
+            rig.reset()
+        else:
+            rig.apply()
+    assert together == [2, 1, 1], "both on trial, then each alone"
+    assert rig.finish["near", 0].finish == "length"
+    assert rig.finish["killer", 0].error_code == "engine_failed"
+
+
+def test_the_accused_is_tried_before_its_turn_and_alone() -> None:
+    rig = Rig(config(max_num_seqs=8, max_num_batched_tokens=64))
+    for name, n in (("a", 1), ("b", 1), ("c", 2)):
+        rig.add(name, text(20, n), max_tokens=8, ignore_eos=True, n=n)
+    rig.step()
+    rig.plan()
+    rig.reset()
+    while rig.must_plan().start[0].params.n == 1:  # one after the other
+        assert len(rig.plans[-1].start) == 1
+        rig.apply()
+    rig.reset()
+    assert [start.params.n for start in rig.must_plan().start] == [2, 2], "the last on trial is first now"
+    assert rig.plan() is None or not rig.plans[-1].start, "and nobody is beside it"
+    rig.drain()
+    assert {output.finish for output in rig.finish.values()} == {"length"}
 
 
 def test_an_engine_that_dies_idle_is_nobodys_fault() -> None:

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from treadle.errors import ConfigError
+from treadle import Client, SamplingParams
+from treadle.errors import ConfigError, PromptTooLong
 from treadle.scheduler.watchdog import dump_directory, write_dump
 
 from .conftest import eventually
 from .faultkit import Faulty, faulty
 from .servekit import Server, serving
+
+SECRET = "the moon is made of xyz"
 
 
 async def state_is(f: Faulty, state: str) -> None:
@@ -77,6 +80,17 @@ def ask(server: Server) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+async def dumped_while_it_runs(server: Server, dumps: Path, prompt: str) -> None:
+    async with Client(server.endpoint) as client:
+        with pytest.raises(PromptTooLong):
+            await client.generate(prompt * 100).final()
+        stream = client.generate(prompt, SamplingParams(max_tokens=200, temperature=0.987654, ignore_eos=True))
+        await anext(stream)
+        server.process.send_signal(signal.SIGUSR1)
+        await asyncio.to_thread(eventually, lambda: bool(list(dumps.glob("dump-*.txt"))), "the dump")
+        await stream.aclose()
+
+
 def test_the_command_says_it_by_exit_code(tiny: Path, tmp_path: Path) -> None:
     model, away = tmp_path / "model", tmp_path / "away"
     model.symlink_to(tiny)
@@ -84,8 +98,7 @@ def test_the_command_says_it_by_exit_code(tiny: Path, tmp_path: Path) -> None:
     arguments = ["--dtype", "float32", "--max-restarts", "9", "--dump-dir", str(dumps)]
     with serving(tmp_path / "server", model, *arguments) as server:
         assert ask(server)[0] == 0
-        server.process.send_signal(signal.SIGUSR1)
-        eventually(lambda: bool(list(dumps.glob("dump-*.txt"))), "the dump")
+        asyncio.run(dumped_while_it_runs(server, dumps, SECRET))
         eventually(lambda: "engine/worker.py" in next(dumps.glob("*")).read_text(), "with the stacks of the rank")
         eventually(lambda: f"SIGUSR1: dump in {dumps}" in server.log.read_text(), "the path is in the log")
         model.rename(away)
@@ -95,7 +108,12 @@ def test_the_command_says_it_by_exit_code(tiny: Path, tmp_path: Path) -> None:
         assert code == 3 and '"state": "degraded"' in said and '"cause": "exit"' in said
         away.rename(model)
         eventually(lambda: ask(server)[0] == 0, "it is ready again", 40.0)
+        written = [server.log, *dumps.iterdir(), *server.runtime.rglob("*.log"), *server.runtime.rglob("*.stacks")]
+        texts = [path.read_text(errors="replace") for path in written]
         assert server.end() == 0
+    assert len(texts) > 3 and "prompt 23, known" in "".join(texts), "it was there, and in the dump as a number"
+    for forbidden in (SECRET, str(list(SECRET.encode()))[1:-1], "0.987654"):
+        assert not any(forbidden in text for text in texts)
     code, said = ask(server)
     assert code == 2 and "ServerLost" in said
 

@@ -95,9 +95,9 @@ def test_a_program_that_never_closes_leaves_nothing(tiny: Path, runtime: Path) -
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_server_leaves_nothing(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
-    with serving(tmp_path / "server", tiny, "--tensor-parallel-size", "2") as server:
+    with serving(tmp_path / "server", tiny, "--tensor-parallel-size", "2", endpoint="default") as server:
         ranks = server.ranks
-        assert len(ranks) == 2
+        assert len(ranks) == 2 and server.endpoint.removeprefix("ipc://") in server.files
         server.process.send_signal(number)
         assert server.process.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else 0)
         eventually(lambda: not alive(ranks), "the engine processes end")

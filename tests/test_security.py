@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,14 +19,14 @@ import zmq.asyncio
 
 from treadle import Client, SamplingParams
 from treadle.commands import run
-from treadle.errors import ConfigError, HandshakeFailed, Overloaded
+from treadle.errors import ConfigError, HandshakeFailed, Overloaded, ServerLost
 from treadle.scheduler import client_server
 from treadle.scheduler.client_limits import Allowance, ClientLimits
 from treadle.scheduler.client_server import ClientServer
 from treadle.transport.allow_list import read_allow_list
 from treadle.transport.codec import client_codec, pack
 from treadle.transport.endpoints import ServerKeys, read_keys, write_keys
-from treadle.transport.messages import Drain, Ping, Refused, Reload, Submit
+from treadle.transport.messages import Drain, Guided, Ping, Refused, Reload, Submit
 
 from .faultkit import PROMPTS, Faulty, faulty, params, undisturbed
 
@@ -169,6 +170,18 @@ async def test_a_flood_of_messages_is_refused_and_the_others_are_served(tmp_path
         context.destroy(linger=0)
 
 
+@pytest.mark.asyncio
+async def test_requests_that_wait_for_their_grammars_are_bounded_too(tmp_path: Path) -> None:
+    async with faulty(tmp_path, max_waiting_requests=2) as f:
+        guided = SamplingParams(guided=Guided(regex="a+"))
+        for name in ("a", "b"):
+            f.submit(name, [1], guided)
+        with pytest.raises(Overloaded, match="2 requests wait for their grammars"):
+            f.submit("c", [1], guided)
+        f.submit("plain", PROMPTS[0], params(0))
+        await f.sink.ended("plain")
+
+
 def test_a_token_bucket_fills_with_time() -> None:
     allowance = Allowance(ClientLimits(messages_per_second=10.0))
     for _ in range(20):
@@ -181,6 +194,13 @@ def test_a_token_bucket_fills_with_time() -> None:
         allowance.message(0.1)
     with pytest.raises(ConfigError, match="at least 1"):
         ClientLimits(requests=0)
+    large = Allowance(ClientLimits(messages_per_second=10.0))
+    large.message(0.0, size=160 << 10)
+    large.answered(1 << 20)
+    with pytest.raises(Overloaded) as caught:
+        large.message(0.0)
+    assert 5.5 < caught.value.retry_after < 5.7, "1 + 10 for what came, 64 for what went, of 20"
+    large.message(6.0)
 
 
 @pytest.mark.asyncio
@@ -207,6 +227,38 @@ async def test_a_client_that_does_not_read_is_cut_off(tmp_path: Path, monkeypatc
         async with Client(endpoint) as other:
             assert await exact(other)
         context.destroy(linger=0)
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_stood_still_does_not_blame_its_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, or starved: nobody was silent, it did not listen."""
+    monkeypatch.setattr(client_server, "_SILENCE_SECONDS", 1.5)
+    async with served(tmp_path, pace=0.005) as (_, endpoint), Client(endpoint) as client:
+        stream = client.generate(PROMPTS[0], params(0, 60))
+        await anext(stream)
+        time.sleep(2.0)  # noqa: ASYNC251  # this is what stands still
+        assert (await stream.final()).token_ids == undisturbed(PROMPTS[0], params(0, 60))
+
+
+@pytest.mark.asyncio
+async def test_a_client_that_was_given_up_is_not_told_that_it_aborted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with (
+        served(tmp_path, pace=0.005) as (_, endpoint),
+        Client(endpoint) as plain,
+        Client(endpoint, resume=True) as resuming,
+    ):
+        streams = [client.generate(PROMPTS[0], params(0, 450)) for client in (plain, resuming)]
+        for stream in streams:
+            await anext(stream)
+        monkeypatch.setattr(client_server, "_SILENCE_SECONDS", 0.0)
+        with pytest.raises(ServerLost, match="lost this client"):
+            await streams[0].final()
+        monkeypatch.undo()
+        assert (await streams[1].final()).token_ids == undisturbed(PROMPTS[0], params(0, 450))
 
 
 @pytest.mark.asyncio

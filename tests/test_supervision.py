@@ -81,16 +81,20 @@ async def test_a_row_at_fault_ends_alone_and_no_group_is_lost(tmp_path: Path) ->
 
 
 @pytest.mark.asyncio
-async def test_a_request_in_flight_at_two_deaths_fails_alone(tmp_path: Path) -> None:
-    """The first group dies under four requests, the next at its first step, which the first suspect has alone."""
-    async with faulty(tmp_path, "1 10 exit 1", "1 1 exit 2", pace=0.005) as f:
+@pytest.mark.parametrize("deaths", [2, 3])
+async def test_only_who_kills_an_engine_alone_fails_and_alone(tmp_path: Path, deaths: int) -> None:
+    """The first group dies under four requests, the next at its first step, which has the first suspect, and the third
+    at its own, which has that one and nobody else."""
+    lines = ["1 10 exit 1", "1 1 exit 2", "1 1 exit 3"]
+    async with faulty(tmp_path, *lines[:deaths], pace=0.005) as f:
         f.submit_all()
         await f.all_ended()
         failed = [key for key, delta in f.sink.last.items() if delta.finish == "error"]
-        assert failed == ["0"]
-        assert "died 2 times in a row while this request was running" in f.sink.last["0"].error
+        assert failed == (["0"] if deaths == 3 else [])
+        if failed:
+            assert "died 3 times in a row while this request was running" in f.sink.last["0"].error
         assert f.exact(but=failed)
-        assert f.service.stats().recoveries == 2
+        assert f.service.stats().recoveries == deaths
 
 
 @pytest.mark.asyncio

@@ -7,6 +7,7 @@ import shutil
 import socket
 import stat
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,13 @@ def default_endpoint() -> str:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     base = Path(runtime) / "treadle" if runtime else Path(tempfile.gettempdir()) / f"treadle-{os.getuid()}"
     return f"ipc://{base / 'default.ipc'}"
+
+
+def remove_default_directory(path: Path) -> None:
+    """Nobody listens at `path` any more: the directory that was made for the default endpoint goes when it is empty."""
+    if path == ipc_path(default_endpoint()):
+        with suppress(OSError):
+            path.parent.rmdir()
 
 
 def ipc_path(endpoint: str) -> Path | None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
-from treadle.errors import InvalidRequest, TreadleError
+from treadle.errors import InvalidRequest, Overloaded, TreadleError
 from treadle.scheduler.core import Core
 from treadle.scheduler.delivery import Sink, refusal
 from treadle.scheduler.engine_group import EngineGroup
@@ -26,16 +26,17 @@ logger = logging.getLogger("treadle")
 class GuidedRequests:
     """Methods run on one loop, threads do the work (`Guide`). Nothing is made before the first guided request.
 
-    make: see `Guide`. seconds: for compiling a grammar. What it has the service do: enter: accept a request whose
-    grammar is there, or raise. abort: one that has entered. broadcast: masks to the group that they were made for.
-    fail: one continuation of a request, by its name in the core, and why. pump: go on. idle: something has ended.
-    refused: a request that was taken in is not accepted after all.
+    make: see `Guide`. seconds: for compiling a grammar. most: requests that may wait for theirs. What it has the
+    service do: enter: accept a request whose grammar is there, or raise. abort: one that has entered. broadcast: masks
+    to the group that they were made for. fail: one continuation of a request, by its name in the core, and why.
+    pump: go on. idle: something has ended. refused: a request that was taken in is not accepted after all.
     """
 
     def __init__(
         self,
         make: Callable[[], Matching],
         seconds: float,
+        most: int,
         *,
         enter: Callable[[Submit, Sink, Grammar], None],
         abort: Callable[[Abort, Sink], None],
@@ -47,6 +48,7 @@ class GuidedRequests:
     ) -> None:
         self._make = make
         self._seconds = seconds
+        self._most = most
         self._enter = enter
         self._abort = abort
         self._broadcast = broadcast
@@ -80,6 +82,8 @@ class GuidedRequests:
         if grammar is not None:
             self._enter(message, sink, grammar)
             return
+        if len(self._compiling) >= self._most:
+            raise Overloaded(f"{self._most} requests wait for their grammars, which is the limit")
         sink.open[message.id] = message.params.n
         task = asyncio.get_running_loop().create_task(
             self._enter_compiled(guide, guided, message, sink), name="treadle-grammar"

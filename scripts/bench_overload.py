@@ -1,0 +1,237 @@
+"""Ten times more load than the server can take: who is accepted is served as before, the others are told at once.
+
+    python scripts/bench_overload.py --seconds 300 --json overload.json
+
+A `treadle serve` with `--rows` rows and a short queue. First its capacity: as many requests at a time as it has rows,
+one after the other. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly
+spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is refused does not come again. Compared is
+the time of accepted requests from the call to the last token; a refusal is timed from the call to the error. Exit code
+0 when the median and the 99th percentile of 10x are at most 20% above those of 1x, the 99th percentile of refusals is
+under 50 ms, nothing else went wrong, and the server's memory did not grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from treadle import Client, SamplingParams
+from treadle.errors import Overloaded, TreadleError
+
+_MOST_LATENCY = 1.2
+_MOST_REFUSAL_MS = 50.0
+_MOST_GROWTH_MB = 32.0
+_SAMPLE_SECONDS = 0.5
+_AGAIN_SECONDS = 0.02
+
+
+@dataclass
+class Phase:
+    """What happened to the requests of one phase. Times in seconds; memory: of the server, bytes."""
+
+    offered: int = 0
+    latency: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    refusal: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    memory: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def summary(self) -> dict[str, object]:
+        return {
+            "seconds": round(self.seconds, 1),
+            "offered": self.offered,
+            "accepted": len(self.latency),
+            "refused": len(self.refusal),
+            "errors": dict(self.errors),
+            "accepted_per_s": round(len(self.latency) / self.seconds, 2),
+            "latency_ms": spread(self.latency),
+            "ttft_ms": spread(self.first),
+            "refusal_ms": spread(self.refusal),
+            "server_rss_mb": [round(size / 1e6, 1) for size in (self.memory[0], max(self.memory), self.memory[-1])],
+        }
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    """Milliseconds."""
+    if not times:
+        return {}
+    names = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    ordered = sorted(times)
+    shares = {name: ordered[min(int(share * len(ordered)), len(ordered) - 1)] for name, share in names.items()}
+    return {name: round(value * 1e3, 2) for name, value in {"mean": statistics.fmean(times), **shares}.items()}
+
+
+class Load:
+    """Requests to one server from several clients, all of the same size and none of them alike."""
+
+    def __init__(self, options: argparse.Namespace, clients: list[Client], server: psutil.Process) -> None:
+        self._options = options
+        self._clients = clients
+        self._server = server
+        self._random = random.Random(options.seed)
+        self._running: set[asyncio.Task[bool]] = set()
+
+    async def capacity(self, seconds: float) -> Phase:
+        """As many requests at a time as there are rows."""
+        phase = Phase()
+
+        async def one_after_the_other(number: int) -> None:
+            client = self._clients[number % len(self._clients)]
+            while time.perf_counter() < end:
+                if not await self._request(client, phase):
+                    await asyncio.sleep(_AGAIN_SECONDS)
+
+        began = time.perf_counter()
+        end = began + seconds
+        phase.memory.append(self._server.memory_info().rss)
+        await asyncio.gather(*(one_after_the_other(number) for number in range(self._options.rows)))
+        phase.memory.append(self._server.memory_info().rss)
+        phase.seconds = time.perf_counter() - began
+        return phase
+
+    async def offer(self, rate: float, seconds: float) -> Phase:
+        """`rate` requests a second, evenly spaced. What comes before the server is as full as it will be counts not."""
+        filling, phase = Phase(), Phase()
+        sampler = asyncio.create_task(self._sample(phase))
+        began = time.perf_counter()
+        for number in range(int(rate * (self._options.fill_seconds + seconds))):
+            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+            counted = phase if number / rate >= self._options.fill_seconds else filling
+            task = asyncio.create_task(self._request(self._clients[number % len(self._clients)], counted))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+        phase.seconds = time.perf_counter() - began - self._options.fill_seconds
+        await asyncio.gather(*self._running)
+        sampler.cancel()
+        return phase
+
+    async def _request(self, client: Client, phase: Phase) -> bool:
+        """Whether it was accepted and ended."""
+        phase.offered += 1
+        prompt = [self._random.randrange(client.server.vocab_size) for _ in range(self._options.prompt)]
+        params = SamplingParams(temperature=0.0, max_tokens=self._options.tokens, ignore_eos=True)
+        began = time.perf_counter()
+        try:
+            output = await client.generate(prompt, params).final()
+        except Overloaded:
+            phase.refusal.append(time.perf_counter() - began)
+        except TreadleError as error:
+            phase.errors[type(error).__name__] += 1
+        else:
+            phase.latency.append(time.perf_counter() - began)
+            phase.first.append(output.ttft or 0.0)
+            return True
+        return False
+
+    async def _sample(self, phase: Phase) -> None:
+        while True:
+            phase.memory.append(self._server.memory_info().rss)
+            await asyncio.sleep(_SAMPLE_SECONDS)
+
+
+@contextmanager
+def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
+    with tempfile.TemporaryDirectory(prefix="o-") as directory:
+        endpoint = f"ipc://{directory}/s.ipc"
+        command = [sys.executable, "-m", "treadle", "serve", options.model, "--endpoint", endpoint]
+        command += ["--tensor-parallel-size", str(options.ranks), "--max-num-seqs", str(options.rows)]
+        command += ["--max-waiting-requests", str(options.queue)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "XDG_RUNTIME_DIR": directory})
+        try:
+            assert process.stdout is not None
+            if b"ready" not in process.stdout.readline():
+                raise SystemExit("the server did not start")
+            yield endpoint, psutil.Process(process.pid)
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+async def measure(options: argparse.Namespace, endpoint: str, server: psutil.Process) -> dict[str, object]:
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(Client(endpoint)) for _ in range(options.clients)]
+        load = Load(options, clients, server)
+        await load.capacity(options.warm_seconds)
+        capacity = await load.capacity(options.capacity_seconds)
+        rate = len(capacity.latency) / capacity.seconds
+        once = await load.offer(rate, options.seconds / options.shorter)
+        many = await load.offer(options.times * rate, options.seconds)
+        stats = await clients[0].stats()
+    return judged(once, many) | {
+        "capacity_per_s": round(rate, 2),
+        "capacity": capacity.summary(),
+        "1x": once.summary(),
+        f"{options.times:g}x": many.summary(),
+        "blocks_left": stats.blocks_used,
+    }
+
+
+def judged(once: Phase, many: Phase) -> dict[str, object]:
+    """The promises, and whether they were kept."""
+    before, after, refused = spread(once.latency), spread(many.latency), spread(many.refusal)
+    if not before or not after:
+        return {"good": False, "why": "nobody was accepted"}
+    ratios = {name: round(after[name] / before[name], 3) for name in ("mean", "p50", "p90", "p99")}
+    part = max(1, len(many.memory) // 4)
+    grown = (statistics.median(many.memory[-part:]) - statistics.median(many.memory[:part])) / 1e6
+    good = (
+        max(ratios["p50"], ratios["p99"]) <= _MOST_LATENCY
+        and bool(refused)
+        and refused["p99"] < _MOST_REFUSAL_MS
+        and not many.errors
+        and not once.errors
+        and grown < _MOST_GROWTH_MB
+    )
+    over = sum(seconds * 1e3 >= _MOST_REFUSAL_MS for seconds in many.refusal)
+    return {
+        "good": good,
+        "latency_ratio": ratios,
+        "refusals_over_50_ms": over,
+        "server_rss_grown_mb": round(grown, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--queue", type=int, default=1, help="requests that may wait (default %(default)s)")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--times", type=float, default=10.0, help="the capacity (default %(default)s)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens")
+    parser.add_argument("--tokens", type=int, default=64, help="of output")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of overload (default %(default)s)")
+    parser.add_argument("--shorter", type=float, default=2.0, help="1x lasts so much shorter (default %(default)s)")
+    parser.add_argument("--fill-seconds", type=float, default=10.0, help="of each run, before it counts")
+    parser.add_argument("--warm-seconds", type=float, default=10.0)
+    parser.add_argument("--capacity-seconds", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    with served(options) as (endpoint, server):
+        result = asyncio.run(measure(options, endpoint, server))
+    print(json.dumps(result, indent=1))
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1))
+    return 0 if result["good"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
