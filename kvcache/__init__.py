@@ -2,6 +2,7 @@
 
 from .block_pool import BlockId, BlockPool
 from .invariant import CoreInvariantError
+from .picture import picture
 from .prefix_cache import Parent, PrefixCache
 from .sizing import blocks_for_tokens
 
@@ -12,4 +13,5 @@ __all__ = [
     "Parent",
     "PrefixCache",
     "blocks_for_tokens",
+    "picture",
 ]

@@ -266,6 +266,16 @@ class Core:
             recomputed_tokens=self._running.recomputed_tokens,
         )
 
+    @property
+    def running(self) -> Running:
+        """To be looked at only."""
+        return self._running
+
+    @property
+    def waiting(self) -> Waiting:
+        """To be looked at only."""
+        return self._waiting
+
     def snapshot(self) -> list[str]:
         """What runs and waits, in words and without anybody's text."""
         return snapshot(self._running, self._waiting)
@@ -410,8 +420,10 @@ class Core:
         if finish in ("stop", "length"):
             self._running.note_length(sequence)
         if sequence.row != NO_ROW:
+            output.known = int(self._running.rows.known[sequence.row])
             self._running.stop(sequence)
         else:
+            output.known = sequence.known
             self._waiting.remove(sequence)
             self._running.parked.pop(sequence.admission, None)
         sequence.tokens = b""

@@ -32,6 +32,7 @@ from treadle.transport.messages import (
     Configure,
     Health,
     InfoRequest,
+    Live,
     Masks,
     ServiceMessage,
     Stats,
@@ -53,6 +54,7 @@ from .guidance.matching import Grammar
 from .health import judge
 from .keeping import Keeping
 from .lifecycle import GaveUp, ServiceEvent
+from .live import LiveDesk, Sights
 from .options import ModelFacts, ServiceOptions
 from .pipeline import Pipeline
 from .policies import Policy
@@ -111,7 +113,9 @@ class Service:
             self._on_death,
         )
         self._dumps = Dumps(options.dump_dir)
-        self._recovery = Recovery(on_event, self._forget_steps, self._resume, self._give_up)
+        self._live = LiveDesk()
+        self._on_event = on_event
+        self._recovery = Recovery(self._tell_event, self._forget_steps, self._resume, self._give_up)
         self._keeping: Keeping | None = None
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -202,6 +206,7 @@ class Service:
         From now on `submit` raises ServiceDraining. What is unfinished then is handed back by whoever closes.
         """
         self._draining = True
+        self._note("drain", f"{self.unfinished} requests are unfinished")
         logger.info("draining: %d requests are unfinished", self.unfinished)
         try:
             async with asyncio.timeout(grace):
@@ -235,6 +240,7 @@ class Service:
             self._forget_steps()
             await supervisor.adopt(group, configure)
             self.facts = facts
+            self._note("reload", "other weights serve", facts.path)
         except BaseException:
             await supervisor.discard(group)
             raise
@@ -274,6 +280,13 @@ class Service:
 
     def submit(self, message: Submit, sink: Sink) -> None:
         """Accepts a request or raises its typed error; nothing else is disturbed by a bad one."""
+        try:
+            self._submit(message, sink)
+        except TreadleError as error:
+            self._live.refused(error, asyncio.get_running_loop().time())
+            raise
+
+    def _submit(self, message: Submit, sink: Sink) -> None:
         self._accepting()
         check_params(message.params, self.facts.vocab_size)
         check_submit(message)
@@ -354,6 +367,8 @@ class Service:
             return msgspec.structs.replace(self.stats(), id=request.id)
         if request.kind == "health":
             return msgspec.structs.replace(self.health(), id=request.id)
+        if request.kind == "live":
+            return msgspec.structs.replace(self.live(), id=request.id)
         if request.kind == "server":
             return server_info(request.id, self.incarnation, self.facts, self.options, self._core)
         if request.kind == "tokenizer":
@@ -361,7 +376,7 @@ class Service:
             if info is None:
                 raise ModelError("this model came without a tokenizer: send token ids")
             return msgspec.structs.replace(info, id=request.id)
-        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, health")
+        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, health, live")
 
     def stats(self) -> Stats:
         if self._core is None:
@@ -383,8 +398,34 @@ class Service:
         now = self._loop.time()
         return judge(state, detail, steps, oldest, missing, recovery.lost, recovery.lost_at, self._supervisor, now)
 
+    def live(self) -> Live:
+        """What it does now, row by row and rank by rank; a picture at most 0.2 s old."""
+        return self._live.look(self._sights, self._loop.time())
+
+    def _sights(self) -> Sights:
+        return Sights(
+            self.incarnation,
+            self.facts.name,
+            self.options.max_num_seqs,
+            self.options.tensor_parallel_size,
+            self.stats(),
+            self.health(),
+            self._core,
+            self._pipeline,
+            self.engine_pids,
+        )
+
+    def _tell_event(self, event: ServiceEvent) -> None:
+        self._live.event(event, self._loop.time())
+        if self._on_event is not None:
+            self._on_event(event)
+
+    def _note(self, kind: str, text: str, detail: str = "") -> None:
+        self._live.note(kind, text, detail, asyncio.get_running_loop().time())
+
     def dump(self, reason: str) -> asyncio.Task[None]:
         """Writes what everybody is doing into one file, and its path into the log."""
+        self._note("dump", reason)
         return self._dumps.leave(reason, self._sections)
 
     async def _sections(self) -> list[Section]:
@@ -406,8 +447,9 @@ class Service:
         group = self._group
         if self._core is None or group is None or self._state != "ready" or self._paused:
             return
-        while (plan := self._core.plan(self._loop.time())) is not None:
+        while (plan := self._core.plan(now := self._loop.time())) is not None:
             group.broadcast(self._pipeline.send(plan))
+            self._live.planned(self._core, plan, now)
             if group.death is not None or self._state != "ready":
                 return
         self._make_masks()
@@ -442,6 +484,7 @@ class Service:
         except ProtocolError as malformed:
             self._on_death(Death(0, step.number, "malformed", malformed), step)
             return
+        self._live.applied(self._core, now)
         self._note_progress(step)
         self._make_masks()  # first of all: the ranks wait for these
         self._pump()  # the engines first, the readers after
@@ -476,6 +519,7 @@ class Service:
             if output.finish:
                 route.sink.count_down(route.request_id)
                 self._guided.forget(output.sequence)
+                self._live.ended(output, self._loop.time())
         for sink in dirty:
             sink.flush()
         self._note_idle()

@@ -19,7 +19,7 @@ class Backend(Protocol):
         """From any thread."""
 
     async def info(self, kind: str) -> ServiceMessage:
-        """ "server", "tokenizer", "stats" or "health". Raises ServiceError."""
+        """ "server", "tokenizer", "stats", "health" or "live". Raises ServiceError."""
 
     async def start(self) -> None: ...
 

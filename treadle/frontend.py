@@ -12,7 +12,7 @@ import numpy as np
 from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleError
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
-from treadle.transport.messages import Abort, Health, SamplingParams, ServerInfo, Stats, Submit
+from treadle.transport.messages import Abort, Health, Live, SamplingParams, ServerInfo, Stats, Submit
 from treadle.transport.params import MAX_ID_LENGTH, check_params, check_submit
 
 from .backend import Backend
@@ -133,6 +133,10 @@ class Frontend:
     async def health(self) -> Health:
         """State of the service, judged by progress. Raises ServerLost when nobody answers."""
         return _expect(await self._backend.info("health"), Health)
+
+    async def live(self) -> Live:
+        """What the service does now, row by row: what `treadle top` shows. Over tcp without ids, tenants and pids."""
+        return _expect(await self._backend.info("live"), Live)
 
     async def server_info(self) -> ServerInfo:
         """What is served: the model's name, its vocabulary, the context limit, and which start of the service it is."""
