@@ -432,8 +432,8 @@ class Service:
         group, recent = self._group, self._pipeline.recent
         sections: list[Section] = [
             ("health", [str(self.health())]),
-            ("events", map(str, self.events)),
-            (f"last {len(recent)} steps", map(str, recent)),
+            ("events", list(map(str, self.events))),
+            (f"last {len(recent)} steps", list(map(str, recent))),
             ("requests", self._core.snapshot() if self._core is not None else []),
             ("scheduler", own_stacks()),
         ]
