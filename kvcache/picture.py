@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from .block_pool import BlockPool
 
-_SAMPLE = 16
+_SAMPLE = 8
 _FIFTEENTHS = 15
 Bools = npt.NDArray[np.bool_]
 
@@ -16,8 +16,8 @@ def picture(pool: BlockPool, cells: int = 1024) -> tuple[bytes, int]:
     """(at most `cells` bytes, blocks that each stands for). The null block is left out; the last cell may be smaller.
 
     High half of a byte: the share of its blocks that somebody owns; low half: the share that is cached and not owned;
-    in fifteenths, rounded up, so that one block shows. Of cells of more than 16 blocks every second, third, … is looked
-    at, 16 at most of each, so that a pool of millions takes no longer.
+    in fifteenths, rounded up, so that one block shows. Of cells of more than 8 blocks every second, third, … is looked
+    at, 8 at most of each, so that a pool of millions takes no longer.
     """
     per_cell = max(1, -(-pool.total // cells))
     stride = -(-per_cell // _SAMPLE)

@@ -31,3 +31,11 @@ def test_the_cost_of_delivery(mode: str) -> None:
     found = report("bench_delivery.py", mode, "--streams", "12", "--clients", "3", "--steps", "24")
     assert 0 < found["delivery"] < found["thread_per_step"]
     assert found["steps"] > 10
+
+
+def test_the_cost_of_being_watched(tmp_path: Path) -> None:
+    script, out = SCRIPTS / "bench_live.py", tmp_path / "out"
+    command = [sys.executable, str(script), "--rows", "3", "--blocks", "500", "--times", "5", "--json", str(out)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=120)
+    [found] = json.loads(out.read_text())
+    assert found["rows"] == 3 and min(found["step"], found["look"], found["start_and_end"]) > 0

@@ -160,7 +160,7 @@ def test_the_picture_shows_every_block_where_it_lies(total: int, marks: list[tup
             pool.labels[block] = b"x" if kind == "cache" else None
     shown, per_cell = picture(pool, cells)
     assert len(shown) <= cells and len(shown) == -(-total // per_cell)
-    stride = -(-per_cell // 16)
+    stride = -(-per_cell // 8)
     for place, cell in enumerate(shown):
         blocks = range(1 + place * per_cell, min(1 + (place + 1) * per_cell, total + 1), stride)
         owned = sum(pool.refs[block] > 0 for block in blocks)
