@@ -3,6 +3,7 @@
 from .block_pool import BlockId, BlockPool
 from .host_tier import Copies, HostTier
 from .invariant import CoreInvariantError
+from .picture import picture
 from .prefix_cache import Parent, PrefixCache
 from .sizing import blocks_for_tokens
 
@@ -15,4 +16,5 @@ __all__ = [
     "Parent",
     "PrefixCache",
     "blocks_for_tokens",
+    "picture",
 ]

@@ -22,12 +22,14 @@ from treadle.transport.messages import (
     ControlMessage,
     Done,
     Drain,
+    Live,
     Message,
     Ping,
     Pong,
     Record,
     Refused,
     Reload,
+    ServiceMessage,
     Submit,
 )
 from treadle.transport.sockets import service_socket
@@ -165,7 +167,7 @@ class ClientServer:
             self._controlling.add(task)
             task.add_done_callback(self._controlling.discard)
         else:
-            session.allowance.answered(session.post(self._service.answer(message)))
+            session.allowance.answered(session.post(self._told(self._service.answer(message))))
 
     def _session(self, identity: bytes) -> _Session:
         session = self._sessions.get(identity)
@@ -183,6 +185,10 @@ class ClientServer:
         """An answer to somebody without a session; lost when it cannot be sent."""
         with suppress(zmq.ZMQError):
             self.send(identity, self._codec.encode(message))
+
+    def _told(self, answer: ServiceMessage) -> ServiceMessage:
+        """Who comes over tcp sees numbers of the others, no names."""
+        return answer.for_strangers() if isinstance(answer, Live) and ipc_path(self._endpoint) is None else answer
 
     def _submit(self, message: Submit, session: _Session) -> None:
         size = len(message.tokens) + sum(map(len, message.outputs))

@@ -293,6 +293,16 @@ class Core:
         """A request of this tenant was refused, here or before it came here."""
         self._running.tally.refuse(tenant)
 
+    @property
+    def running(self) -> Running:
+        """To be looked at only."""
+        return self._running
+
+    @property
+    def waiting(self) -> Waiting:
+        """To be looked at only."""
+        return self._waiting
+
     def snapshot(self) -> list[str]:
         """What runs and waits, in words and without anybody's text."""
         return snapshot(self._running, self._waiting)
@@ -434,12 +444,13 @@ class Core:
     def _end(self, output: Output, finish: str, now: float) -> Output:
         """The one way out: a sequence ends here, once, and gives back all it has."""
         sequence, request = output.sequence, output.sequence.request
-        output.length = self._running.length(sequence) - request.prompt_len
         if finish in ("stop", "length"):
             self._running.note_length(sequence)
         if sequence.row != NO_ROW:
+            output.known = int(self._running.rows.known[sequence.row])
             self._running.stop(sequence)
         else:
+            output.known = sequence.known
             self._waiting.remove(sequence)
             self._running.parked.pop(sequence.admission, None)
         sequence.tokens = b""

@@ -33,6 +33,8 @@ from .event_log import (
 from .guidance.pending import MasksDue
 from .policies import Policy
 from .request import Output, Outputs, Request, Sequence
+from .running import Running
+from .waiting import Waiting
 
 _encode = msgspec.msgpack.Encoder().encode
 _order = attrgetter("order")
@@ -174,6 +176,14 @@ class RecordedCore:
 
     def note_refused(self, tenant: str) -> None:
         self._core.note_refused(tenant)
+
+    @property
+    def running(self) -> Running:
+        return self._core.running
+
+    @property
+    def waiting(self) -> Waiting:
+        return self._core.waiting
 
     def snapshot(self) -> list[str]:
         return self._core.snapshot()

@@ -111,7 +111,7 @@ class Sequence:
 class Output:
     """What a step brought to one sequence beyond a plain token. The fields are those of the wire's `Delta`.
 
-    length: tokens of output in all, once it has ended.
+    known: how many tokens it came to, prompt included, when it ended; 0 before.
     """
 
     sequence: Sequence
@@ -122,7 +122,12 @@ class Output:
     error: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
-    length: int = 0
+    known: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of output in all, once it has ended."""
+        return self.known - self.sequence.request.prompt_len
 
     @property
     def cached_tokens(self) -> int:

@@ -34,6 +34,7 @@ from treadle.transport.messages import (
     Configure,
     Health,
     InfoRequest,
+    Live,
     Masks,
     ServiceMessage,
     ServiceMetrics,
@@ -57,6 +58,7 @@ from .guidance.matching import Grammar
 from .health import judge
 from .keeping import Keeping
 from .lifecycle import GaveUp, ServiceEvent
+from .live import LiveDesk, Sights
 from .options import ModelFacts, ServiceOptions
 from .pipeline import Pipeline
 from .policies import Policy
@@ -122,6 +124,7 @@ class Service:
             self._on_death,
         )
         self._dumps = Dumps(options.dump_dir)
+        self._live = LiveDesk()
         self._recovery = Recovery(self._note_event, self._forget_steps, self._resume, self._give_up)
         self._keeping: Keeping | None = None
         self._traces: TraceExporter | None = None
@@ -221,6 +224,7 @@ class Service:
         From now on `submit` raises ServiceDraining. What is unfinished then is handed back by whoever closes.
         """
         self._draining = True
+        self._note("drain", f"{self.unfinished} requests are unfinished")
         logger.info("draining: %d requests are unfinished", self.unfinished)
         try:
             async with asyncio.timeout(grace):
@@ -262,6 +266,7 @@ class Service:
             self._forget_steps()
             await supervisor.adopt(group, configure)
             self.facts = facts
+            self._note("reload", "other weights serve", facts.path)
         except BaseException:
             await supervisor.discard(group)
             raise
@@ -310,6 +315,8 @@ class Service:
     def note_refused(self, message: Submit, error: Exception) -> None:
         """For statistics: a request came and was not accepted, by us or by whoever stands before us."""
         self.telemetry.note_refused(error)
+        if isinstance(error, TreadleError):
+            self._live.refused(error, asyncio.get_running_loop().time())
         if self._core is not None:
             self._core.note_refused(message.tenant)
 
@@ -399,6 +406,8 @@ class Service:
             return msgspec.structs.replace(self.metrics(), id=request.id)
         if request.kind == "health":
             return msgspec.structs.replace(self.health(), id=request.id)
+        if request.kind == "live":
+            return msgspec.structs.replace(self.live(), id=request.id)
         if request.kind == "server":
             return server_info(request.id, self.incarnation, self.facts, self.options, self._core)
         if request.kind == "tokenizer":
@@ -406,7 +415,7 @@ class Service:
             if info is None:
                 raise ModelError("this model came without a tokenizer: send token ids")
             return msgspec.structs.replace(info, id=request.id)
-        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, metrics, health")
+        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, metrics, health, live")
 
     def stats(self) -> Stats:
         if self._core is None:
@@ -449,8 +458,29 @@ class Service:
             self._recorder = None
         return recorder.timeline(perf_counter())
 
+    def live(self) -> Live:
+        """What it does now, row by row and rank by rank; a picture at most 0.2 s old."""
+        return self._live.look(self._sights, self._loop.time())
+
+    def _sights(self) -> Sights:
+        return Sights(
+            self.incarnation,
+            self.facts.name,
+            self.options.max_num_seqs,
+            self.options.tensor_parallel_size,
+            self.stats(),
+            self.health(),
+            self._core,
+            self._pipeline,
+            self.engine_pids,
+        )
+
+    def _note(self, kind: str, text: str, detail: str = "") -> None:
+        self._live.note(kind, text, detail, asyncio.get_running_loop().time())
+
     def dump(self, reason: str) -> asyncio.Task[None]:
         """Writes what everybody is doing into one file, and its path into the log."""
+        self._note("dump", reason)
         return self._dumps.leave(reason, self._sections)
 
     async def _sections(self) -> list[Section]:
@@ -473,7 +503,7 @@ class Service:
         if self._core is None or group is None or self._state != "ready" or self._paused:
             return
         plan_at = perf_counter()
-        while (plan := self._core.plan(self._loop.time())) is not None:
+        while (plan := self._core.plan(now := self._loop.time())) is not None:
             started = self._core.started(plan) if plan.start else ()
             step = self._pipeline.send(plan)
             step.plan_at, step.ready_at = plan_at, perf_counter()
@@ -482,6 +512,7 @@ class Service:
             step.chunks = self.telemetry.lives.planned(plan, started, plan_at)
             if self._recorder is not None:
                 self._recorder.sent(step, plan, started)
+            self._live.planned(self._core, plan, now)
             if group.death is not None or self._state != "ready":
                 return
         self._make_masks()
@@ -517,6 +548,7 @@ class Service:
             self._on_death(Death(0, step.number, "malformed", malformed), step)
             return
         step.applied_at = perf_counter()
+        self._live.applied(self._core, now)
         self._note_progress(step)
         self._make_masks()  # first of all: the ranks wait for these
         self._pump()  # the engines first, the readers after
@@ -562,6 +594,7 @@ class Service:
                     self._recorder.ended(output, perf_counter())
                 route.sink.count_down(route.request_id)
                 self._guided.forget(output.sequence)
+                self._live.ended(output, self._loop.time())
         for sink in dirty:
             sink.flush()
         self._note_idle()
@@ -606,6 +639,7 @@ class Service:
 
     def _note_event(self, event: ServiceEvent) -> None:
         self.telemetry.note_event(event)
+        self._live.event(event, self._loop.time())
         if self._on_event is not None:
             self._on_event(event)
 

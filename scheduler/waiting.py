@@ -53,6 +53,10 @@ class Waiting:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._arrivals)
 
+    def earliest(self, count: int) -> list[Sequence]:
+        """The first so many, by arrival."""
+        return self._arrivals.smallest(count)
+
     def check(self) -> None:
         """Raises CoreInvariantError unless both orders hold the same, and tenants are counted right."""
         here = Counter(id(sequence) for sequence in self._arrivals)

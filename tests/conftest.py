@@ -42,6 +42,7 @@ LONG_FILES = (
     "test_http_load.py",
     "test_http.py",
     "test_http_schema.py",
+    "test_ui.py",
     "test_client.py",
     "test_cli.py",
     "test_comm.py",

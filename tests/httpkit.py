@@ -22,6 +22,7 @@ from treadle.transport.messages import (
     Delta,
     Health,
     InfoRequest,
+    Live,
     ServerInfo,
     ServiceMessage,
     ServiceMetrics,
@@ -62,6 +63,10 @@ class Scripted(Frontend):
         self.prompts: list[str] = []
         self.submits: list[Submit] = []
         self.state = "ready"
+        self.shown = Live(
+            incarnation="x", model="scripted", now=0.0, max_rows=4, stats=Stats(), health=Health(state="ready")
+        )
+        self.looks = 0
 
     async def start(self) -> None:
         self._made = _Backend(self)
@@ -107,7 +112,11 @@ class _Backend:
             "stats": Stats(),
             "metrics": ServiceMetrics(),
             "health": Health(state=self._model.state, detail="as told"),
+            "live": self._model.shown,
         }
+        self._model.looks += kind == "live"
+        if kind == "live" and self._model.error is not None:
+            raise self._model.error
         answer: ServiceMessage = answers[InfoRequest("", kind).kind]
         return answer
 

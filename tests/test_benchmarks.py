@@ -56,3 +56,11 @@ def test_the_trade_off_of_a_service_level() -> None:
     assert held.between_p99 < 0.0122 and held.within == 1.0
     assert held.ttft_document_p50 > free.ttft_document_p50
     assert levels.table([free, held]).count("\n") == 3
+
+
+def test_the_cost_of_being_looked_at(tmp_path: Path) -> None:
+    script, out = SCRIPTS / "bench_live.py", tmp_path / "out"
+    command = [sys.executable, str(script), "--rows", "3", "--blocks", "500", "--times", "5", "--json", str(out)]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, timeout=120)
+    [found] = json.loads(out.read_text())
+    assert found["rows"] == 3 and min(found["step"], found["look"], found["start_and_end"]) > 0

@@ -19,7 +19,7 @@ class Backend(Protocol):
         """From any thread."""
 
     async def info(self, kind: str) -> ServiceMessage:
-        """ "server", "tokenizer", "stats", "metrics" or "health". Raises ServiceError."""
+        """ "server", "tokenizer", "stats", "metrics", "health" or "live". Raises ServiceError."""
 
     async def record(self, seconds: float) -> Timeline:
         """What the service does in the next seconds."""

@@ -32,6 +32,7 @@ from .llm import LLM
 from .progress import show_on
 from .replaying import add_replay_options
 from .simulating import add_simulate_options
+from .top.extra import check_extra as check_top_extra
 from .tracing import RECORDS, add_trace_command
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -125,6 +126,14 @@ def _parser() -> argparse.ArgumentParser:
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
+
+    top = _command(commands, "top", "watch a server: rows, queue, rates, latencies, cache, ranks, events", "q quits")
+    top.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
+    _add_connection(top)
+    top.add_argument(
+        "--interval", type=float, default=1.0, metavar="SECONDS", help="between two looks (default %(default)g)"
+    )
+    top.set_defaults(run=_top)
 
     again = _command(commands, "replay", "run an event log again through the scheduler and verify every decision")
     add_replay_options(again)
@@ -288,6 +297,16 @@ async def _info(options: argparse.Namespace, kind: str) -> int:
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
     return HEALTH_CODES.get(answer.state, 7) if isinstance(answer, Health) else 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    check_top_extra()
+    from .top.command import run as run_top
+
+    endpoint = default_endpoint() if options.endpoint == "default" else options.endpoint
+    keys = read_keys(options.client_keys) if options.client_keys is not None else None
+    patience = 2.0 if options.connect_timeout is None else options.connect_timeout
+    return run_top(endpoint, options.server_key, keys, patience, options.interval)
 
 
 async def _drain(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleError
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
-from treadle.transport.messages import Abort, Health, SamplingParams, ServerInfo, ServiceMetrics, Stats, Submit
+from treadle.transport.messages import Abort, Health, Live, SamplingParams, ServerInfo, ServiceMetrics, Stats, Submit
 from treadle.transport.params import MAX_ID_LENGTH, check_params, check_submit
 
 from .backend import Backend
@@ -152,6 +152,10 @@ class Frontend:
         """
         self._must_be_open()
         return to_json(await self._backend.record(seconds))
+
+    async def live(self) -> Live:
+        """What the service does now, row by row: what `treadle top` shows. Over tcp without ids, tenants and pids."""
+        return _expect(await self._backend.info("live"), Live)
 
     async def server_info(self) -> ServerInfo:
         """What is served: the model's name, its vocabulary, the context limit, and which start of the service it is."""

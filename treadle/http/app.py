@@ -24,15 +24,24 @@ from .link import Link
 from .openapi import openapi_document
 from .operations import OPERATIONS, Operation
 from .settings import GatewaySettings, check_settings
+from .ui import PATHS as UI_PATHS
+from .ui import ui_routes
+from .viewers import Viewers
 
 logger = logging.getLogger("treadle")
 _CLIENT_GONE = 499  # nginx's number for it; nobody reads it but the metrics
 
 
-def make_app(link: Link, settings: GatewaySettings | None = None, keys: ApiKeys | None = None) -> ASGIApp:
+def make_app(
+    link: Link,
+    settings: GatewaySettings | None = None,
+    keys: ApiKeys | None = None,
+    viewers: Viewers | None = None,
+) -> ASGIApp:
     """An application for any ASGI server. Raises ConfigError.
 
     link: `await Link.to(llm)` for an open `LLM` or `Client`. keys: None reads those that the settings name.
+    viewers: of the live page, for whoever wants to end their streams.
     """
     settings = settings if settings is not None else GatewaySettings()
     check_settings(settings)
@@ -40,6 +49,7 @@ def make_app(link: Link, settings: GatewaySettings | None = None, keys: ApiKeys 
     routes = [Route(op.path, _endpoint(gateway, op), methods=[op.method], name=op.path) for op in OPERATIONS]
     document = msgspec.json.encode(openapi_document(__version__))
     routes.append(Route("/openapi.json", partial(_document, document), name="/openapi.json"))
+    routes += ui_routes(gateway, viewers if viewers is not None else Viewers(link, settings.model_names))
     app = Starlette(
         routes=routes,
         exception_handlers={ApiError: _refuse, TreadleError: _fail, ClientGone: _nobody, HTTPException: _http_error},
@@ -95,7 +105,7 @@ class _Counted:
     def __init__(self, app: Starlette, gateway: Gateway) -> None:
         self._app = app
         self._counter = gateway.metrics.http_requests
-        self._paths = {op.path for op in OPERATIONS}
+        self._paths = {op.path for op in OPERATIONS}.union(UI_PATHS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -17,6 +17,7 @@ from .app import make_app
 from .auth import ApiKeys
 from .link import Link
 from .settings import GatewaySettings, check_settings, listen, url_of
+from .viewers import Viewers
 
 _KEEP_ALIVE_SECONDS = 60
 
@@ -43,6 +44,7 @@ class HttpServer:
         self._listener = listen(listener) if isinstance(listener, str) else listener
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
+        self._viewers: Viewers | None = None
         self.url = url_of(self._listener)
 
     @property
@@ -51,7 +53,9 @@ class HttpServer:
 
     async def start(self) -> None:
         link = self._service if isinstance(self._service, Link) else await Link.to(self._service)
-        self._server = _Uvicorn(make_app(link, self._settings, self._keys), self._settings.stop_seconds)
+        self._viewers = Viewers(link, self._settings.model_names)
+        app = make_app(link, self._settings, self._keys, self._viewers)
+        self._server = _Uvicorn(app, self._settings.stop_seconds)
         self._task = asyncio.get_running_loop().create_task(self._server.serve([self._listener]))
         listening = asyncio.ensure_future(self._server.listening.wait())
         await asyncio.wait({self._task, listening}, return_when=asyncio.FIRST_COMPLETED)
@@ -66,6 +70,8 @@ class HttpServer:
 
     async def close(self) -> None:
         """Takes no more connections, lets open requests end for `stop_seconds`, then ends them."""
+        if self._viewers is not None:
+            self._viewers.close()
         if self._server is not None and self._task is not None:
             self._server.stop()
             await self._task

@@ -16,7 +16,7 @@ from .exchange import Exchange
 logger = logging.getLogger("treadle")
 encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
-_HEADERS = [
+SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would collect what should be seen as it comes
@@ -59,8 +59,8 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            await send(_part(self._first))
+            await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
+            await send(part(self._first))
             await self._send_rest(send)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
@@ -69,15 +69,15 @@ class EventStream:
     async def _send_rest(self, send: Send) -> None:
         try:
             async for block in self._blocks:
-                await send(_part(block))
+                await send(part(block))
         except ClientGone:
             pass
         except TreadleError as error:
-            await send(_part(self._failure(from_treadle(error))))
+            await send(part(self._failure(from_treadle(error))))
         except Exception as error:  # the client has its 200: all that is left is to say so in the stream
             logger.exception("a stream raised")
             failed = ApiError(500, f"internal error: {type(error).__name__}", type="server_error")
-            await send(_part(self._failure(failed)))
+            await send(part(self._failure(failed)))
 
 
 def plain_failure(error: ApiError) -> bytes:
@@ -85,5 +85,5 @@ def plain_failure(error: ApiError) -> bytes:
     return b"data: %b\n\n" % error.body + DONE
 
 
-def _part(body: bytes) -> dict[str, object]:
+def part(body: bytes) -> dict[str, object]:
     return {"type": "http.response.body", "body": body, "more_body": True}
