@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+import numpy as np
 import pytest
 
 from tests.corekit import Rig, config, counts
@@ -10,6 +11,7 @@ from treadle.errors import ConfigError, InvalidParameter, InvalidRequest, Overlo
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import CoreInvariantError
 from treadle.scheduler.request import derive_seed
+from treadle.scheduler.rows import span
 from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import RowFault, RowStart, SamplingParams, StepResult, Submit
 
@@ -512,3 +514,10 @@ def test_check_finds_a_lost_block() -> None:
     rig.core._running.cache.pool.refs[1] += 1
     with pytest.raises(CoreInvariantError):
         rig.core.check()
+
+
+@pytest.mark.parametrize("rows", [[0], [3], [2, 3, 4], [0, 1, 3], [1, 5]])
+def test_the_span_of_rows_is_those_rows(rows: list[int]) -> None:
+    at = span(np.array(rows, np.intp))
+    assert np.arange(8)[at].tolist() == rows
+    assert isinstance(at, slice) == (rows[-1] - rows[0] == len(rows) - 1)
