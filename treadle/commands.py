@@ -21,6 +21,7 @@ from treadle.transport.messages import Health, SamplingParams
 from treadle.transport.params import check_params
 
 from . import __version__
+from .bench.command import add_bench_options
 from .client import Client
 from .flags import add_sampling_options, add_service_options, flag, sampling_params, service_values
 from .frontend import Frontend
@@ -130,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
 
     virtual = _command(commands, "simulate", "run the scheduler in virtual time and say how a workload would fare")
     add_simulate_options(virtual)
+    bench = commands.add_parser("bench", help="measure a running server", allow_abbrev=False)
+    load = _command(
+        bench.add_subparsers(required=True, metavar="WHAT"),
+        "serve",
+        "ask a running server at times of our own, and say how it fared",
+        "in percentiles and goodput",
+    )
+    add_bench_options(load)
+
     drain = _command(commands, "drain", "have a server finish what it has, take nothing new and end", "and wait")
     drain.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="at most (default %(default)g)")
     reload = _command(
