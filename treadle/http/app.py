@@ -50,7 +50,7 @@ def make_app(link: Link, settings: GatewaySettings | None = None, keys: ApiKeys 
 def _endpoint(gateway: Gateway, op: Operation) -> Callable[[Request], Awaitable[ASGIApp]]:
     async def endpoint(request: Request) -> ASGIApp:
         if op.guarded:
-            gateway.keys.check(request.headers.get("authorization", ""))
+            request.state.tenant = gateway.keys.check(request.headers.get("authorization", ""))
         try:
             return await op.handler(gateway, request)
         except (ApiError, TreadleError, ClientGone):

@@ -29,8 +29,8 @@ class News(NamedTuple):
 class Exchange:
     """Made before anything is generated, `close`d in the end whatever happened.
 
-    model: the name under which it is counted. limit: of open requests. While it is open it watches the connection: a
-    client that goes aborts its generations at once.
+    The tenant is that of the request's API key. model: the name under which it is counted. limit: of open requests.
+    While it is open it watches the connection: a client that goes aborts its generations at once.
     """
 
     def __init__(self, request: Request, metrics: Metrics, model: str, limit: int) -> None:
@@ -40,6 +40,7 @@ class Exchange:
             )
         self._metrics = metrics
         self._model = model
+        self._tenant = str(request.state.tenant)
         self._began = time.perf_counter()
         self._streams: list[Stream] = []
         self._meters: list[Meter] = []
@@ -63,7 +64,10 @@ class Exchange:
             raise ClientGone
         for prompt in prompts:
             self._meters.append(self._metrics.request(self._model, params, self._began))
-            self._streams.append(frontend.generate(prompt, params, priority=priority or 0, cache_salt=cache_salt or ""))
+            stream = frontend.generate(
+                prompt, params, priority=priority or 0, cache_salt=cache_salt or "", tenant=self._tenant
+            )
+            self._streams.append(stream)
 
     async def finals(self) -> list[RequestOutput]:
         """The whole of every prompt, in order. Raises TreadleError, and ClientGone."""
