@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 import yaml
 
@@ -112,6 +113,8 @@ def samples(url: str) -> dict[str, set[str]]:
     with client(url) as api:
         fields: dict[str, Any] = {"model": "tiny", "prompt": "a", "max_tokens": 3}
         api.completions.create(**fields, extra_body={"ignore_eos": True})
+        with pytest.raises(openai.BadRequestError, match="512"):
+            api.completions.create(**{**fields, "prompt": [1] * 600})
     found: dict[str, set[str]] = {}
     for line in httpx.get(f"{url}/metrics").text.splitlines():
         named = re.match(r"([\w:]+)(?:\{(.*)\})? ", line)
