@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias
@@ -31,11 +32,15 @@ TakeMasks: TypeAlias = Callable[[], Masks]
 
 @dataclass(slots=True)
 class StepOutcome:
-    """tokens: int64, one per row that sampled, in plan order."""
+    """tokens: int64, one per row that sampled, in plan order.
+
+    sample_seconds: that the step took after its forward pass; 0 where a device runs both as one.
+    """
 
     tokens: Int64
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     faults: list[RowFault] = field(default_factory=list)
+    sample_seconds: float = 0.0
 
 
 class StepRunner(Protocol):
@@ -81,9 +86,11 @@ class Runner:
         scored = self._scorer.positions(work)
         batch = self._batch(work, scored)
         hidden = self._model.forward(batch, self._kv)
+        forwarded = time.perf_counter()
         count = int(work.samples.sum())
         outcome = self._sample(work, hidden[:count], plan, take_masks)
         outcome.logprobs = self._scorer.score(hidden[count:], scored) + outcome.logprobs
+        outcome.sample_seconds = time.perf_counter() - forwarded
         return outcome
 
     def forget(self) -> None:

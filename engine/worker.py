@@ -169,7 +169,7 @@ class _Loop:
         self._digest.add(step.frame)
         self._digest.add(step.masks)
         now = time.perf_counter()
-        result = _result(step.plan, outcome, self._digest, self._rank, now - max(step.began, self._ended))
+        result = _result(step.plan, outcome, self._digest, self._rank, max(step.began, self._ended), now)
         self._ended = now
         self._socket.send(self._codec.encode(result))
 
@@ -209,7 +209,7 @@ def run_step(
     began = time.perf_counter()
     digest.add(frame)
     outcome = runner.step(plan, _digested(take, digest) if take is not None else None)
-    return _result(plan, outcome, digest, rank, time.perf_counter() - began)
+    return _result(plan, outcome, digest, rank, began, time.perf_counter())
 
 
 def _digested(take: Callable[[], tuple[Masks, bytes]], digest: Digest) -> TakeMasks:
@@ -221,17 +221,21 @@ def _digested(take: Callable[[], tuple[Masks, bytes]], digest: Digest) -> TakeMa
     return taken
 
 
-def _result(plan: StepPlan, outcome: StepOutcome, digest: Digest, rank: int, elapsed: float) -> StepResult:
-    """Advances `digest`, which has the plan, over the tokens."""
+def _result(plan: StepPlan, outcome: StepOutcome, digest: Digest, rank: int, began: float, ended: float) -> StepResult:
+    """Advances `digest`, which has the plan, over the tokens. began, ended: by `time.perf_counter`."""
     tokens = pack(outcome.tokens)
+    elapsed_us, sample_us = round((ended - began) * 1e6), round(outcome.sample_seconds * 1e6)
     return StepResult(
         step=plan.step,
         rank=rank,
         digest=digest.add(tokens),
         tokens=tokens if rank == 0 else b"",
-        elapsed_us=round(elapsed * 1e6),
+        elapsed_us=elapsed_us,
         logprobs=outcome.logprobs if rank == 0 else [],
         faults=outcome.faults if rank == 0 else [],
+        began_us=round(began * 1e6),
+        forward_us=elapsed_us - sample_us,
+        sample_us=sample_us,
     )
 
 

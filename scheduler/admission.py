@@ -128,6 +128,7 @@ class Admission:
             f"{load.requests} requests{whose} with {load.tokens} tokens are waiting; at most "
             f"{' and '.join(allowed)} are allowed; try again in {retry_after:.2f} s",
             retry_after,
+            bound="tenant" if whose else "queue",
         )
 
     def _make(self, submit: Submit, length: int, now: float) -> Request:

@@ -41,16 +41,19 @@ class Allowance:
         self._left = most if self._left < 0 else min(most, self._left + (now - self._at) * rate)
         self._at = now
         if self._left < 1.0:
-            raise Overloaded(f"more than {rate:g} messages a second from this client", (1.0 - self._left) / rate)
+            raise Overloaded(
+                f"more than {rate:g} messages a second from this client", (1.0 - self._left) / rate, "client"
+            )
         self._left -= 1.0
 
     def request(self, size: int, open_requests: int) -> None:
         """A request with a prompt of `size` bytes would be opened. Raises Overloaded; `opened` enters it."""
         if open_requests >= self.limits.requests:
-            raise Overloaded(f"this client has {open_requests} requests open, which is the limit")
+            raise Overloaded(f"this client has {open_requests} requests open, which is the limit", bound="client")
         if self._total and self._total + size > self.limits.prompt_bytes:
             most = self.limits.prompt_bytes
-            raise Overloaded(f"this client's open prompts have {self._total} bytes; {most} are allowed")
+            message = f"this client's open prompts have {self._total} bytes; {most} are allowed"
+            raise Overloaded(message, bound="client")
 
     def opened(self, request_id: str, size: int) -> None:
         self._bytes[request_id] = size

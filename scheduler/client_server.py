@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import zmq
 
 from treadle.errors import InvalidRequest, Overloaded, ProtocolError, ServiceClosed, TreadleError
@@ -24,6 +25,7 @@ from treadle.transport.messages import (
     Message,
     Ping,
     Pong,
+    Record,
     Refused,
     Reload,
     Submit,
@@ -143,6 +145,8 @@ class ClientServer:
             session.allowance.message(self._loop.time())
         except Overloaded as error:
             if not isinstance(message, Ping | Abort):
+                if isinstance(message, Submit):
+                    self._service.note_refused(message, error)
                 session.post(refusal(message.id, error))
                 return
         if isinstance(message, Submit):
@@ -152,8 +156,9 @@ class ClientServer:
         elif isinstance(message, Ping):
             incarnation = f"{self._service.incarnation}-{session.number}"
             session.post(Pong(message.nonce, incarnation, session.received))
-        elif isinstance(message, Drain | Reload):
-            task = self._loop.create_task(self._do(message, session), name="treadle-control")
+        elif isinstance(message, Drain | Reload | Record):
+            work = self._record(message, session) if isinstance(message, Record) else self._do(message, session)
+            task = self._loop.create_task(work, name="treadle-control")
             self._controlling.add(task)
             task.add_done_callback(self._controlling.discard)
         else:
@@ -180,6 +185,11 @@ class ClientServer:
         size = len(message.tokens) + sum(map(len, message.outputs))
         try:
             session.allowance.request(size, len(session.open))
+        except Overloaded as error:
+            self._service.note_refused(message, error)
+            session.post(refusal(message.id, error))
+            return
+        try:
             self._service.submit(message, session)
             if message.id in session.open:
                 session.allowance.opened(message.id, size)
@@ -197,6 +207,17 @@ class ClientServer:
         except Exception as error:
             if not isinstance(error, TreadleError):
                 logger.exception("%s raised", what)
+            session.post(refusal(message.id, error))
+
+    async def _record(self, message: Record, session: _Session) -> None:
+        """It shows what other clients do, if not what they say: for whoever may drain the server, too."""
+        try:
+            if ipc_path(self._endpoint) is None:
+                raise InvalidRequest(f"record is not for clients of {self._endpoint}: ask on the server's own machine")
+            session.post(msgspec.structs.replace(await self._service.record(message.seconds), id=message.id))
+        except Exception as error:
+            if not isinstance(error, TreadleError):
+                logger.exception("record raised")
             session.post(refusal(message.id, error))
 
     def _retry(self) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from treadle.errors import DeadlineUnreachable, EngineFailed, PolicyFailed, ProtocolError, RequestFailed
 from treadle.transport.codec import Int32, pack, unpack
-from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Submit, TokenLogprobs
+from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Submit, TenantFigures, TokenLogprobs
 
 from .admission import Admission
 from .config import CoreConfig
@@ -266,6 +266,20 @@ class Core:
             recomputed_tokens=self._running.recomputed_tokens,
         )
 
+    def started(self, plan: StepPlan) -> list[Sequence]:
+        """Whose the rows are that the newest plan starts; ask before anything else happens."""
+        owner = self._running.rows.owner
+        return [owner[start.row] for start in plan.start]
+
+    def tenants(self) -> list[TenantFigures]:
+        """Of each tenant that was seen."""
+        waiting = {tenant: load.requests for tenant, load in self._waiting.tenants.items()}
+        return self._running.tally.figures(waiting)
+
+    def note_refused(self, tenant: str) -> None:
+        """A request of this tenant was refused, here or before it came here."""
+        self._running.tally.refuse(tenant)
+
     def snapshot(self) -> list[str]:
         """What runs and waits, in words and without anybody's text."""
         return snapshot(self._running, self._waiting)
@@ -323,6 +337,7 @@ class Core:
                 continue
             self._waiting.extend(sequence, pack([token]))
             self._running.ledger.owe(sequence.lane, 1)
+            self._running.tally.late_token(sequence.request.tenant)
             self._generated += 1
             sequence.request.failures = 0
             sequence.in_flight -= 1
@@ -407,6 +422,7 @@ class Core:
     def _end(self, output: Output, finish: str, now: float) -> Output:
         """The one way out: a sequence ends here, once, and gives back all it has."""
         sequence, request = output.sequence, output.sequence.request
+        output.length = self._running.length(sequence) - request.prompt_len
         if finish in ("stop", "length"):
             self._running.note_length(sequence)
         if sequence.row != NO_ROW:
@@ -427,6 +443,7 @@ class Core:
         if request.deadline is not None:
             self._deadlines.remove(_deadline_key(request))
         self._stop_ids.remove(request.stop_ids)
+        self._running.tally.finish(request.tenant)
         self._finished += 1
 
 

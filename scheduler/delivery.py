@@ -9,6 +9,7 @@ from treadle.errors import Overloaded, ServiceError, TreadleError
 from treadle.transport.messages import Delta, Deltas, Refused
 
 from .request import Outputs, Sequence
+from .request_trace import RequestTrace
 
 
 class Sink:
@@ -63,11 +64,16 @@ class Sink:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where the deltas of a request go; travels with it as `Request.context`. number: in the journal, -1 for none."""
+    """Where the deltas of a request go; travels with it as `Request.context`. number: in the journal, -1 for none.
+
+    arrived: by `time.perf_counter`; 0 for one that arrived before this service did. trace: kept for whoever traces it.
+    """
 
     sink: Sink
     request_id: str
     number: int = -1
+    arrived: float = 0.0
+    trace: RequestTrace | None = None
 
 
 def route_of(sequence: Sequence) -> Route:

@@ -10,6 +10,7 @@ import msgspec
 from treadle.errors import ConfigError
 
 from .config import MOST_WATERMARK, check_service_levels
+from .tracing.start import check_endpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("cpu", "cuda")
@@ -34,6 +35,8 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     loaded engine group, which takes as much memory again. journal: a file in which accepted requests survive the
     scheduler, "" for none; one service each. journal_sync: least seconds between two fsyncs of it. dump_dir: where the
     dump of a stuck step goes, "" is $XDG_STATE_HOME/treadle or ~/.local/state/treadle.
+    otlp_traces_endpoint: URL of an OpenTelemetry collector that gets the spans of requests; "" is what the variables of
+    the environment say, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and its like, or none (docs/observability.md).
     grammar_timeout: seconds that the grammar of a guided request may take to compile.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
@@ -83,6 +86,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     weights_seed: int = 0
     debug: bool = False
     event_log: str = ""
+    otlp_traces_endpoint: str = ""
     cuda_graphs: bool = True
     overlap: bool = True
     gpu_memory_utilization: float = 0.9
@@ -135,6 +139,8 @@ def service_options(**values: object) -> ServiceOptions:
         if bound is not None and bound < 1:
             raise ConfigError(f"{name}={bound!r}: allowed is None or at least 1")
     check_service_levels(options.policy, options.target_tpot, options.watermark, options.reserve_output)
+    if options.otlp_traces_endpoint:
+        check_endpoint(options.otlp_traces_endpoint)
     if options.num_blocks == 1:
         raise ConfigError("num_blocks=1: the first block is kept empty, so at least 2 are needed (0 is automatic)")
     if options.device not in DEVICES:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from treadle.transport.codec import unpack
 from treadle.transport.messages import Delta, Submit
@@ -56,8 +56,8 @@ class Orphans(Sink):
         if details or behind or message.params != orphan.request.params:
             return None
         route = orphan.request.context
-        number = route.number if isinstance(route, Route) else -1
-        orphan.request.context = Route(sink, message.id, number)
+        old = route if isinstance(route, Route) else Route(sink, message.id)
+        orphan.request.context = replace(old, sink=sink, request_id=message.id)
         self.open.pop(message.key, None)
         if orphan.request.unfinished:
             sink.open[message.id] = orphan.request.unfinished

@@ -68,13 +68,13 @@ class Pipeline:
 
     # ── the way ──
 
-    def send(self, plan: StepPlan) -> bytes:
-        """What every rank has to get now."""
+    def send(self, plan: StepPlan) -> Step:
+        """Its `frame` is what every rank has to get now."""
         frame = self._codec.encode(plan)
         step = sent(plan, frame, _now())
         self._steps.append(step)
         self.recent.append(step)
-        return frame
+        return step
 
     def mask(self, step: Step, masks: Masks) -> bytes:
         """What every rank has to get before it can end the step."""

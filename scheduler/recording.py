@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from treadle.errors import ConfigError, EventLogError, PolicyFailed
-from treadle.transport.messages import PROTOCOL_VERSION, Stats, StepPlan, StepResult, Submit
+from treadle.transport.messages import PROTOCOL_VERSION, Stats, StepPlan, StepResult, Submit, TenantFigures
 
 from .config import CoreConfig
 from .core import Core
@@ -165,6 +165,15 @@ class RecordedCore:
 
     def stats(self) -> Stats:
         return self._core.stats()
+
+    def started(self, plan: StepPlan) -> list[Sequence]:
+        return self._core.started(plan)
+
+    def tenants(self) -> list[TenantFigures]:
+        return self._core.tenants()
+
+    def note_refused(self, tenant: str) -> None:
+        self._core.note_refused(tenant)
 
     def snapshot(self) -> list[str]:
         return self._core.snapshot()

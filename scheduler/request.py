@@ -107,7 +107,10 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class Output:
-    """What a step brought to one sequence beyond a plain token. The fields are those of the wire's `Delta`."""
+    """What a step brought to one sequence beyond a plain token. The fields are those of the wire's `Delta`.
+
+    length: tokens of output in all, once it has ended.
+    """
 
     sequence: Sequence
     tokens: list[int] = field(default_factory=list)
@@ -117,6 +120,7 @@ class Output:
     error: str = ""
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    length: int = 0
 
     @property
     def cached_tokens(self) -> int:

@@ -19,6 +19,7 @@ from .policies.guard import Guard
 from .request import NO_ROW, Sequence
 from .reservation import Reservation
 from .rows import WIRE_INT, Rows, Rows1D
+from .tenant_tally import TenantTally
 
 _NO_BLOCKS = np.zeros(0, WIRE_INT)
 
@@ -26,8 +27,9 @@ _NO_BLOCKS = np.zeros(0, WIRE_INT)
 class Running:
     """rows: the arrays. cache: the blocks. parked: preempted sequences by admission whose tokens are still in flight.
 
-    released: rows given back since the last plan. ledger: who was served what. reservation: what is still to come.
-    recomputed_tokens: K/V that had been there before a preemption or the engine's death.
+    released: rows given back since the last plan. ledger: who was served what. tally: the same, for people.
+    reservation: what is still to come. recomputed_tokens: K/V that had been there before a preemption or the engine's
+    death.
     """
 
     def __init__(self, config: CoreConfig, guard: Guard) -> None:
@@ -40,6 +42,7 @@ class Running:
         self.cache = PrefixCache(config.num_blocks, config.block_size)
         self.reservation = Reservation(config, self.rows, self.cache.pool)
         self.ledger = Ledger(self.rows, guard)
+        self.tally = TenantTally(self.rows)
         self._stops = 0
         self._held: tuple[int, int] | None = None
         self.parked: dict[int, Sequence] = {}
@@ -81,6 +84,7 @@ class Running:
         row = sequence.row
         self._stops += 1
         self.ledger.leave(row)
+        self.tally.leave(row)
         self.cache.pool.release(self.rows.blocks_of(row))
         self.rows.vacate(row)
         self.released.append(row)
@@ -110,8 +114,11 @@ class Running:
 
     def note_length(self, sequence: Sequence) -> None:
         """Its output is complete; all of it is known."""
-        known = sequence.known if sequence.row == NO_ROW else int(self.rows.known[sequence.row])
-        self.reservation.lengths.note(sequence.request.tenant, known - sequence.request.prompt_len)
+        self.reservation.lengths.note(sequence.request.tenant, self.length(sequence) - sequence.request.prompt_len)
+
+    def length(self, sequence: Sequence) -> int:
+        """Committed tokens, wherever it is."""
+        return sequence.known if sequence.row == NO_ROW else int(self.rows.known[sequence.row])
 
     # ── while it runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -194,11 +201,13 @@ class Running:
             self.rows.chain[row] = parent
             self.rows.publish_at[row] = computed + self._block_size
         self.ledger.enter(row, sequence.lane)
+        self.tally.enter(row, request.tenant)
         self.reservation.enter(row, sequence)
         if sequence.cached_tokens < 0:
             sequence.cached_tokens = min(computed, request.prompt_len)
             self.prompt_tokens += request.prompt_len
             self.cached_prompt_tokens += sequence.cached_tokens
+            self.tally.prompt(request.tenant, request.prompt_len, sequence.cached_tokens)
             if self._guard.has_charge:
                 self._guard.charge(sequence.lane, request.prompt_len - sequence.cached_tokens, 0)
         else:

@@ -12,6 +12,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from time import perf_counter
 
 import msgspec
 
@@ -19,6 +20,7 @@ from treadle.errors import (
     EngineFailed,
     InvalidRequest,
     ModelError,
+    Overloaded,
     ProtocolError,
     RequestFailed,
     ServiceClosed,
@@ -34,9 +36,11 @@ from treadle.transport.messages import (
     InfoRequest,
     Masks,
     ServiceMessage,
+    ServiceMetrics,
     Stats,
     StepResult,
     Submit,
+    Timeline,
     TokenizerInfo,
 )
 from treadle.transport.params import check_params, check_submit
@@ -60,9 +64,14 @@ from .policies.trouble import PolicyLog, in_words
 from .recording import RecordedCore
 from .recovery import Recovery
 from .request import Output, Outputs
+from .request_trace import begin_trace
 from .setup import check_same_shape, configure_message, core_config
 from .step import Step
 from .supervisor import Supervisor
+from .telemetry import Telemetry
+from .timeline import MOST_SECONDS, Recorder
+from .tracing.exporter import TraceExporter
+from .tracing.start import start_tracing
 from .watchdog import Dumps, Section, own_stacks
 
 logger = logging.getLogger("treadle")
@@ -91,8 +100,10 @@ class Service:
         self.options = options
         self.incarnation = secrets.token_hex(8)
         self.bad_frames = 0
+        self.telemetry = Telemetry()
         self.failed = asyncio.Event()
         self._tokenizer_info = tokenizer_info
+        self._on_event = on_event
         self._leftovers = leftovers
         self._policy = policy
         self._policy_log = PolicyLog()
@@ -111,8 +122,10 @@ class Service:
             self._on_death,
         )
         self._dumps = Dumps(options.dump_dir)
-        self._recovery = Recovery(on_event, self._forget_steps, self._resume, self._give_up)
+        self._recovery = Recovery(self._note_event, self._forget_steps, self._resume, self._give_up)
         self._keeping: Keeping | None = None
+        self._traces: TraceExporter | None = None
+        self._recorder: Recorder | None = None
         self._orphan_timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._paused = False
@@ -130,6 +143,7 @@ class Service:
             fail=self._fail,
             pump=self._pump,
             idle=self._note_idle,
+            refused=self.note_refused,
         )
 
     # ── life ──
@@ -139,6 +153,7 @@ class Service:
         self._loop = asyncio.get_running_loop()
         self._runtime = RuntimeDir()
         try:
+            self._traces = start_tracing(self.options.otlp_traces_endpoint, self.facts.name)
             if self.options.event_log:
                 self._event_log = EventWriter(Path(self.options.event_log))
             configure = configure_message(self.facts, self.options, self._runtime.path)
@@ -188,6 +203,8 @@ class Service:
             self._event_log.close()
         if self._keeping is not None:
             await self._keeping.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
         if self._runtime is not None:
             self._runtime.remove()
 
@@ -274,6 +291,19 @@ class Service:
 
     def submit(self, message: Submit, sink: Sink) -> None:
         """Accepts a request or raises its typed error; nothing else is disturbed by a bad one."""
+        try:
+            self._submit(message, sink)
+        except Exception as error:
+            self.note_refused(message, error)
+            raise
+
+    def note_refused(self, message: Submit, error: Exception) -> None:
+        """For statistics: a request came and was not accepted, by us or by whoever stands before us."""
+        self.telemetry.note_refused(error)
+        if self._core is not None:
+            self._core.note_refused(message.tenant)
+
+    def _submit(self, message: Submit, sink: Sink) -> None:
         self._accepting()
         check_params(message.params, self.facts.vocab_size)
         check_submit(message)
@@ -291,7 +321,10 @@ class Service:
         core = self._living()
         request = core.add(msgspec.structs.replace(message, id=f"{sink.name}/{message.id}"), self._loop.time())
         number = self._keeping.accept(message) if self._keeping is not None and request.unfinished else -1
-        request.context = Route(sink, message.id, number)
+        arrived = perf_counter()
+        trace = begin_trace(message, arrived, request.unfinished) if self._traces is not None else None
+        request.context = Route(sink, message.id, number, arrived, trace)
+        self.telemetry.lives.entered(request)
         sink.open[message.id] = request.unfinished
         if grammar is not None:
             self._guided.begin(request, grammar)
@@ -352,6 +385,8 @@ class Service:
     def _answer(self, request: InfoRequest) -> ServiceMessage:
         if request.kind == "stats":
             return msgspec.structs.replace(self.stats(), id=request.id)
+        if request.kind == "metrics":
+            return msgspec.structs.replace(self.metrics(), id=request.id)
         if request.kind == "health":
             return msgspec.structs.replace(self.health(), id=request.id)
         if request.kind == "server":
@@ -361,7 +396,7 @@ class Service:
             if info is None:
                 raise ModelError("this model came without a tokenizer: send token ids")
             return msgspec.structs.replace(info, id=request.id)
-        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, health")
+        raise InvalidRequest(f"kind {request.kind!r}: allowed are server, tokenizer, stats, metrics, health")
 
     def stats(self) -> Stats:
         if self._core is None:
@@ -370,6 +405,13 @@ class Service:
         return msgspec.structs.replace(
             self._core.stats(), step=steps, recoveries=recoveries, bad_frames=self.bad_frames
         )
+
+    def metrics(self) -> ServiceMetrics:
+        """What is counted beside `stats`."""
+        tenants = self._core.tenants() if self._core is not None else []
+        traces = self._traces
+        outcomes = {"exported": traces.exported, "dropped": traces.dropped} if traces is not None else {}
+        return self.telemetry.metrics(tenants, outcomes)
 
     def health(self) -> Health:
         """Judged by progress. Who is stuck or degraded says which rank, at which step, doing what, for how long."""
@@ -382,6 +424,20 @@ class Service:
             state, detail = "draining", f"{self.unfinished} requests are unfinished"
         now = self._loop.time()
         return judge(state, detail, steps, oldest, missing, recovery.lost, recovery.lost_at, self._supervisor, now)
+
+    async def record(self, seconds: float) -> Timeline:
+        """What happens in the next seconds. Raises InvalidRequest, and Overloaded while somebody else records."""
+        self._living()
+        if not 0 < seconds <= MOST_SECONDS:
+            raise InvalidRequest(f"seconds={seconds!r}: allowed is above 0 and up to {MOST_SECONDS:g}")
+        if self._recorder is not None:
+            raise Overloaded("somebody else records this service; try again later", seconds)
+        recorder = self._recorder = Recorder(perf_counter(), self.telemetry.lives.rows)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._recorder = None
+        return recorder.timeline(perf_counter())
 
     def dump(self, reason: str) -> asyncio.Task[None]:
         """Writes what everybody is doing into one file, and its path into the log."""
@@ -406,8 +462,16 @@ class Service:
         group = self._group
         if self._core is None or group is None or self._state != "ready" or self._paused:
             return
+        plan_at = perf_counter()
         while (plan := self._core.plan(self._loop.time())) is not None:
-            group.broadcast(self._pipeline.send(plan))
+            started = self._core.started(plan) if plan.start else ()
+            step = self._pipeline.send(plan)
+            step.plan_at, step.ready_at = plan_at, perf_counter()
+            group.broadcast(step.frame)
+            step.out_at = plan_at = perf_counter()
+            step.chunks = self.telemetry.lives.planned(plan, started, plan_at)
+            if self._recorder is not None:
+                self._recorder.sent(step, plan, started)
             if group.death is not None or self._state != "ready":
                 return
         self._make_masks()
@@ -435,17 +499,24 @@ class Service:
             error = EngineFailed(f"rank {rank} disagrees at step {step.number}")
             self._on_death(Death(rank, step.number, "disagreed", error), step)
             return
-        now = self._loop.time()
+        now, step.back_at = self._loop.time(), perf_counter()
         seconds = self._pipeline.lasted(step, now)
         try:
             outputs = self._core.apply(step.results[0], now, seconds)
         except ProtocolError as malformed:
             self._on_death(Death(0, step.number, "malformed", malformed), step)
             return
+        step.applied_at = perf_counter()
         self._note_progress(step)
         self._make_masks()  # first of all: the ranks wait for these
         self._pump()  # the engines first, the readers after
+        step.deliver_at = perf_counter()
+        self.telemetry.lives.landed(step)
         self._deliver_step(outputs)
+        step.delivered_at = perf_counter()
+        self.telemetry.note(step)
+        if self._recorder is not None:
+            self._recorder.landed(step)
 
     def _note_progress(self, step: Step) -> None:
         self._pipeline.finish(step)
@@ -474,6 +545,11 @@ class Service:
             route.sink.put(delta(output, route.request_id))
             dirty[route.sink] = None
             if output.finish:
+                trace = self.telemetry.lives.ended(output, perf_counter())
+                if trace is not None and self._traces is not None:
+                    self._traces.put(trace)
+                if self._recorder is not None:
+                    self._recorder.ended(output, perf_counter())
                 route.sink.count_down(route.request_id)
                 self._guided.forget(output.sequence)
         for sink in dirty:
@@ -497,7 +573,11 @@ class Service:
     def _forget_steps(self) -> None:
         self._pipeline.forget()
         if self._core is not None:
-            self._deliver(self._core.reset(self._loop.time()))
+            outputs = self._core.reset(self._loop.time())
+            self.telemetry.lives.lost(perf_counter())
+            if self._recorder is not None:
+                self._recorder.lost(perf_counter())
+            self._deliver(outputs)
 
     def _resume(self) -> None:
         """Another group serves."""
@@ -513,6 +593,11 @@ class Service:
         self._idle.set()
         if self._core is not None:
             self._deliver(self._core.fail_all(EngineFailed.code, self._detail, self._loop.time()))
+
+    def _note_event(self, event: ServiceEvent) -> None:
+        self.telemetry.note_event(event)
+        if self._on_event is not None:
+            self._on_event(event)
 
     # ── timers ──
 

@@ -7,6 +7,17 @@ from dataclasses import dataclass, field
 from treadle.transport.codec import unpack
 from treadle.transport.messages import StepPlan, StepResult
 
+from .request import Sequence
+
+
+@dataclass(slots=True, frozen=True)
+class Chunk:
+    """Tokens of a prompt, or of what is computed again, in one step. last: the sequence gets a token by it."""
+
+    sequence: Sequence
+    tokens: int
+    last: bool
+
 
 @dataclass(slots=True)
 class Step:
@@ -15,6 +26,10 @@ class Step:
     frame: the plan's bytes, given up when the step has ended; masks: those of its masks, if any. tokens: that it
     computes. starts: rows that are new. late: half of its time has passed, and somebody was told. took: seconds, -1
     while it is on its way.
+
+    By `time.perf_counter`, which has no coarser clock than its own: plan_at, ready_at, out_at: its plan was begun,
+    encoded, sent; back_at: every rank has answered; applied_at; deliver_at, delivered_at: its tokens on their way to
+    readers. chunks: of prompts that it computes.
     """
 
     number: int
@@ -29,6 +44,14 @@ class Step:
     results: dict[int, StepResult] = field(default_factory=dict)
     late: bool = False
     took: float = -1.0
+    plan_at: float = 0.0
+    ready_at: float = 0.0
+    out_at: float = 0.0
+    back_at: float = 0.0
+    applied_at: float = 0.0
+    deliver_at: float = 0.0
+    delivered_at: float = 0.0
+    chunks: tuple[Chunk, ...] = ()
 
     @property
     def doing(self) -> str:

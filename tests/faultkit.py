@@ -7,6 +7,7 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.delivery import Sink
@@ -79,8 +80,9 @@ class Faulty:
             engine_command=[*command, "--pace", str(pace)],
         )
 
-    def submit(self, request_id: str, prompt: list[int], params: SamplingParams) -> None:
-        self.service.submit(Submit(id=request_id, tokens=pack(prompt), params=params), self.sink)
+    def submit(self, request_id: str, prompt: list[int], params: SamplingParams, **more: Any) -> None:
+        """more: fields of `Submit`."""
+        self.service.submit(Submit(id=request_id, tokens=pack(prompt), params=params, **more), self.sink)
 
     def submit_all(self) -> None:
         for i, prompt in enumerate(PROMPTS):

@@ -24,6 +24,7 @@ from treadle.transport.messages import (
     InfoRequest,
     ServerInfo,
     ServiceMessage,
+    ServiceMetrics,
     Stats,
     Submit,
 )
@@ -104,6 +105,7 @@ class _Backend:
                 id="", version=1, incarnation="x", model="scripted", max_model_len=512, vocab_size=320, world_size=1
             ),
             "stats": Stats(),
+            "metrics": ServiceMetrics(),
             "health": Health(state=self._model.state, detail="as told"),
         }
         answer: ServiceMessage = answers[InfoRequest("", kind).kind]

@@ -82,9 +82,11 @@ class Rogue:
             if not isinstance(plan, StepPlan):
                 return 0
             steps += 1
+            began = time.perf_counter()
             time.sleep(self.pace)
+            forwarded = time.perf_counter()
             engine.submit(frame)
-            result = engine.step()[self.rank]
+            result = timed(engine.step()[self.rank], began, forwarded, time.perf_counter())
             code = self.answer(plan, result, self.deed(steps))
             if code >= 0:
                 return code
@@ -146,6 +148,14 @@ class Rogue:
             kv_bytes=0,
             backend="none",
         )
+
+
+def timed(result: StepResult, began: float, forwarded: float, ended: float) -> StepResult:
+    """The pace is what it calls its forward pass."""
+    first, middle, last = (round(at * 1e6) for at in (began, forwarded, ended))
+    return msgspec.structs.replace(
+        result, elapsed_us=last - first, began_us=first, forward_us=middle - first, sample_us=last - middle
+    )
 
 
 def config_of(configure: Configure, vocab: int) -> CoreConfig:

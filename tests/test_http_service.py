@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from treadle.http import GatewaySettings, HttpServer
 from treadle.http.child import reachable
 from treadle.http.settings import listen, read_key_file
 from treadle.transport.endpoints import write_keys
+from treadle.transport.messages import ServiceMetrics, Stats
 
 from .conftest import alive, eventually
 from .httpkit import Scripted, async_client, client, metrics
@@ -157,7 +159,7 @@ async def test_every_metric_is_what_happened(tiny: Path) -> None:
             await api.completions.create(model="x", prompt="a")
         await api.models.list()
         seen = await asyncio.to_thread(metrics, server.url)
-        stats = await llm.stats()
+        stats, figures = await llm.stats(), await llm.metrics()
     assert_gateway(seen)
     model = '{model_name="m"}'
     assert stats.prompt_tokens == 3 * 33 + 2 * 10 + 8
@@ -176,7 +178,6 @@ async def test_every_metric_is_what_happened(tiny: Path) -> None:
         "treadle:num_preemptions_total": stats.preemptions,
         "treadle:recoveries_total": 0,
         "treadle:requests_finished_total": stats.finished,
-        "treadle:requests_refused_total": 1,
         "treadle:bad_frames_total": 0,
         "treadle:steps_total": stats.step,
     }
@@ -188,8 +189,47 @@ async def test_every_metric_is_what_happened(tiny: Path) -> None:
     told = {f"{name}{model}" for name in service} | {
         name for name in seen if name.startswith("treadle:kv_cache_blocks")
     }
+    told |= assert_figures(seen, figures, stats)
     unknown = {name for name in seen if name not in told and "_created" not in name and "_bucket" not in name}
     assert unknown == set(gateway_values()), "a metric that no test looks at"
+
+
+def assert_figures(seen: dict[str, float], figures: ServiceMetrics, stats: Stats) -> set[str]:
+    """The service's histograms, refusals and tenants in that test; returns the names of what was looked at."""
+    expected = {'treadle:requests_refused_total{model_name="m",reason="prompt_too_long"}': 1.0}
+    for name, value in {
+        "requests_running": 0,
+        "requests_waiting": 0,
+        "prompt_tokens_total": stats.prompt_tokens,
+        "cached_prompt_tokens_total": stats.cached_prompt_tokens,
+        "generation_tokens_total": 3 * 5 + 2 * 9 + 1,
+        "requests_finished_total": 5,
+        "requests_refused_total": 1,
+    }.items():
+        expected[f'treadle:tenant_{name}{{model_name="m",tenant="default"}}'] = value
+    counts = dict.fromkeys((f"request_{name}_time_seconds" for name in ("queue", "prefill", "decode", "inference")), 6)
+    counts |= dict.fromkeys(("iteration_tokens_total", "iteration_rows", "step_time_seconds"), stats.step)
+    counts["recovery_time_seconds"] = 0
+    for histogram in figures.histograms:
+        labels = '{model_name="m"' + (f',phase="{histogram.phase}"' if histogram.phase else "") + "}"
+        expected[f"treadle:{histogram.name}_count{labels}"] = counts[histogram.name]
+        expected[f"treadle:{histogram.name}_sum{labels}"] = histogram.total
+        found = {
+            labelled["le"]: value
+            for name, value in seen.items()
+            if name.startswith(f"treadle:{histogram.name}_bucket")
+            and (labelled := dict(re.findall(r'(\w+)="([^"]*)"', name))).get("phase", "") == histogram.phase
+        }
+        below = {
+            str(bound): sum(histogram.counts[: place + 1]) for place, bound in enumerate((*histogram.bounds, "+Inf"))
+        }
+        assert found == below, "cumulative, as Prometheus wants them"
+    for name, value in expected.items():
+        assert seen[name] == pytest.approx(value), name
+    computed = stats.prompt_tokens - stats.cached_prompt_tokens + stats.generated_tokens - 6
+    assert seen['treadle:iteration_tokens_total_sum{model_name="m"}'] >= computed
+    assert figures.losses == figures.traces == {}
+    return set(expected)
 
 
 def gateway_values() -> dict[str, float | None]:

@@ -19,7 +19,7 @@ import msgspec
 
 from treadle.errors import InvalidParameter
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 Row = NewType("Row", int)
 
@@ -266,7 +266,8 @@ class StepResult(Message, frozen=True):
 
     digest: running CRC-32 over every plan's bytes, every mask's and every sampled token so far (`codec.Digest`): a rank
     that applied another plan or sampled another token is found in the same step.
-    elapsed_us: time in the step.
+    elapsed_us: time in the step; began_us: when it began, by the machine's monotonic clock. forward_us, sample_us: its
+    parts. Where a device runs them as one, all of it is forward_us.
     """
 
     step: int
@@ -276,6 +277,9 @@ class StepResult(Message, frozen=True):
     elapsed_us: int
     logprobs: list[TokenLogprobs] = []
     faults: list[RowFault] = []
+    began_us: int = 0
+    forward_us: int = 0
+    sample_us: int = 0
 
 
 class Failure(Message, frozen=True):
@@ -303,6 +307,7 @@ class Submit(Message, frozen=True, kw_only=True):
     outputs: of a request that another server, or this one, had begun and lost: the output that the client has of each
     continuation, int32; none for a new request. ended: continuations that need nothing more. key: the client's secret
     name for the request, the same each time that it is sent; "" is for one that will not be sent again.
+    traceparent, tracestate: of the caller's span, as W3C's Trace Context writes them; "" for none.
     """
 
     id: str
@@ -315,6 +320,8 @@ class Submit(Message, frozen=True, kw_only=True):
     outputs: list[bytes] = []
     ended: list[int] = []
     key: str = ""
+    traceparent: str = ""
+    tracestate: str = ""
 
 
 class Abort(Message, frozen=True):
@@ -370,7 +377,7 @@ class Refused(Message, frozen=True):
 
 
 class InfoRequest(Message, frozen=True):
-    """kind: "server", "tokenizer", "stats" or "health"; answered by the message of that name."""
+    """kind: "server", "tokenizer", "stats", "metrics" or "health"; answered by the message of that name."""
 
     id: str
     kind: str
@@ -388,6 +395,70 @@ class Reload(Message, frozen=True):
 
     id: str
     model: str
+
+
+class Record(Message, frozen=True):
+    """Client → service, over ipc only: record what happens for some seconds. Answered by Timeline."""
+
+    id: str
+    seconds: float
+
+
+class RankTimes(msgspec.Struct, array_like=True, frozen=True):
+    """Of one rank in one step, in microseconds."""
+
+    rank: int
+    began: int
+    forward: int
+    sample: int
+
+
+class StepTimes(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """One step. Times in microseconds of the machine's monotonic clock: its plan was begun, ready and out, its results
+    were back and applied, its tokens began to be delivered, and were.
+
+    uses, counts: int32, of each row that it computes, which of the timeline's uses that is and how many tokens. chunks:
+    those that are prefills; parts: those of them that end before the last known token, and sample nothing.
+    """
+
+    number: int
+    tokens: int
+    plan: int
+    ready: int
+    out: int
+    back: int = 0
+    applied: int = 0
+    deliver: int = 0
+    delivered: int = 0
+    ranks: list[RankTimes] = []
+    uses: bytes
+    counts: bytes
+    chunks: bytes
+    parts: bytes
+
+
+class RowUse(msgspec.Struct, array_like=True, frozen=True):
+    """One continuation in one row, without a break. how: "" while it lasts; "preempted", "lost", or its finish."""
+
+    row: int
+    request: str
+    continuation: int
+    prompt_tokens: int
+    began: int
+    ended: int = 0
+    how: str = ""
+
+
+class Timeline(Message, frozen=True, kw_only=True):
+    """What happened between `began` and `ended`. losses: of engine groups. full: later steps had no room."""
+
+    id: str = ""
+    began: int
+    ended: int
+    steps: list[StepTimes]
+    uses: list[RowUse]
+    losses: list[int]
+    full: bool
 
 
 class Done(Message, frozen=True):
@@ -453,6 +524,46 @@ class Stats(Message, frozen=True, kw_only=True):
         return self.blocks_used / self.blocks_total if self.blocks_total else 0.0
 
 
+class HistogramFigures(msgspec.Struct, array_like=True, frozen=True):
+    """Counts since start. bounds: upper ends of the buckets, inclusive; `counts` has one more, for the rest.
+
+    phase: of a step, "" for what has no parts. total: of all values.
+    """
+
+    name: str
+    phase: str
+    bounds: list[float]
+    counts: list[int]
+    total: float
+
+
+class TenantFigures(msgspec.Struct, array_like=True, frozen=True):
+    """Of one tenant: continuations now, and counters since start."""
+
+    name: str
+    running: int
+    waiting: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    generated_tokens: int
+    finished: int
+    refused: int
+
+
+class ServiceMetrics(Message, frozen=True, kw_only=True):
+    """What is counted beside `Stats`, for whoever draws it. docs/http.md says what the names mean.
+
+    refused: requests by reason. losses: engine groups by cause. traces: traced requests by what became of them.
+    """
+
+    id: str = ""
+    histograms: list[HistogramFigures] = []
+    tenants: list[TenantFigures] = []
+    refused: dict[str, int] = {}
+    losses: dict[str, int] = {}
+    traces: dict[str, int] = {}
+
+
 class Health(Message, frozen=True, kw_only=True):
     """Judged by progress, not by liveness.
 
@@ -501,5 +612,6 @@ class Pong(Message, frozen=True):
 EngineMessage = Hello | Loading | Ready | StepResult | Failure
 PlanMessage = Configure | StepPlan | Masks | Ping | Shutdown
 ControlMessage = Drain | Reload
-ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload
-ServiceMessage = Deltas | Refused | ServerInfo | TokenizerInfo | Stats | Health | Pong | Done
+ClientMessage = Submit | Abort | InfoRequest | Ping | Drain | Reload | Record
+Answer = ServerInfo | TokenizerInfo | Stats | ServiceMetrics | Timeline | Health | Done
+ServiceMessage = Deltas | Refused | Answer | Pong

@@ -24,6 +24,7 @@ MAX_TOKEN_IDS = 1 << 18
 MAX_ID_LENGTH = 256
 MAX_SALT = 1024
 MAX_TENANT = 256
+MAX_TRACE_CONTEXT = 512
 MAX_TIMEOUT = 1e9
 MAX_PRIORITY = 1 << 20
 MAX_GRAMMAR = 1 << 18
@@ -54,6 +55,8 @@ def check_submit(message: Submit) -> None:
         ("cache_salt", message.cache_salt, MAX_SALT),
         ("tenant", message.tenant, MAX_TENANT),
         ("key", message.key, MAX_ID_LENGTH),
+        ("traceparent", message.traceparent, MAX_TRACE_CONTEXT),
+        ("tracestate", message.tracestate, MAX_TRACE_CONTEXT),
     ):
         if type(value) is not str or len(value) > limit or not _is_text(value):
             raise _wrong(name, value, f"must be text of at most {limit} characters")

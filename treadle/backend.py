@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from treadle.transport.messages import Abort, ServiceMessage, Submit
+from treadle.transport.messages import Abort, ServiceMessage, Submit, Timeline
 
 from .stream import Stream
 
@@ -19,7 +19,10 @@ class Backend(Protocol):
         """From any thread."""
 
     async def info(self, kind: str) -> ServiceMessage:
-        """ "server", "tokenizer", "stats" or "health". Raises ServiceError."""
+        """ "server", "tokenizer", "stats", "metrics" or "health". Raises ServiceError."""
+
+    async def record(self, seconds: float) -> Timeline:
+        """What the service does in the next seconds."""
 
     async def start(self) -> None: ...
 

@@ -33,6 +33,7 @@ from .llm import LLM
 from .progress import show_on
 from .replaying import add_replay_options
 from .simulating import add_simulate_options
+from .tracing import RECORDS, add_trace_command
 
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
@@ -140,6 +141,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_bench_options(load)
 
+    trace = _command(commands, "trace", "record what a server does, as a timeline", RECORDS)
+    add_trace_command(trace, _add_connection, _client)
     drain = _command(commands, "drain", "have a server finish what it has, take nothing new and end", "and wait")
     drain.add_argument("--grace", type=float, default=30.0, metavar="SECONDS", help="at most (default %(default)g)")
     reload = _command(

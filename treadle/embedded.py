@@ -19,6 +19,7 @@ from treadle.transport.messages import (
     Refused,
     ServiceMessage,
     Submit,
+    Timeline,
     TokenizerInfo,
 )
 
@@ -98,6 +99,10 @@ class EmbeddedBackend:
     async def info(self, kind: str) -> ServiceMessage:
         thread, service = self._running()
         return await thread.submit(_answer(service, InfoRequest("", kind)))
+
+    async def record(self, seconds: float) -> Timeline:
+        thread, service = self._running()
+        return await thread.submit(service.record(seconds))
 
     def _abort_everywhere(self, service: Service, message: Abort) -> None:
         for sink in list(self._sessions.values()):

@@ -73,13 +73,17 @@ class EngineFailed(RequestFailed):
 
 
 class Overloaded(TreadleError):
-    """A bound on waiting requests or tokens was reached. `retry_after`: seconds, an estimate."""
+    """A bound on waiting requests or tokens was reached. `retry_after`: seconds, an estimate.
+
+    bound: which one, for statistics: "queue", of a "tenant", or of a "client". It does not travel.
+    """
 
     code = "overloaded"
 
-    def __init__(self, message: str = "", retry_after: float = 1.0) -> None:
+    def __init__(self, message: str = "", retry_after: float = 1.0, bound: str = "queue") -> None:
         super().__init__(message)
         self.retry_after = retry_after
+        self.bound = bound
 
 
 class ModelError(TreadleError):

@@ -58,6 +58,8 @@ SERVICE_HELP: Mapping[str, str] = {
     "fused_sums": "on GPUs: small sums over the ranks take residual and norm along",
     "weights_seed": "of random weights",
     "debug": "check every step and poison freed memory; slow",
+    "otlp_traces_endpoint": "URL of a collector for OpenTelemetry's spans of requests, http://localhost:4318/v1/traces "
+    "for example; not given: what the OTEL_ variables of the environment say",
     "event_log": "file for every input and decision of the scheduler, for `treadle replay`; it holds token ids",
 }
 _SAMPLING_HELP: Mapping[str, str] = {

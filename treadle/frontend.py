@@ -12,13 +12,14 @@ import numpy as np
 from treadle.errors import InvalidRequest, ServiceClosed, ServiceError, TreadleError
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
-from treadle.transport.messages import Abort, Health, SamplingParams, ServerInfo, Stats, Submit
+from treadle.transport.messages import Abort, Health, SamplingParams, ServerInfo, ServiceMetrics, Stats, Submit
 from treadle.transport.params import MAX_ID_LENGTH, check_params, check_submit
 
 from .backend import Backend
 from .loop_thread import LoopThread
 from .outputs import RequestOutput
 from .stream import Stream
+from .timeline import to_json
 
 Prompt = str | Sequence[int]
 _INT32_MAX = 2**31 - 1
@@ -48,12 +49,14 @@ class Frontend:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        trace_headers: Mapping[str, str] | None = None,
     ) -> Stream:
         """Starts a request and returns its stream at once.
 
         prompt: text, or token ids. timeout: seconds until the request fails with DeadlineExceeded. cache_salt: cached
         prefixes are shared only among requests of the same salt. priority: the lower number goes first. tenant: on
-        whose account the request is, for fairness and bounds. Must be called on a running event loop.
+        whose account the request is, for fairness and bounds. trace_headers: "traceparent" and "tracestate" of the
+        caller's span, for a service that traces requests. Must be called on a running event loop.
 
         Raises InvalidRequest here for what can be judged here; what only the service can judge (PromptTooLong,
         Overloaded, …) is raised by the stream.
@@ -73,6 +76,8 @@ class Frontend:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
+            traceparent=_trace_header(trace_headers, "traceparent"),
+            tracestate=_trace_header(trace_headers, "tracestate"),
         )
         check_submit(message)
         label = self._new_label(request_id or message.id)
@@ -96,6 +101,7 @@ class Frontend:
         priority: int = 0,
         cache_salt: str = "",
         tenant: str = "",
+        trace_headers: Mapping[str, str] | None = None,
     ) -> Stream:
         """Like `generate`, for a conversation: a list of {"role": …, "content": …} put through the chat template."""
         self._must_be_open()
@@ -109,6 +115,7 @@ class Frontend:
             priority=priority,
             cache_salt=cache_salt,
             tenant=tenant,
+            trace_headers=trace_headers,
         )
 
     def generate_sync(
@@ -130,9 +137,21 @@ class Frontend:
     async def stats(self) -> Stats:
         return _expect(await self._backend.info("stats"), Stats)
 
+    async def metrics(self) -> ServiceMetrics:
+        """What the service counts beside `stats`: times of steps and requests as histograms, figures by tenant."""
+        return _expect(await self._backend.info("metrics"), ServiceMetrics)
+
     async def health(self) -> Health:
         """State of the service, judged by progress. Raises ServerLost when nobody answers."""
         return _expect(await self._backend.info("health"), Health)
+
+    async def trace(self, seconds: float) -> bytes:
+        """What scheduler, ranks and rows do in the next seconds, as JSON for ui.perfetto.dev or chrome://tracing.
+
+        Of a server only over ipc: it shows what others do. Raises InvalidRequest, and Overloaded while it is recorded.
+        """
+        self._must_be_open()
+        return to_json(await self._backend.record(seconds))
 
     async def server_info(self) -> ServerInfo:
         """What is served: the model's name, its vocabulary, the context limit, and which start of the service it is."""
@@ -256,6 +275,17 @@ def _token_ids(values: object, what: str) -> list[int]:
         if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token <= _INT32_MAX:
             raise InvalidRequest(f"{what} with {token!r:.80}: token ids are integers from 0 to {_INT32_MAX}")
     return [int(token) for token in values]
+
+
+def _trace_header(headers: object, name: str) -> str:
+    """ "" where it is not given; other headers are nobody's business here."""
+    if headers is None:
+        return ""
+    if not isinstance(headers, Mapping):
+        raise InvalidRequest(
+            f"trace_headers of type {type(headers).__name__}: a mapping from header to value is allowed"
+        )
+    return next((value for key, value in headers.items() if str(key).lower() == name), "")
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

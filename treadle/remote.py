@@ -33,9 +33,11 @@ from treadle.transport.messages import (
     Message,
     Ping,
     Pong,
+    Record,
     Refused,
     ServiceMessage,
     Submit,
+    Timeline,
 )
 from treadle.transport.sockets import client_socket
 
@@ -165,7 +167,14 @@ class RemoteBackend:
         answer = await self._ask(message)
         return answer.detail if isinstance(answer, Done) else ""
 
-    async def _ask(self, message: InfoRequest | ControlMessage) -> ServiceMessage:
+    async def record(self, seconds: float) -> Timeline:
+        """Raises what the server refuses with: only who reaches an ipc endpoint may ask."""
+        answer = await self._ask(Record(uuid.uuid4().hex, seconds))
+        if not isinstance(answer, Timeline):
+            raise ProtocolError(f"{self._endpoint} answered {type(answer).__name__} to Record")
+        return answer
+
+    async def _ask(self, message: InfoRequest | ControlMessage | Record) -> ServiceMessage:
         answer: asyncio.Future[ServiceMessage] = self._loop.create_future()
         self._answers[message.id] = answer
         try:

@@ -13,7 +13,7 @@ import msgspec
 
 from treadle.errors import EngineStartFailed, TreadleError, from_wire
 from treadle.transport.endpoints import RuntimeDir
-from treadle.transport.messages import Abort, ServiceMessage, Submit
+from treadle.transport.messages import Abort, ServiceMessage, Submit, Timeline
 
 from .remote import RemoteBackend
 from .stream import Stream
@@ -100,6 +100,9 @@ class ServerProcess:
 
     async def info(self, kind: str) -> ServiceMessage:
         return await self._running().info(kind)
+
+    async def record(self, seconds: float) -> Timeline:
+        return await self._running().record(seconds)
 
     def _running(self) -> RemoteBackend:
         if self._remote is None:

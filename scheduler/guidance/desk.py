@@ -29,6 +29,7 @@ class GuidedRequests:
     make: see `Guide`. seconds: for compiling a grammar. What it has the service do: enter: accept a request whose
     grammar is there, or raise. abort: one that has entered. broadcast: masks to the group that they were made for.
     fail: one continuation of a request, by its name in the core, and why. pump: go on. idle: something has ended.
+    refused: a request that was taken in is not accepted after all.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class GuidedRequests:
         fail: Callable[[str, int, str], None],
         pump: Callable[[], None],
         idle: Callable[[], None],
+        refused: Callable[[Submit, Exception], None],
     ) -> None:
         self._make = make
         self._seconds = seconds
@@ -51,6 +53,7 @@ class GuidedRequests:
         self._fail = fail
         self._pump = pump
         self._idle = idle
+        self._refused = refused
         self._guide: Guide | None = None
         self._compiling: dict[tuple[Sink, str], asyncio.Task[None]] = {}
         self._closed = False
@@ -94,6 +97,7 @@ class GuidedRequests:
             if not isinstance(error, TreadleError):
                 logger.exception("a grammar raised")
             sink.forget(message.id)
+            self._refused(message, error)
             sink.refuse(refusal(message.id, error))
             self._idle()
 

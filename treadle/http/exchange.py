@@ -14,6 +14,7 @@ from treadle.frontend import Frontend
 from treadle.outputs import RequestOutput
 from treadle.stream import Stream
 from treadle.transport.messages import SamplingParams
+from treadle.transport.params import MAX_TRACE_CONTEXT
 
 from .errors import ApiError, ClientGone
 from .metrics import Meter, Metrics
@@ -41,6 +42,7 @@ class Exchange:
         self._metrics = metrics
         self._model = model
         self._tenant = str(request.state.tenant)
+        self._trace_headers = _trace_context(request)
         self._began = time.perf_counter()
         self._streams: list[Stream] = []
         self._meters: list[Meter] = []
@@ -65,7 +67,12 @@ class Exchange:
         for prompt in prompts:
             self._meters.append(self._metrics.request(self._model, params, self._began))
             stream = frontend.generate(
-                prompt, params, priority=priority or 0, cache_salt=cache_salt or "", tenant=self._tenant
+                prompt,
+                params,
+                priority=priority or 0,
+                cache_salt=cache_salt or "",
+                trace_headers=self._trace_headers,
+                tenant=self._tenant,
             )
             self._streams.append(stream)
 
@@ -121,6 +128,12 @@ class Exchange:
         self._metrics.disconnects.inc()
         for stream in self._streams:
             stream.abort()
+
+
+def _trace_context(request: Request) -> dict[str, str]:
+    """Of the caller's span. What is too long to be one is left out, as W3C's Trace Context asks."""
+    values = {name: ",".join(request.headers.getlist(name)) for name in ("traceparent", "tracestate")}
+    return {name: value for name, value in values.items() if 0 < len(value) <= MAX_TRACE_CONTEXT}
 
 
 async def _disconnected(request: Request) -> None:

@@ -14,7 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from treadle.outputs import RequestOutput
-from treadle.transport.messages import Health, SamplingParams, Stats
+from treadle.transport.messages import Health, SamplingParams, ServiceMetrics, Stats
+
+from .service_figures import ServiceFigures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
@@ -101,10 +103,12 @@ class Metrics:
             )
         return Meter(observers, params, began)
 
-    def page(self, model: str, stats: Stats | None, health: Health) -> bytes:
-        """The text that Prometheus reads. stats: None while the service does not answer."""
+    def page(self, model: str, stats: Stats | None, figures: ServiceMetrics | None, health: Health) -> bytes:
+        """The text that Prometheus reads. stats, figures: None while the service does not answer."""
         service = CollectorRegistry()
         service.register(_Service(model, stats, health))
+        if figures is not None:
+            service.register(ServiceFigures(model, figures))
         return generate_latest(self.registry) + generate_latest(service)
 
     def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
@@ -211,7 +215,6 @@ class _Service:
             ("num_preemptions", "Requests that were preempted", stats.preemptions),
             ("recoveries", "Engine groups that were lost and replaced", stats.recoveries),
             ("requests_finished", "Requests that ended", stats.finished),
-            ("requests_refused", "Requests that were refused: overload, and what cannot be served", stats.refused),
             ("bad_frames", "Messages that could not be read", stats.bad_frames),
             ("steps", "Steps finished", stats.step),
         ):

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from treadle.errors import TreadleError
-from treadle.transport.messages import Stats
+from treadle.transport.messages import ServiceMetrics, Stats
 
 from .bodies import HealthAnswer, ModelCard, ModelList
 from .errors import ApiError
@@ -50,15 +50,17 @@ async def live(gateway: Gateway, request: Request) -> Response:
 async def metrics(gateway: Gateway, request: Request) -> Response:
     found = await gateway.link.health()
     stats: Stats | None = None
+    figures: ServiceMetrics | None = None
     model = ""
     try:
         served = gateway.link.served
         model = gateway.names(served)[0]
         async with asyncio.timeout(_STATS_SECONDS):
             stats = await served.frontend.stats()
+            figures = await served.frontend.metrics()
     except (TreadleError, TimeoutError):
         pass  # what the gateway counted is shown all the same
-    return Response(gateway.metrics.page(model, stats, found), media_type=CONTENT_TYPE)
+    return Response(gateway.metrics.page(model, stats, figures, found), media_type=CONTENT_TYPE)
 
 
 def _cards(gateway: Gateway, served: Served) -> list[ModelCard]:
