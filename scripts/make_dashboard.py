@@ -47,6 +47,12 @@ def rate(metric: str, legend: str, *by: str, labels: str = BY) -> tuple[str, str
     return f"sum{group} (rate(treadle:{metric}{labels}[$__rate_interval]))", legend
 
 
+def mean(metric: str, legend: str, *by: str) -> tuple[str, str]:
+    group = ", ".join(by)
+    parts = (f"sum by ({group}) (rate(treadle:{metric}_{part}{BY}[$__rate_interval]))" for part in ("sum", "count"))
+    return " / ".join(parts), legend
+
+
 def gauge(metric: str, legend: str) -> tuple[str, str]:
     return f"treadle:{metric}{BY}", legend
 
@@ -145,6 +151,45 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Where the time goes",
+        (
+            Panel("Waiting for a row", "s", quantiles("request_queue_time_seconds"), "From arrival to the first row."),
+            Panel("Prefill", "s", quantiles("request_prefill_time_seconds"), "From the row to the first token."),
+            Panel("Decode", "s", quantiles("request_decode_time_seconds"), "From the first token to the end."),
+            Panel(
+                "A step, by phase",
+                "s",
+                (mean("step_time_seconds", "{{phase}}", "phase"),),
+                "Means. forward and sample lie within wait; plan, apply and deliver within the wait of the next step.",
+            ),
+            Panel("Rows of a step", "short", quantiles("iteration_rows")),
+            Panel("Tokens of a step", "short", quantiles("iteration_tokens_total")),
+        ),
+    ),
+    (
+        "Tenants",
+        (
+            Panel("Tokens by tenant", "short", (rate("tenant_generation_tokens_total", "{{tenant}}", "tenant"),)),
+            Panel(
+                "Requests by tenant",
+                "short",
+                (
+                    gauge("tenant_requests_running", "running {{tenant}}"),
+                    gauge("tenant_requests_waiting", "waiting {{tenant}}"),
+                ),
+            ),
+            Panel(
+                "Refused",
+                "reqps",
+                (
+                    rate("tenant_requests_refused_total", "{{tenant}}", "tenant"),
+                    rate("requests_refused_total", "because of {{reason}}", "reason"),
+                ),
+                "queue: the bound of everybody; tenant and client: their own.",
+            ),
+        ),
+    ),
+    (
         "Health",
         (
             Panel("Healthy", "bool_yes_no", (gauge("healthy", "{{instance}}"),)),
@@ -157,6 +202,18 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     (f"sum (increase(treadle:recoveries_total{BY}[$__rate_interval]))", "recoveries"),
                     (f"sum (increase(treadle:bad_frames_total{BY}[$__rate_interval]))", "bad frames"),
                 ),
+            ),
+            Panel("Engine groups lost", "short", (gauge("engine_losses_total", "{{cause}} {{instance}}"),)),
+            Panel(
+                "Recovery",
+                "s",
+                (
+                    (
+                        f"treadle:recovery_time_seconds_sum{BY} / treadle:recovery_time_seconds_count{BY}",
+                        "mean {{instance}}",
+                    ),
+                ),
+                "From a loss to the next engines that serve; streams pause as long.",
             ),
         ),
     ),
