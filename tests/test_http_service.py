@@ -392,12 +392,19 @@ def test_addresses_and_key_files(tmp_path: Path) -> None:
     with listen("127.0.0.1:0") as held, pytest.raises(EndpointInUse):
         listen(f"127.0.0.1:{held.getsockname()[1]}")
     keys = tmp_path / "keys"
-    keys.write_text(" a \n#b\n\nc\n")
+    keys.write_text(" a \n#b\n\nc  ann\nc ann\n")
     with pytest.raises(ConfigError, match="chmod"):
         keys.chmod(0o644)
         read_key_file(keys)
     keys.chmod(0o600)
-    assert read_key_file(keys) == ["a", "c"]
+    assert read_key_file(keys) == {"a": "", "c": "ann"}
+    for wrong, said in (("a b c\n", "line 1: KEY or KEY TENANT"), ("a b\n\na c\n", "line 3: .* another tenant")):
+        keys.write_text(wrong)
+        with pytest.raises(ConfigError, match=said):
+            read_key_file(keys)
+    keys.write_text("a " + "x" * 257)
+    with pytest.raises(ConfigError, match="of at most 256"):
+        read_key_file(keys)
     keys.write_text("# none\n")
     with pytest.raises(ConfigError, match="no key"):
         read_key_file(keys)

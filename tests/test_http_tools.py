@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import openai
 import pytest
 import pytest_asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from treadle import LLM
 from treadle.errors import EngineFailed, Overloaded, ServerLost
 from treadle.http import HttpServer
 from treadle.http.tool_formats import HERMES, LLAMA, MISTRAL, Call, ToolFormat, detect_format
 from treadle.http.tool_stream import ToolStream
+from treadle.tokenizer import Tokenizer
 
 from .httpkit import Scripted, async_client
 
@@ -37,6 +41,17 @@ WEATHER: dict[str, Any] = {
 ASK: Any = {"model": "scripted", "messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [WEATHER]}
 ROME = Call("weather", '{"town": "Rome"}')
 HERMES_ROME = '<tool_call>\n{"name": "weather", "arguments": {"town": "Rome"}}\n</tool_call>'
+
+
+class Templated(LLM):
+    """A model whose chat template knows tools."""
+
+    async def start(self) -> None:
+        await super().start()
+        assert self._tokenizer is not None
+        short = TEMPLATE.replace("{{ tool | tojson }}", "{{ tool.function.name }}")  # the context is small
+        info = msgspec.structs.replace(self._tokenizer.to_info(), chat_template=short)
+        self._tokenizer = Tokenizer.from_info(info)
 
 
 def taken(format: ToolFormat, pieces: list[str], forced: str = "") -> tuple[str, list[Call]]:
@@ -168,6 +183,79 @@ async def test_tool_choice(model: Scripted, api: openai.AsyncOpenAI) -> None:
     assert "Of a town" not in model.prompts[-1]
     with pytest.raises(openai.BadRequestError, match="not in tools"):
         await api.chat.completions.create(**ASK, tool_choice={"type": "function", "function": {"name": "other"}})
+
+
+TIGHT: dict[str, Any] = {"type": "object", "x-guidance": {"whitespace_flexible": False}}
+TOWN = {
+    **TIGHT,
+    "properties": {"town": {"enum": ["Rome", "Oslo"]}},
+    "required": ["town"],
+    "additionalProperties": False,
+}
+HOUR = {**TIGHT, "properties": {"hour": {"type": "integer", "minimum": 0, "maximum": 23}}, "required": ["hour"]}
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": TOWN}},
+    {"type": "function", "function": {"name": "alarm", "parameters": HOUR, "strict": True}},
+]
+CHAT: Any = {"model": "m", "messages": ASK["messages"], "temperature": 2.0, "max_tokens": 60, "tools": TOOLS}
+
+
+def is_valid(name: str, arguments: str) -> bool:
+    value = json.loads(arguments)
+    if name == "weather":
+        return value["town"] in ("Rome", "Oslo")
+    return name == "alarm" and set(value) == {"hour"} and 0 <= value["hour"] <= 23
+
+
+@pytest.mark.asyncio
+async def test_a_model_without_sense_makes_calls_that_are_valid(tiny: Path) -> None:
+    """Random weights at a high temperature: nothing but the grammar keeps its arguments in form."""
+    async with (
+        Templated(str(tiny), num_blocks=256, max_num_seqs=8, dtype="float32") as model,
+        HttpServer(model, "127.0.0.1:0") as server,
+        async_client(server.url) as api,
+    ):
+        model_name = (await api.models.list()).data[0].id
+        ask = {**CHAT, "model": model_name}
+        named: Any = {"type": "function", "function": {"name": "alarm"}}
+        for choice in ("required", named):
+            answers = await asyncio.gather(
+                *(api.chat.completions.create(**ask, tool_choice=choice, seed=seed) for seed in range(6))
+            )
+            found = [(c.function.name, c.function.arguments) for a in answers for c in a.choices[0].message.tool_calls]
+            assert len(found) == 6 and all(is_valid(*one) for one in found), found
+            assert {a.choices[0].finish_reason for a in answers} == {"tool_calls"}
+            assert len({*found}) > 1, "they are drawn"
+        assert {name for name, _ in found} == {"alarm"}
+        pieces = [
+            call.function
+            async for chunk in await api.chat.completions.create(**ask, tool_choice="required", stream=True, seed=3)
+            for part in chunk.choices
+            for call in part.delta.tool_calls or []
+        ]
+        assert is_valid("".join(p.name or "" for p in pieces), "".join(p.arguments or "" for p in pieces))
+        flat: Any = [{"type": "function", "strict": False, **tool["function"]} for tool in TOOLS]
+        answer = await api.responses.create(
+            model=model_name, input="a", tools=flat, tool_choice="required", temperature=2.0, max_output_tokens=60
+        )
+        [call] = answer.output
+        assert call.type == "function_call" and is_valid(call.name, call.arguments)
+        await what_cannot_be_held(api, ask)
+
+
+async def what_cannot_be_held(api: openai.AsyncOpenAI, ask: Any) -> None:
+    """A schema that llguidance does not know: the call is made without, unless it is strict."""
+    odd = {"name": "odd", "parameters": {"type": "object", "unheardOf": 1, "not": {"type": "object"}}}
+    for strict in (False, True):
+        tools: Any = [{"type": "function", "function": {**odd, "strict": strict}}]
+        asking = api.chat.completions.create(**{**ask, "tools": tools, "max_tokens": 5}, tool_choice="required")
+        if strict:
+            with pytest.raises(openai.BadRequestError, match="guided"):
+                await asking
+        else:
+            assert (await asking).choices[0].finish_reason == "length"
+    answer = await api.chat.completions.create(**{**ask, "max_tokens": 3}, tool_choice="required")
+    assert answer.choices[0].finish_reason == "length", "cut short"
 
 
 @pytest.mark.asyncio

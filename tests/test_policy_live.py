@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 
+from tests.httpkit import async_client
 from tests.servekit import serving
 from treadle import LLM, Client, SamplingParams
 from treadle.errors import DeadlineExceeded, DeadlineUnreachable, InvalidParameter, Overloaded, from_wire
@@ -66,6 +69,10 @@ async def test_a_policy_of_ones_own_runs_live_and_may_fail(tiny: Path, caplog: p
 @pytest.mark.asyncio
 async def test_tenants_and_policies_by_name_from_a_client(tiny: Path, tmp_path: Path) -> None:
     arguments = ["--policy", "fair", "--max-tenant-requests", "1", "--max-num-seqs", "1", "--target-tpot", "0.5"]
+    keys = tmp_path / "keys"
+    keys.write_text("sk-a a\nsk-b b\n")
+    keys.chmod(0o600)
+    arguments += ["--http", "127.0.0.1:0", "--api-keys", str(keys), "--model-name", "tiny"]
     with serving(tmp_path, tiny, "--num-blocks", "64", *arguments) as server:
         async with Client(server.endpoint) as client:
             long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
@@ -80,6 +87,27 @@ async def test_tenants_and_policies_by_name_from_a_client(tiny: Path, tmp_path: 
             assert len((await waits.final()).token_ids) == len((await runs.final()).token_ids) == 100
             with pytest.raises(InvalidParameter, match="tenant must be text of at most 256"):
                 client.generate([1], long, tenant="x" * 257)
+            await keys_have_tenants(server.url, client)
+
+
+async def keys_have_tenants(url: str, client: Client) -> None:
+    """Over HTTP the key says whose request it is: where one tenant is refused, others are not, and it is one by any
+    way in."""
+    ask: dict[str, Any] = {"model": "tiny", "prompt": [1, 2], "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+    async with async_client(url, "sk-a") as a, async_client(url, "sk-b") as b:
+        runs = await a.completions.create(stream=True, **ask)
+        await anext(aiter(runs))
+        waits = client.generate([1, 2], SamplingParams(max_tokens=100, ignore_eos=True), tenant="a")
+        while not (await client.stats()).waiting:
+            await asyncio.sleep(0.01)
+        with pytest.raises(openai.RateLimitError, match="tenant 'a'") as refused:
+            await a.completions.create(**ask)
+        assert int(refused.value.response.headers["retry-after"]) >= 1
+        answer = await b.completions.create(**ask)
+        assert answer.usage is not None and answer.usage.completion_tokens == 100
+        await waits.final()
+        async for _ in runs:
+            pass
 
 
 def test_an_unreachable_deadline_is_a_deadline_that_was_exceeded() -> None:

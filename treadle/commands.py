@@ -21,6 +21,7 @@ from treadle.transport.messages import Health, SamplingParams
 from treadle.transport.params import check_params
 
 from . import __version__
+from .bench.command import add_bench_options
 from .client import Client
 from .flags import add_sampling_options, add_service_options, flag, sampling_params, service_values
 from .frontend import Frontend
@@ -140,6 +141,15 @@ def _parser() -> argparse.ArgumentParser:
 
     virtual = _command(commands, "simulate", "run the scheduler in virtual time and say how a workload would fare")
     add_simulate_options(virtual)
+    bench = commands.add_parser("bench", help="measure a running server", allow_abbrev=False)
+    load = _command(
+        bench.add_subparsers(required=True, metavar="WHAT"),
+        "serve",
+        "ask a running server at times of our own, and say how it fared",
+        "in percentiles and goodput",
+    )
+    add_bench_options(load)
+
     trace = _command(commands, "trace", "record what a server does, as a timeline", RECORDS)
     add_trace_command(trace, _add_connection, _client)
     drain = _command(commands, "drain", "have a server finish what it has, take nothing new and end", "and wait")

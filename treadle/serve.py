@@ -27,6 +27,7 @@ from .facts import Located, load_tokenizer, locate
 from .http.child import GatewayChild
 from .http.settings import GatewaySettings
 from .loop_thread import new_event_loop
+from .notify import Notifier
 from .server_process import StartReport
 
 logger = logging.getLogger("treadle")
@@ -140,8 +141,12 @@ async def _serve_model(
         _report(settings, StartReport())
         if http is not None and await tasks.first(tasks.start(http.ready.wait()), stopping) is not stopping:
             announce(http.url)
+        notifier = Notifier()
+        notifier.ready()
+        tasks.start(notifier.keep_alive())
         failed = tasks.start(service.failed.wait())
         if await tasks.first(stopping, failed) is not failed:
+            notifier.stopping()
             await tasks.first(tasks.start(service.drain(end.grace)), tasks.start(end.hurry.wait()), failed)
         return 1 if failed.done() else 0
     finally:

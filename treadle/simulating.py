@@ -59,7 +59,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--replicas", type=int, default=1, metavar="INT", help="schedulers (default %(default)s)")
     engine.add_argument("--routing", default="least-loaded", metavar="RULE", help=", ".join(ROUTING))
     engine.add_argument("--overhead", type=float, default=0.0, metavar="SECONDS", help="of the scheduler between steps")
-    engine.add_argument("--jobs", type=int, default=_cores(), metavar="INT", help="processes (default %(default)s)")
+    engine.add_argument("--jobs", type=int, default=_cores(), metavar="INT", help="processes (default: one a core)")
     _add_core_options(parser.add_argument_group("scheduler of each replica"))
     out = parser.add_argument_group("what is told")
     out.add_argument("--goal-ttft", type=float, default=0.0, metavar="SECONDS", help="service level: first token")

@@ -60,7 +60,7 @@ def make_app(
 def _endpoint(gateway: Gateway, op: Operation) -> Callable[[Request], Awaitable[ASGIApp]]:
     async def endpoint(request: Request) -> ASGIApp:
         if op.guarded:
-            gateway.keys.check(request.headers.get("authorization", ""))
+            request.state.tenant = gateway.keys.check(request.headers.get("authorization", ""))
         try:
             return await op.handler(gateway, request)
         except (ApiError, TreadleError, ClientGone):

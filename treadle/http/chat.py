@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,7 +29,8 @@ from .errors import bad_request
 from .exchange import Exchange
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
-from .prompting import ToolPlan, chat_prompt, guided_by, plan_tools
+from .link import Served
+from .prompting import ToolPlan, chat_prompt, guided_by, held_if_possible, plan_tools
 from .reading import read_body
 from .sampling import sampling_params
 from .streaming import DONE, EventStream, event, plain_failure
@@ -42,6 +44,14 @@ async def create_chat_completion(gateway: Gateway, request: Request) -> Response
     body = await read_body(request, ChatRequest, gateway.settings)
     served = gateway.serving(body.model)
     plan = plan_tools(served, body.tools, body.tool_choice)
+    if plan is not None and body.structured_outputs is not None:
+        plan = plan.loosened()  # the client has a grammar of its own
+    return await held_if_possible(plan, partial(_answer, gateway, request, served, body))
+
+
+async def _answer(
+    gateway: Gateway, request: Request, served: Served, body: ChatRequest, plan: ToolPlan | None
+) -> Response | EventStream:
     params = _params(body, plan)
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from treadle.client import Client
 from treadle.loop_thread import new_event_loop
+from treadle.notify import Notifier
 
 from .link import Link
 from .server import HttpServer
@@ -50,6 +51,7 @@ async def _serve(command: GatewayCommand, announce: Callable[[str], None]) -> in
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its comings and goings are ours to tell
     _client(command)  # a bad endpoint should be said at once
     listener = listen(command.listener) if isinstance(command.listener, str) else command.listener
+    notifier = Notifier() if isinstance(command.listener, str) else Notifier({})  # a child's parent speaks for it
     link = Link.keep(lambda: _client(command))
     try:
         async with HttpServer(link, listener, command.settings) as server:
@@ -60,8 +62,12 @@ async def _serve(command: GatewayCommand, announce: Callable[[str], None]) -> in
             await asyncio.wait({stopping, reached}, return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
                 announce(server.url)
+                notifier.ready()
+            alive = loop.create_task(notifier.keep_alive())
             reached.cancel()
             await stopping
+            alive.cancel()
+            notifier.stopping()
     finally:
         await link.close()
     return 0

@@ -30,8 +30,8 @@ class News(NamedTuple):
 class Exchange:
     """Made before anything is generated, `close`d in the end whatever happened.
 
-    model: the name under which it is counted. limit: of open requests. While it is open it watches the connection: a
-    client that goes aborts its generations at once.
+    The tenant is that of the request's API key. model: the name under which it is counted. limit: of open requests.
+    While it is open it watches the connection: a client that goes aborts its generations at once.
     """
 
     def __init__(self, request: Request, metrics: Metrics, model: str, limit: int) -> None:
@@ -41,6 +41,7 @@ class Exchange:
             )
         self._metrics = metrics
         self._model = model
+        self._tenant = str(request.state.tenant)
         self._trace_headers = _trace_context(request)
         self._began = time.perf_counter()
         self._streams: list[Stream] = []
@@ -71,6 +72,7 @@ class Exchange:
                 priority=priority or 0,
                 cache_salt=cache_salt or "",
                 trace_headers=self._trace_headers,
+                tenant=self._tenant,
             )
             self._streams.append(stream)
 

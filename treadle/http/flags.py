@@ -17,7 +17,8 @@ def add_gateway_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-keys",
         metavar="FILE",
-        help="one key a line; the environment's TREADLE_API_KEYS may hold some, too (default: anybody may ask)",
+        help="a key a line, then its tenant if it has one; the environment's TREADLE_API_KEYS may hold keys, too "
+        "(default: anybody may ask)",
     )
     group.add_argument(
         "--model-name",

@@ -68,7 +68,7 @@ def _answers(op: Operation, refs: dict[Any, dict[str, Any]]) -> dict[int, dict[s
     answers: dict[int, dict[str, Any]] = {200: {"description": "OK", "content": content}}
     for status in _statuses(op):
         answers[status] = {"description": _REFUSALS[status], "content": _json(refs[ErrorBody])}
-    if op.path == "/health":
+    if op.path.startswith("/health"):
         answers[503] = {"description": _REFUSALS[503], "content": _json(refs[op.gives])}
     if 429 in answers:
         seconds = {"description": "Seconds.", "schema": {"type": "integer"}}

@@ -25,7 +25,7 @@ from .completions import create_completion
 from .gateway import Gateway
 from .responses import create_response
 from .responses_bodies import ResponseObject, ResponsesRequest
-from .status import get_model, health, list_models, metrics
+from .status import get_model, health, list_models, live, metrics
 from .tokens import detokenize, tokenize
 
 Handler = Callable[[Gateway, Request], Awaitable[ASGIApp]]
@@ -79,5 +79,6 @@ OPERATIONS = (
     Operation("POST", "/tokenize", tokenize, "Text to tokens.", takes=TokenizeRequest, gives=TokenizeAnswer),
     Operation("POST", "/detokenize", detokenize, "Tokens to text.", takes=DetokenizeRequest, gives=DetokenizeAnswer),
     Operation("GET", "/health", health, "200 while the service makes progress.", gives=HealthAnswer, guarded=False),
+    Operation("GET", "/health/live", live, "503 when a restart would help.", gives=HealthAnswer, guarded=False),
     Operation("GET", "/metrics", metrics, "Metrics for Prometheus.", guarded=False),
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
+from treadle.errors import InvalidRequest, PromptTooLong
 from treadle.transport.messages import Guided
 
 from .chat_bodies import ChatMessage, NamedTool, ResponseFormat, Tool
@@ -17,16 +18,27 @@ from .gateway import off_loop
 from .generation import needs_tokenizer
 from .link import Served
 from .tool_formats import ToolFormat
+from .tool_grammars import rest_of_call
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class ToolPlan:
-    """How calls are to be found in an answer. forced: what the answer begins with, put at the end of the prompt."""
+    """How calls are to be found in an answer. forced: what the answer begins with, put at the end of the prompt.
+
+    rest: what a forced answer must go on with; None where it may be anything. strict: whether it was promised to be.
+    """
 
     format: ToolFormat
     forced: str = ""
+    rest: Guided | None = None
+    strict: bool = False
+
+    def loosened(self) -> ToolPlan:
+        """The same without a grammar."""
+        return replace(self, rest=None)
 
 
 def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice) -> ToolPlan | None:
@@ -40,9 +52,23 @@ def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice)
         return None
     if served.tools is None:
         raise bad_request("this model's chat template defines no tools, or writes calls in an unknown form", "tools")
-    if isinstance(choice, NamedTool):
-        return ToolPlan(served.tools, served.tools.forced(choice.function.name))
-    return ToolPlan(served.tools, served.tools.forced(None) if choice == "required" else "")
+    if choice is None or choice == "auto":
+        return ToolPlan(served.tools)
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    functions = [tool.function for tool in tools or () if name is None or tool.function.name == name]
+    rest = rest_of_call(served.tools, functions, named=name is not None)
+    return ToolPlan(served.tools, served.tools.forced(name), rest, any(function.strict for function in functions))
+
+
+async def held_if_possible(plan: ToolPlan | None, answer: Callable[[ToolPlan | None], Awaitable[T]]) -> T:
+    """An answer by this plan; by it without its grammar where the service cannot hold to one (it has no llguidance, or
+    the schema is beyond it), unless a function is strict. Raises what `answer` raises."""
+    try:
+        return await answer(plan)
+    except InvalidRequest as error:
+        if plan is None or plan.rest is None or plan.strict or isinstance(error, PromptTooLong):
+            raise
+    return await answer(plan.loosened())
 
 
 def guided_by(format: ResponseFormat | None, plan: ToolPlan | None, param: str = "response_format") -> Guided | None:
@@ -51,7 +77,7 @@ def guided_by(format: ResponseFormat | None, plan: ToolPlan | None, param: str =
     A schema is always held to, whether `strict` or not.
     """
     if format is None or format.type == "text":
-        return None
+        return plan.rest if plan is not None else None
     if plan is not None:
         raise bad_request(f"{param} {format.type} together with tools: give one of them", param)
     if format.type == "json_object":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,7 +27,8 @@ from .errors import ApiError, bad_request
 from .exchange import Exchange
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
-from .prompting import ToolChoice, ToolPlan, chat_prompt, guided_by, plan_tools
+from .link import Served
+from .prompting import ToolChoice, ToolPlan, chat_prompt, guided_by, held_if_possible, plan_tools
 from .reading import read_body
 from .response_events import ResponseEvents
 from .responses_bodies import (
@@ -57,6 +59,19 @@ async def create_response(gateway: Gateway, request: Request) -> Response | Even
     _check(body)
     tools = _tools(body)
     plan = plan_tools(served, tools, _choice(body))
+    if plan is not None and body.structured_outputs is not None:
+        plan = plan.loosened()  # the client has a grammar of its own
+    return await held_if_possible(plan, partial(_answer, gateway, request, served, body, tools))
+
+
+async def _answer(
+    gateway: Gateway,
+    request: Request,
+    served: Served,
+    body: ResponsesRequest,
+    tools: list[Tool] | None,
+    plan: ToolPlan | None,
+) -> Response | EventStream:
     scored = LOGPROBS in (body.include or ())
     params = sampling_params(
         body,
@@ -128,7 +143,7 @@ def _check(body: ResponsesRequest) -> None:
 def _guided(body: ResponsesRequest, plan: ToolPlan | None) -> Guided | None:
     asked = body.text.format if body.text is not None else None
     if asked is None:
-        return None
+        return guided_by(None, plan)
     return guided_by(ResponseFormat(asked.type, {"schema": asked.schema}), plan, "text.format")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from treadle.errors import ConfigError, EndpointInUse
+from treadle.transport.params import MAX_TENANT
 
 _BACKLOG = 2048
 
@@ -15,9 +16,10 @@ _BACKLOG = 2048
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     """Keys are not here but in a file or the environment, so that they show in no list of processes.
 
-    api_keys: a file with one key a line. model_names: what clients may call the model; none: as the server calls it.
-    max_body_bytes: of a request's body; more is 413. max_open_requests: at once; more are 429. body_seconds: for a body
-    to arrive. stop_seconds: for open requests to end when the gateway is told to stop.
+    api_keys: a file with one key a line, and its tenant after it where it has one. model_names: what clients may call
+    the model; none: as the server calls it. max_body_bytes: of a request's body; more is 413. max_open_requests: at
+    once; more are 429. body_seconds: for a body to arrive. stop_seconds: for open requests to end when the gateway is
+    told to stop.
     """
 
     api_keys: str | None = None
@@ -72,8 +74,9 @@ def is_local(listener: socket.socket) -> bool:
     return host.startswith("127.") or host == "::1"
 
 
-def read_key_file(path: Path) -> list[str]:
-    """One key a line; blank lines and lines that begin with # do not count. Raises ConfigError."""
+def read_key_file(path: Path) -> dict[str, str]:
+    """Keys with their tenants, "" for none: `KEY` or `KEY TENANT`, one a line; blank lines and lines that begin with #
+    do not count. Raises ConfigError."""
     try:
         mode, text = path.stat().st_mode, path.read_text()
     except OSError as error:
@@ -82,7 +85,15 @@ def read_key_file(path: Path) -> list[str]:
         raise ConfigError(f"API keys {path}: not a text file") from error
     if mode & 0o077:
         raise ConfigError(f"API keys {path}: others may read the file; chmod 600 it")
-    keys = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    keys: dict[str, str] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        key, *tenant = line.split() or ("#",)
+        if key.startswith("#"):
+            continue
+        if len(tenant) > 1 or any(len(name) > MAX_TENANT for name in tenant):
+            raise ConfigError(f"API keys {path}, line {number}: KEY or KEY TENANT (of at most {MAX_TENANT}) is allowed")
+        if keys.setdefault(key, *tenant or ("",)) != "".join(tenant):
+            raise ConfigError(f"API keys {path}, line {number}: this key has another tenant above")
     if not keys:
         raise ConfigError(f"API keys {path}: no key in it; one a line is expected")
     return keys

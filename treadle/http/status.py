@@ -18,6 +18,7 @@ from .metrics import CONTENT_TYPE
 from .streaming import encode as to_json
 
 _STATS_SECONDS = 2.0
+_DEAD = ("failed", "closed", "lost")
 
 
 async def list_models(gateway: Gateway, request: Request) -> Response:
@@ -37,6 +38,13 @@ async def health(gateway: Gateway, request: Request) -> Response:
     found = await gateway.link.health()
     answer = HealthAnswer(found.state, found.detail, found.step, found.step_age)
     return Response(to_json(answer), 200 if found.state == "ready" else 503, media_type="application/json")
+
+
+async def live(gateway: Gateway, request: Request) -> Response:
+    """503 only when a restart would help: while engines load, hang or are replaced the service helps itself."""
+    found = await gateway.link.health()
+    answer = HealthAnswer(found.state, found.detail, found.step, found.step_age)
+    return Response(to_json(answer), 503 if found.state in _DEAD else 200, media_type="application/json")
 
 
 async def metrics(gateway: Gateway, request: Request) -> Response:
