@@ -207,7 +207,7 @@ def plan_digest(plan: StepPlan) -> PlanDigest:
         zlib.crc32(plan.rows),
         zlib.crc32(plan.counts),
         zlib.crc32(plan.guided),
-        zlib.crc32(plan.copy_in, zlib.crc32(plan.copy_out)),
+        zlib.crc32(plan.copy_in, zlib.crc32(plan.copy_out) ^ len(plan.copy_out)),
     )
 
 

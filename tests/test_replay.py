@@ -294,6 +294,8 @@ def test_every_part_of_a_plan_is_in_its_digest() -> None:
         "rows": b"ijkm",
         "counts": b"mnoq",
         "guided": b"abcd",
+        "copy_out": b"abcd",
+        "copy_in": b"abcd",
     }
     assert set(changes) == set(StepPlan.__struct_fields__)
     for name, value in changes.items():
