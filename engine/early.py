@@ -119,18 +119,23 @@ def read_ahead(files: Sequence[Path]) -> None:
 
 
 def identify_triton() -> threading.Thread:
-    """Imports Triton and has it hash itself, which is 0.4 GB to read, on a thread. Its cache is looked up by that."""
+    """Imports Triton, and has it hash itself, which is 0.4 GB to read, on a thread. Its cache is looked up by that.
 
-    def hash_it() -> None:
-        try:
-            from triton.runtime.cache import triton_key
-        except ImportError:  # another version keeps it elsewhere, and will hash when it must
-            return
-        triton_key()
-
+    The import is this thread's: two that import parts of one package at once may wait for each other.
+    """
+    try:
+        from triton.runtime.cache import triton_key
+    except ImportError:  # another version keeps it elsewhere, and will hash when it must
+        hash_it: Callable[[], object] = _nothing
+    else:
+        hash_it = triton_key
     thread = threading.Thread(target=hash_it, name="triton", daemon=True)
     thread.start()
     return thread
+
+
+def _nothing() -> None:
+    return None
 
 
 def _make_context(device: int) -> None:

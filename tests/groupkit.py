@@ -206,16 +206,19 @@ class Overlapped:
     ) -> dict[str, list[int]]:
         """Tokens by request. costs, changes: of the core's configuration. `stats`: of the core, afterwards."""
         core = core_for(self.configure, costs, pipeline_depth=depth, **changes)
-        guiding = Guiding(llg(Path(self.configure.model)))
+        guided = any(params.guided is not None for _, _, params in requests)
+        guiding = Guiding(llg(Path(self.configure.model))) if guided else None
         for name, prompt, params in requests:
-            guiding.begin(core.add(Submit(id=name, tokens=pack(prompt), params=params), 0.0))
+            request = core.add(Submit(id=name, tokens=pack(prompt), params=params), 0.0)
+            if guiding is not None:
+                guiding.begin(request)
         tokens: dict[str, list[int]] = {}
         steps: deque[tuple[int, Ticket]] = deque()
         plans: deque[StepPlan] = deque()
         while core.has_work or steps:
             while (plan := core.plan(0.0)) is not None:
                 plans.append(plan)
-            masks = {made.masks.step: made.masks for made in guiding.made(core)}
+            masks = {made.masks.step: made.masks for made in (guiding.made(core) if guiding is not None else ())}
             self._launch(plans, steps, masks)
             self.most = max(self.most, len(steps))
             step, ticket = steps.popleft()
