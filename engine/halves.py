@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch import ForwardBatch
 
 # Fewer tokens keep the links too short a time to be worth twice the launches.
-LEAST_TOKENS = 4096
+LEAST_TOKENS = 8192
 # Halves begin at whole tiles of a product.
 _TILE = 128
 

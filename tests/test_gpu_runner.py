@@ -213,9 +213,9 @@ def test_two_ranks_give_the_tokens_of_one(checkpoint: Path, graphs: bool, fused:
 async def _long(model: Path, **options: object) -> list[list[int]]:
     """Prompts of which several are prefilled in one step of more tokens than a step of one piece has."""
     random = np.random.default_rng(5)
-    asked = [random.integers(0, 256, 430).tolist() for _ in range(12)]
-    settings = {"device": "cuda", "dtype": "float32", "num_blocks": 512, "max_num_seqs": 12, **options}
-    async with LLM(str(model), **settings) as llm:  # type: ignore[arg-type]
+    asked = [random.integers(0, 256, 430).tolist() for _ in range(24)]
+    settings = {"device": "cuda", "dtype": "float32", "num_blocks": 1024, "max_num_seqs": 24, **options}
+    async with LLM(str(model), max_num_batched_tokens=16384, **settings) as llm:  # type: ignore[arg-type]
         return [(await stream.final()).token_ids for stream in [llm.generate(prompt, GREEDY) for prompt in asked]]
 
 

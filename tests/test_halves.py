@@ -86,7 +86,7 @@ def test_halves_are_two_chunks_of_the_same_rows(
 
 @pytest.mark.parametrize(
     ("decode", "prefill", "point"),
-    [(0, 8192, 4096), (5, 8192, 4224), (0, 4095, None), (4096, 1, None), (2300, 2000, None), (0, 4300, 2176)],
+    [(0, 16384, 8192), (5, 8192, 4224), (0, 8191, None), (8192, 1, None), (5300, 5000, None), (0, 8300, 4224)],
 )
 def test_where_a_step_is_split(decode: int, prefill: int, point: int | None) -> None:
     counts = [1] * decode + [prefill]
