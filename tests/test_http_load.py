@@ -209,7 +209,7 @@ async def test_overload_is_refused_before_a_stream_begins(tiny: Path, tmp_path: 
                     await api.completions.create(stream=stream, **ask)
                 assert refused.value.code == "overloaded"
                 assert int(refused.value.response.headers["retry-after"]) >= 1
-            assert metrics(server.url)[f'treadle:requests_refused_total{{model_name="{tiny}"}}'] == 2
+            assert metrics(server.url)[f'treadle:requests_refused_total{{model_name="{tiny}",reason="queue"}}'] == 2
             await running.close()
             await (await waiting).close()
         assert (await idle(server)).blocks_used == 0

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.schemas import APIOperation
-from schemathesis.specs.openapi import checks
+from schemathesis.specs.openapi import checks, schemas
 
 from .servekit import Server, serving
 
@@ -25,6 +25,8 @@ CHECKS = [
     checks.unsupported_method,
 ]
 EXAMPLES = 8
+# What it would import in the middle of a test, beside threads that import too: CPython 3.11's parser may fail then.
+_EARLY = (schemas,)
 
 
 @pytest.fixture(scope="module")

@@ -179,7 +179,7 @@ def test_prometheus_is_told_where_there_is_host_memory() -> None:
     made = rig(preemption="swap")
     two_too_many(made)
     stats = made.core.stats()
-    page = Metrics().page("m", stats, Health(state="ready")).decode()
+    page = Metrics().page("m", stats, None, Health(state="ready")).decode()
     for name, value in (
         ("cpu_cache_usage_perc", stats.cpu_blocks_used / 20),
         ("cpu_prefix_cache_hits_total", stats.cpu_hit_tokens),
@@ -188,7 +188,7 @@ def test_prometheus_is_told_where_there_is_host_memory() -> None:
         ("num_swapped_preemptions_total", 1),
     ):
         assert f'treadle:{name}{{model_name="m"}} {float(value)}' in page
-    assert "swapped" not in Metrics().page("m", Stats(), Health(state="ready")).decode()
+    assert "swapped" not in Metrics().page("m", Stats(), None, Health(state="ready")).decode()
 
 
 def test_a_log_of_swaps_replays(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ knows nothing but plans, and the tests run both beside each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -60,7 +61,8 @@ class SimulatedEngine:
         else:
             shape, sampled, recent = self._decode(rows), rows.size, 0
         if plan.copy_out or plan.copy_in:
-            shape = replace(shape, blocks_out=len(plan.copy_out) // 8, blocks_in=len(plan.copy_in) // 8)
+            copied = {"blocks_out": len(plan.copy_out) // 8, "blocks_in": len(plan.copy_in) // 8}
+            shape = msgspec.structs.replace(shape, **copied)
         self._at = (self._at + sampled) % _POOL
         return Executed(plan.step, self._pool[4 * self._at : 4 * (self._at + sampled)], shape, recent)
 
