@@ -12,9 +12,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import msgspec
 
@@ -26,10 +25,6 @@ from .phases import Phases
 
 logger = logging.getLogger(__name__)
 _MODULE = "treadle.engine.cuda.compile_ahead"
-READ_AHEAD = "TREADLE_READ_AHEAD"
-"""1: fetch torch's libraries from disk at once. Where they are not in memory, importing them waits page by page."""
-# Of the libraries beside torch, those that it loads only when it must.
-_LAZY = ("libcudnn_", "libcufftw", "libcusolverMg", "libnvblas", "libnvrtc", "libnpp")
 # Beyond this the rank goes on, and compiles what is missing itself. Seconds.
 _PATIENCE = 120.0
 
@@ -82,8 +77,6 @@ def begin(frame: bytes, rank: int) -> Compiler | None:
     """For a rank on a GPU. frame: of `Configure`."""
     os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY")  # as torch has it
     threading.Thread(target=_make_context, args=(rank,), name="context", daemon=True).start()
-    if rank == 0 and os.environ.get(READ_AHEAD, "0") == "1":
-        threading.Thread(target=read_ahead, args=(torch_libraries(),), name="read ahead", daemon=True).start()
     if rank or importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") != "0":
         return None
     try:
@@ -91,31 +84,6 @@ def begin(frame: bytes, rank: int) -> Compiler | None:
     except OSError as error:
         logger.warning("kernels are not compiled ahead: %s", error)
         return None
-
-
-def torch_libraries() -> list[Path]:
-    """Shared libraries that `import torch` maps, in about that order; none where there is no torch."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        return []
-    torch = Path(spec.submodule_search_locations[0])
-    found = [*sorted(torch.glob("lib/*.so*")), *sorted(torch.parent.glob("nvidia/*/lib/*.so*"))]
-    return [path for path in found if not path.name.startswith(_LAZY)]
-
-
-def read_ahead(files: Sequence[Path]) -> None:
-    """Asks the kernel to read the files into its cache; what cannot be read is left out."""
-    for file in files:
-        try:
-            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            continue
-        finally:
-            os.close(descriptor)
 
 
 def identify_triton() -> threading.Thread:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from treadle.engine.early import Compiler, read_ahead, torch_libraries, wants_gpu
+from treadle.engine.early import Compiler, wants_gpu
 from treadle.transport.codec import rank_codec
 from treadle.transport.messages import Shutdown
 
@@ -125,14 +125,6 @@ def test_what_a_rank_begins_early_is_for_gpus(tmp_path: Path) -> None:
     assert not wants_gpu(b"no message", codec)
     assert not wants_gpu(codec.encode(Shutdown()), codec)
     assert wants_gpu(codec.encode(configure_for(tmp_path, tmp_path, device="cuda")), codec)
-
-
-def test_torch_is_read_ahead(tmp_path: Path) -> None:
-    """Its libraries, and what is missing or no file is passed over."""
-    found = torch_libraries()
-    assert {"libtorch_cpu.so", "libc10.so"} <= {path.name for path in found}
-    assert all(path.is_file() for path in found)
-    read_ahead([tmp_path / "missing", tmp_path, *found[:2]])
 
 
 def test_a_compiler_that_fails_is_no_failure(caplog: pytest.LogCaptureFixture) -> None:
