@@ -21,7 +21,13 @@ PRESETS: Mapping[str, StepCosts] = MappingProxyType(
         # Fitted by hand to docs/performance.md, "GPUs": decode steps of 1 to 256 rows at a context of 1,088 tokens, and
         # times to the first token of 2,048 to 32,768.
         "h100-llama-3.1-8b": StepCosts(
-            step=6.03e-3, prefill_token=2.18e-5, decode_row=7.0e-6, context_token=4.38e-8, chunk_pair=1.0e-9
+            step=6.03e-3,
+            prefill_token=2.18e-5,
+            decode_row=7.0e-6,
+            context_token=4.38e-8,
+            chunk_pair=1.0e-9,
+            block_out=4.4e-5,
+            block_in=4.3e-5,
         ),
     }
 )
