@@ -18,7 +18,7 @@ from treadle.engine.sampling.masks import LocalMasks, _mask_on_device
 from treadle.engine.sampling.upload import upload
 
 from .groupkit import Overlapped, Requests, configure_for
-from .test_guided import check, requests
+from .guidedkit import check, requests
 from .vocabulary import EOS
 
 pytestmark = pytest.mark.gpu
