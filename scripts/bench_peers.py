@@ -5,7 +5,7 @@
 Each round starts one fresh process of each, one after the other, warms it up, and then sends waves of requests: 128
 words of one token each, 128 new tokens, greedy, end of sequence ignored, no cached prefix. Figures are output tokens/s,
 prefill included; medians and ratios are taken over the rounds, so a machine whose speed drifts treats both alike.
-OpenVINO keeps its file's 4-bit weights; ours become bfloat16. The first run installs openvino-genai into --peer-env.
+Both keep the file's 4-bit weights, ours for few rows only. The first run installs openvino-genai into --peer-env.
 """
 
 from __future__ import annotations
