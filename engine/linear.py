@@ -20,8 +20,6 @@ from .weights.dequantize import dequantize
 
 # oneDNN lays weights out for this many rows; measured, the same layout is as good as any from 1 row to 1,024.
 _PACK_ROWS = 32
-# With matrix tiles, so many rows take less time from stored blocks than from bfloat16 weights; measured.
-_BLOCK_ROWS = 4
 _BF16, _FLOAT, _GATED = 0, 1, 2
 # The stored forms that `native/linear_blocks.c` knows, and its names for them.
 _FORMS: Mapping[str, int] = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}
@@ -214,12 +212,12 @@ class BlocksLinear:
         self.weight_bytes = self._many.weight_bytes + self._blocks.nbytes
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.shape[0] > _BLOCK_ROWS:
+        if x.shape[0] > self._native.blocks_rows:
             return self._many(x)
         return self._few(x, x.new_empty((x.shape[0], self.out_features)), _BF16)
 
     def wide(self, x: Tensor) -> Tensor:
-        if x.shape[0] > _BLOCK_ROWS:
+        if x.shape[0] > self._native.blocks_rows:
             return self._many.wide(x)
         return self._few(x, x.new_empty((x.shape[0], self.out_features), dtype=torch.float32), _FLOAT)
 
