@@ -16,6 +16,7 @@ from torch import Tensor
 from .linear_few import FEW_ROW_DTYPES, FewRowKernels, FewRowLinear
 from .native import Native
 from .weights import StoredBlocks
+from .weights.dequantize import dequantize
 
 # oneDNN lays weights out for this many rows; measured, the same layout is as good as any from 1 row to 1,024.
 _PACK_ROWS = 32
@@ -54,11 +55,17 @@ class Placement:
             return "oneDNN" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "torch"
         return "oneDNN" if self.dtype is torch.float32 else "torch"
 
+    @property
+    def blocks(self) -> bool:
+        """Whether few rows may be multiplied with weights as a GGUF stores them."""
+        one = self.dtype is torch.bfloat16 and torch.get_num_threads() == 1
+        return self.native is not None and one and self.linears in ("native", "oneDNN")
+
 
 def usable_blocks(parts: Sequence[StoredBlocks | None], placement: Placement) -> StoredBlocks | None:
     """The parts below each other, where `make_linear` can use them as they are; None where it needs numbers."""
     first = parts[0]
-    if first is None or placement.native is None or placement.linears != "native" or first.form.name not in _FORMS:
+    if first is None or placement.native is None or not placement.blocks or first.form.name not in _FORMS:
         return None
     rows = []
     for part in parts:
@@ -185,12 +192,53 @@ class NativeLinear:
         return y
 
 
+class BlocksLinear:
+    """bfloat16, where oneDNN has matrix tiles (AMX): few rows with the stored blocks, in C, more through oneDNN.
+
+    A step of few rows takes the time to read its weights, and the blocks are a quarter of them. The two add up in
+    another order, so near ties may fall differently as the number of rows changes.
+    """
+
+    def __init__(self, weight: StoredBlocks, bias: Tensor | None, native: Native) -> None:
+        self._native = native
+        self.out_features, self._in = weight.shape
+        self._form = _FORMS[weight.form.name]
+        self._bias = None if bias is None else bias.contiguous()
+        self._many = OneDnnLinear(dequantize(weight.data, weight.form, torch.bfloat16), self._bias)
+        sizes = (self.out_features, self._in, self._form)
+        self._blocks = torch.empty(native.blocks_bytes(*sizes), dtype=torch.uint8)
+        data = np.ascontiguousarray(weight.data)
+        native.blocks_pack(data.ctypes.data, self._blocks.data_ptr(), *sizes, False)
+        self.weight_bytes = self._many.weight_bytes + self._blocks.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.shape[0] > self._native.blocks_rows:
+            return self._many(x)
+        return self._few(x, x.new_empty((x.shape[0], self.out_features)), _BF16)
+
+    def wide(self, x: Tensor) -> Tensor:
+        if x.shape[0] > self._native.blocks_rows:
+            return self._many.wide(x)
+        return self._few(x, x.new_empty((x.shape[0], self.out_features), dtype=torch.float32), _FLOAT)
+
+    def into(self, x: Tensor, out: Tensor) -> None:
+        out.copy_(self(x))
+
+    def _few(self, x: Tensor, y: Tensor, out: int) -> Tensor:
+        bias = None if self._bias is None else self._bias.data_ptr()
+        rest = (bias, y.data_ptr(), x.shape[0], self.out_features, self._in, out)
+        self._native.blocks_linear(x.data_ptr(), x.stride(0), self._blocks.data_ptr(), self._form, *rest)
+        return y
+
+
 def make_linear(weight: Tensor | StoredBlocks, bias: Tensor | None, placement: Placement) -> Linear:
     """weight: [out, in]; blocks only such as come from `usable_blocks`."""
     if isinstance(weight, StoredBlocks):
         if placement.native is None:
             raise ValueError("stored blocks need the C kernels")
-        return NativeLinear(weight, bias, placement.native)
+        if placement.linears == "native":
+            return NativeLinear(weight, bias, placement.native)
+        return BlocksLinear(weight, bias, placement.native)
     kind = placement.linears
     if kind == "few-row" and placement.few is not None:
         return FewRowLinear(weight, bias, placement.device, placement.few)

@@ -16,7 +16,16 @@ from tests.ggufkit import random_blocks, write_gguf
 from tests.modelkit import make_checkpoint
 from treadle.engine.comm import SingleComm
 from treadle.engine.gguf import TENSOR_TYPES
-from treadle.engine.linear import Linear, NativeLinear, Placement, TorchLinear, make_gated, make_linear, usable_blocks
+from treadle.engine.linear import (
+    BlocksLinear,
+    Linear,
+    NativeLinear,
+    Placement,
+    TorchLinear,
+    make_gated,
+    make_linear,
+    usable_blocks,
+)
 from treadle.engine.native import Native, load_native
 from treadle.engine.weights import StoredBlocks
 from treadle.engine.weights.dequantize import dequantize
@@ -105,6 +114,28 @@ def test_every_placement_gives_the_same_product(dtype: torch.dtype, pack: bool) 
     assert relative_error(linear(x), expected) < 4 * torch.finfo(dtype).eps
     assert linear.wide(x).dtype is torch.float32
     assert relative_error(linear.wide(x), expected) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", BLOCK_KINDS)
+@pytest.mark.parametrize(("out", "inputs"), [(34, 64), (62, 576)])
+def test_few_rows_read_the_blocks_and_many_their_numbers(kind: str, out: int, inputs: int) -> None:
+    """As on processors with matrix tiles; others can do it, too."""
+    native = load_native()
+    if native is None or not native.blocks_bytes(2, 32, 0):
+        pytest.skip("this processor has no products of bfloat16 vectors")
+    blocks = stored(kind, out, inputs)
+    weight = dequantize(blocks.data, blocks.form, torch.bfloat16).double()
+    for bias in (None, random(out, seed=2)):
+        linear = BlocksLinear(blocks, bias, native)
+        assert linear.out_features == out and linear.weight_bytes > weight.numel() * 2
+        for rows in (1, 2, native.blocks_rows, native.blocks_rows + 1, 33):
+            x = random(rows, inputs, seed=rows)
+            expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+            into = torch.empty((rows, out), dtype=torch.bfloat16)
+            linear.into(x, into)
+            assert linear.wide(x).dtype is torch.float32 and torch.equal(into, linear(x))
+            for found in (linear(x), linear.wide(x)):
+                assert relative_error(found, expected) < 4 * torch.finfo(torch.bfloat16).eps, rows
 
 
 def test_what_serves_where(native: Native) -> None:

@@ -26,7 +26,7 @@ INLINE int64_t stored_size(int form) { return form == Q8_0 ? 34 : form == Q4_1 ?
 
 /* Bytes of the packed form of W [n, k]; 0 where there is none. form: 0 Q4_0, 1 Q4_1, 2 Q8_0. */
 EXPORT int64_t treadle_blocks_bytes(int64_t n, int64_t k, int form) {
-#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)
+#ifdef __AVX512BF16__
     return k % GROUP == 0 && n > 0 && k > 0 ? (n + PANEL - 1) / PANEL * panel_size(k, form) : 0;
 #else
     (void)n, (void)k, (void)form;
