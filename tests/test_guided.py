@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from llguidance import LLTokenizer
 
 from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
 from treadle.engine.loading import Emulate
@@ -23,7 +25,10 @@ from treadle.errors import InvalidParameter, InvalidRequest, RequestFailed, Trea
 from treadle.scheduler.guidance import guide, llg
 from treadle.scheduler.guidance.cache import GrammarCache
 from treadle.scheduler.guidance.llg import LlgMatching
+from treadle.scheduler.guidance.matching import Advance
+from treadle.scheduler.guidance.spelling import plain_decoder
 from treadle.tokenizer import Tokenizer
+from treadle.transport.masks import words_for
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
 from .guidedkit import LIST, SCHEMA, check, requests
@@ -271,6 +276,32 @@ def test_llguidance_has_the_bytes_that_we_decode(tiny: Path) -> None:
         piece = tokenizer.pieces.piece(token, False)
         assert theirs.decode_bytes([token]) == piece or piece == b"\xff", "which is in no text"
     assert theirs.eos_tokens == [EOS]
+
+
+def test_a_chain_of_decoders_that_ends_in_bytes_is_read_as_bytes(tiny: Path) -> None:
+    """llguidance alone takes the characters of such a vocabulary for themselves; see `spelling`."""
+    tokenizer = Tokenizer.load(tiny)
+    plain = tokenizer.to_info().tokenizer_json.decode()
+    level = json.loads(plain)["decoder"]
+    replaced = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    chain = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}, replaced, level]}
+    text = json.dumps({**json.loads(plain), "decoder": chain})
+    assert level["type"] == "ByteLevel" and json.loads(plain_decoder(text)) == json.loads(plain)
+    alone = LLTokenizer(text, n_vocab=VOCAB_SIZE, eos_token=[EOS])
+    matching = LlgMatching(text, VOCAB_SIZE, (EOS,))
+    pieces = [tokenizer.pieces.piece(token, False) for token in range(256)]
+    assert [matching._tokenizer.decode_bytes([token]) or b"\xff" for token in range(256)] == pieces
+    assert [alone.decode_bytes([token]) for token in range(256)] != pieces, "then plain_decoder is not needed any more"
+    sample = matching.compile(Guided(json={"type": "string", "maxLength": 2})).start()
+    for token in tokenizer.encode('"éÄ"', add_special_tokens=False):
+        assert not matching.advance([Advance(sample, [token], 0)], np.zeros((1, words_for(VOCAB_SIZE)), np.uint32))
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"decoder": null}', '{"decoder": {"type": "Sequence"}}', "[" * 5_000]
+)
+def test_what_is_no_such_chain_is_left_alone(text: str) -> None:
+    assert plain_decoder(text) == text
 
 
 def test_tokenizers_that_cannot_be_served_are_said(tiny: Path) -> None:

@@ -17,6 +17,7 @@ from treadle.transport.masks import Words
 from treadle.transport.messages import Guided
 
 from .matching import Advance
+from .spelling import plain_decoder
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -49,7 +50,7 @@ class LlgMatching:
         if not ends:
             raise InvalidRequest("guided: this model names no end-of-sequence token, so no output could ever end")
         try:
-            self._tokenizer = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends)
+            self._tokenizer = LLTokenizer(plain_decoder(tokenizer_json), n_vocab=vocab_size, eos_token=ends)
         except Exception as error:  # the library raises what it likes
             raise InvalidRequest(f"guided: llguidance does not serve this model's tokenizer: {error}") from error
         if self._tokenizer.vocab_size != vocab_size:
