@@ -143,7 +143,7 @@ class ClientServer:
             self._tell(identity, refusal("", error))
             return
         except TreadleError as error:
-            self._service.bad_frames += 1
+            self._service.observers.telemetry.bad_frames += 1
             self._tell(identity, refusal("", error))
             return
         try:

@@ -8,7 +8,7 @@ from typing import cast
 from treadle.errors import Overloaded, ServiceError, TreadleError
 from treadle.transport.messages import Delta, Deltas, Refused
 
-from .request import Outputs, Sequence
+from .request import Output, Outputs, Sequence
 from .request_trace import RequestTrace
 
 
@@ -78,6 +78,22 @@ class Route:
 
 def route_of(sequence: Sequence) -> Route:
     return cast(Route, sequence.request.context)  # the service put it there
+
+
+def delta(output: Output, request_id: str) -> Delta:
+    """What a step brought to one sequence, as its reader gets it."""
+    return Delta(
+        request_id,
+        output.sequence.index,
+        output.tokens,
+        output.finish,
+        output.stop_token,
+        output.cached_tokens,
+        output.logprobs,
+        output.prompt_logprobs,
+        output.error_code,
+        output.error,
+    )
 
 
 def put_tokens(outputs: Outputs) -> dict[Sink, None]:

@@ -26,10 +26,11 @@ _FOLD = 256
 class Telemetry:
     """phases: seconds of each of `PHASES`, a step each. tokens, rows: of a step. recovery: seconds. lives: of requests.
 
-    refused: requests by reason. losses: engine groups by cause.
+    refused: requests by reason. losses: engine groups by cause. bad_frames: that clients sent.
     """
 
     def __init__(self) -> None:
+        self.bad_frames = 0
         self.lives = Lives()
         self.recovery = Histogram(RECOVERY_SECONDS)
         self.refused: Counter[str] = Counter()

@@ -27,8 +27,8 @@ from pathlib import Path
 from treadle import LLM, Client, SamplingParams
 from treadle.frontend import Frontend
 from treadle.scheduler.options import service_options
+from treadle.scheduler.outbox import Outbox
 from treadle.scheduler.request import Outputs
-from treadle.scheduler.service import Service
 from treadle.serve import ServeSettings, run
 
 PROMPT = list(range(1, 9))
@@ -61,21 +61,21 @@ class Watch:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """Every service made meanwhile is watched."""
-        deliver = Service._deliver_step
+        deliver = Outbox.deliver_step
 
-        def timed(service: Service, outputs: Outputs) -> None:
+        def timed(outbox: Outbox, outputs: Outputs) -> None:
             began = time.thread_time_ns()
-            deliver(service, outputs)
+            deliver(outbox, outputs)
             ended = time.thread_time_ns()
             if len(outputs.sequences) == self._streams:
                 self.delivery.append(ended - began)
                 self.ends.append(ended)
 
-        Service._deliver_step = timed  # type: ignore[method-assign,assignment]
+        Outbox.deliver_step = timed  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
-            Service._deliver_step = deliver  # type: ignore[method-assign]
+            Outbox.deliver_step = deliver  # type: ignore[method-assign]
 
     def report(self) -> dict[str, float]:
         """Microseconds. The first tenth is warm-up."""

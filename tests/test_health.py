@@ -53,7 +53,7 @@ async def test_a_stuck_step_is_named_dumped_and_forgiven_when_it_goes_on(tmp_pat
     assert f"stuck at step {health.at_step}" in text
     assert f"rank 1, process {stopped}: state T (stopped)" in text and "it shows no stacks" in text
     assert "rogue_engine.py" in text, "the stacks of rank 0"
-    assert "thread MainThread" in text and "service.py" in text
+    assert "thread MainThread" in text and "answers.py" in text
     assert "running: 4 rows" in text and "test/0[0], prompt 3" in text
     assert "steps\nstep " in text and "took" in text and "answered by ranks [0]" in text
 

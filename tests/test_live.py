@@ -70,7 +70,7 @@ async def test_rows_queue_ranks_and_latencies_are_what_happens(tmp_path: Path) -
         f.service.abort(Abort("second"), f.sink)
         await f.sink.ended("second")
         empty = await until(f, lambda live: not live.rows, "nothing runs")
-        assert not empty.queue and len(f.service._live._latencies) == 0, "nobody is followed for ever"
+        assert not empty.queue and len(f.service.observers.live._latencies) == 0, "nobody is followed for ever"
         assert [rank.state for rank in empty.ranks] == ["ready", "ready"]
 
 

@@ -224,7 +224,7 @@ async def test_a_queue_is_waited_in(tmp_path: Path) -> None:
         rig.submit("first", [1], params(0, 30))
         rig.submit("second", [2], params(1, 2))
         await rig.sink.ended("first", "second")
-        queue = rig.service.telemetry.lives.queue
+        queue = rig.service.observers.telemetry.lives.queue
     assert queue.total >= 30 * 0.004, "the second began when the first had ended"
     assert queue.count == 2
 

@@ -56,8 +56,8 @@ def track(events: list[Event], name: str) -> list[Event]:
 
 def record(rig: Faulty) -> Recorder:
     """Begins now; until the test says that it is over."""
-    recorder = Recorder(perf_counter(), rig.service.telemetry.lives.rows)
-    rig.service._recorder = recorder
+    recorder = Recorder(perf_counter(), rig.service.observers.telemetry.lives.rows)
+    rig.service.observers.recorder = recorder
     return recorder
 
 
@@ -135,12 +135,12 @@ async def test_the_command_records_a_server(tmp_path: Path) -> None:
         process = await asyncio.create_subprocess_exec(*command, "-o", str(file), stdout=pipe)
         said, _ = await process.communicate()
         assert (process.returncode, said.decode()) == (0, f"wrote {file}; open it at https://ui.perfetto.dev\n")
-        assert rig.service._recorder is None, "it costs nothing any more"
+        assert rig.service.observers.recorder is None, "it costs nothing any more"
         async with Client(endpoint) as client:
             with pytest.raises(InvalidRequest, match="above 0"):
                 await client.trace(-1.0)
             first = asyncio.create_task(client.trace(60.0))
-            while rig.service._recorder is None:
+            while rig.service.observers.recorder is None:
                 await asyncio.sleep(0)
             with pytest.raises(Overloaded):
                 await client.trace(1.0)
@@ -162,7 +162,7 @@ async def test_over_tcp_nobody_looks_at_others(tmp_path: Path) -> None:
         async with Client(endpoint, server_key=keys.public) as client:
             with pytest.raises(InvalidRequest, match="on the server's own machine"):
                 await client.trace(0.1)
-            assert rig.service._recorder is None
+            assert rig.service.observers.recorder is None
         server.close()
     with pytest.raises(ServiceClosed):
         await rig.service.record(1.0)

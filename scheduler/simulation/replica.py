@@ -1,8 +1,9 @@
 """One replica in virtual time: a core, an engine that takes as long as the cost model says, and what comes.
 
-It does what `scheduler/service.py` does, in the same order: a request is added and a plan made at once if the pipeline
-has room; plans are sent as they are made and executed one after the other; a result is applied, the next plan is made,
-and then its tokens are delivered. So a step begins when it was sent or when the one before it ended, if that is later.
+It does what `scheduler/step_loop.py` does, in the same order: a request is added and a plan made at once if the
+pipeline has room; plans are sent as they are made and executed one after the other; a result is applied, the next plan
+is made, and then its tokens are delivered. So a step begins when it was sent or when the one before it ended, if that
+is later.
 """
 
 from __future__ import annotations
