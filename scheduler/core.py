@@ -8,7 +8,8 @@
     core.reset(now)              the engine died; everything unfinished will be computed again
     core.expire(now)             deadlines, at `next_deadline()`
 
-`scheduler/planner.py` has the policy, `scheduler/rows.py` the state of what runs, docs/scheduler.md the walk of a step.
+What is here holds these together: `planner.py` makes the steps, `results.py` takes what they brought, `unfinished.py`
+has the requests and their ends, `rows.py` the state of what runs. docs/scheduler.md has the walk of a step.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from collections import deque
 from collections.abc import Callable
 
 import msgspec
-import numpy as np
 
-from treadle.errors import DeadlineUnreachable, EngineFailed, PolicyFailed, ProtocolError, RequestFailed
-from treadle.transport.codec import Int32, pack, unpack
-from treadle.transport.messages import RowFault, Stats, StepPlan, StepResult, Submit, TenantFigures, TokenLogprobs
+from treadle.errors import DeadlineUnreachable, EngineFailed, PolicyFailed, ProtocolError
+from treadle.transport.messages import Stats, StepPlan, StepResult, Submit, TenantFigures
 
 from .admission import Admission
 from .config import CoreConfig
@@ -29,18 +28,15 @@ from .cost_model import CostModel, StepCosts, StepShape
 from .guidance.pending import MasksDue, PendingMasks
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
-from .ordered_queue import OrderedQueue
 from .planner import Flight, Planner
 from .policies import Policy, make_policy
 from .policies.guard import Guard
-from .request import NO_ROW, Output, Outputs, Request, Sequence
-from .rows import Int64, Rows1D, span
+from .request import Output, Outputs, Request, Sequence
+from .results import Results
 from .running import Running
 from .snapshot import snapshot
-from .stop_ids import StopIds
+from .unfinished import Unfinished
 from .waiting import Waiting
-
-Details = dict[Sequence, Output]
 
 
 class Core:
@@ -64,16 +60,13 @@ class Core:
         self._waiting = Waiting(config, self._guard, self._running, self.costs)
         self._planner = Planner(config, self._running, self._waiting, self._guard, self.costs)
         self._admission = Admission(config, draw_seed)
-        self._requests: dict[str, Request] = {}
-        self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
+        self._unfinished = Unfinished(config.vocab_size, self._running, self._waiting, self._admission)
+        self._results = Results(config.vocab_size, self._running, self._waiting, self._unfinished)
         self._flights: deque[Flight] = deque()
         self._masks = PendingMasks(self._running)
         self._unsaid: list[Output] = []
-        self._stop_ids = StopIds(config.vocab_size)
         self._step = 0
-        self._finished = 0
         self._recoveries = 0
-        self._generated = 0
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -83,7 +76,7 @@ class Core:
         Raises InvalidRequest and its kinds (empty prompt, ids out of range, a prompt that can never fit, an id that
         is in use), Overloaded, and DeadlineUnreachable where the policy knows. Nothing has changed then.
         """
-        request = self._admission.accept(submit, now, self._waiting, self._requests)
+        request = self._admission.accept(submit, now, self._waiting, self._unfinished.requests)
         waiting = [sequence for sequence in request.sequences if not sequence.finish]
         late = False
         for sequence in waiting:
@@ -94,33 +87,32 @@ class Core:
                 self._waiting.remove(sequence)
             self._admission.refused += 1
             raise DeadlineUnreachable(_unreachable(request, now))
-        self._requests[request.id] = request
-        if request.deadline is not None:
-            self._deadlines.push(_deadline_key(request), request)
-        self._stop_ids.add(request.stop_ids)
+        self._unfinished.add(request)
         return request
 
     def abort(self, request_id: str, now: float, index: int = -1) -> list[Output]:
         """Ends a request wherever it is, or one continuation of it; what is unknown or has ended is left alone."""
-        request = self._requests.get(request_id)
+        request = self._unfinished.requests.get(request_id)
         if request is None:
             return []
         if index < 0:
-            return self._end_request(request, "abort", now)
+            return self._unfinished.end_request(request, "abort", now)
         chosen = request.sequences[index : index + 1]
-        return [self._end(Output(sequence), "abort", now) for sequence in chosen if not sequence.finish]
+        return [self._unfinished.end(Output(sequence), "abort", now) for sequence in chosen if not sequence.finish]
 
     def fail(self, request_id: str, index: int, code: str, message: str, now: float) -> list[Output]:
         """Ends one continuation with "error", wherever it is; what is unknown or has ended is left alone."""
-        request = self._requests.get(request_id)
+        request = self._unfinished.requests.get(request_id)
         chosen = request.sequences[index : index + 1] if request is not None else []
         errors = [Output(sequence, error_code=code, error=message) for sequence in chosen if not sequence.finish]
-        return [self._end(error, "error", now) for error in errors]
+        return [self._unfinished.end(error, "error", now) for error in errors]
 
     def fail_all(self, code: str, message: str, now: float) -> list[Output]:
         """Ends every request with "error": nothing will run any more."""
-        requests = list(self._requests.values())
-        return [output for request in requests for output in self._end_request(request, "error", now, code, message)]
+        outputs: list[Output] = []
+        for request in list(self._unfinished.requests.values()):
+            outputs += self._unfinished.end_request(request, "error", now, code, message)
+        return outputs
 
     def expire(self, now: float) -> list[Output]:
         """Ends requests whose deadline has passed or cannot be met any more, and hands out what `plan` found so."""
@@ -128,21 +120,16 @@ class Core:
         for sequence in self._waiting.too_late(now) if self._guard.has_latest_start else ():
             error = _unreachable(sequence.request, now)
             failed = Output(sequence, error_code=DeadlineUnreachable.code, error=error)
-            outputs.append(self._end(failed, "error", now))
-        while (key := self._deadlines.first_key()) is not None and key[0] <= now:
-            request = self._deadlines.first()
-            if request is not None:
-                outputs += self._end_request(request, "deadline", now)
+            outputs.append(self._unfinished.end(failed, "error", now))
+        outputs += self._unfinished.end_overdue(now)
         return outputs
 
     def next_deadline(self) -> float | None:
         """When to call `expire`; a time that has passed means now."""
         if self._unsaid:
             return 0.0
-        key, latest = self._deadlines.first_key(), self._waiting.next_latest()
-        if key is None:
-            return None
-        return key[0] if latest is None else min(key[0], latest)
+        deadline, latest = self._unfinished.first_deadline, self._waiting.next_latest()
+        return deadline if deadline is None or latest is None else min(deadline, latest)
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,24 +163,12 @@ class Core:
         gets its token. Raises ProtocolError, before anything has changed, for a result that does not fit the plan.
         """
         flight = self._expect(result)
-        rows, admissions = flight.sampled()
-        tokens = self._read_tokens(result, rows)
+        sampled = self._results.read(flight, result)
         self._flights.popleft()
         self.costs.observe(flight.shape, seconds)
         self._masks.drop(flight.step)
         outputs = Outputs(others=self.expire(now))
-        for fault in result.faults:
-            self._fail_row(flight, fault, outputs, now)
-        details = self._details(flight, result.logprobs) if result.logprobs else {}
-        at = span(rows) if flight.rising else rows
-        live = self._running.rows.admission[at] == admissions
-        if not live.all():
-            self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
-            at = rows = rows[live]
-            tokens = tokens[live]
-        if rows.size:
-            self._commit(rows, at, tokens, outputs, details, now)
-        outputs.others += details.values()
+        self._results.commit(flight, result, sampled, outputs, now)
         self._planner.trials.clear(outputs)
         return outputs
 
@@ -215,7 +190,7 @@ class Core:
             request.failures += 1
             if request.failures >= self.config.max_engine_failures:
                 message = f"the engine died {request.failures} times in a row while this request was running"
-                outputs += self._end_request(request, "error", now, EngineFailed.code, message)
+                outputs += self._unfinished.end_request(request, "error", now, EngineFailed.code, message)
         self._planner.trials.begin(suspects)
         return outputs
 
@@ -234,12 +209,12 @@ class Core:
     @property
     def has_work(self) -> bool:
         """Some request is unfinished."""
-        return bool(self._requests)
+        return bool(self._unfinished.requests)
 
     @property
     def unfinished(self) -> int:
         """Requests that have not ended."""
-        return len(self._requests)
+        return len(self._unfinished.requests)
 
     @property
     def policy_errors(self) -> int:
@@ -257,13 +232,13 @@ class Core:
             step=self._step,
             running=self._running.rows.count,
             waiting=len(self._waiting),
-            finished=self._finished,
+            finished=self._unfinished.finished,
             preemptions=self._planner.preemptions,
             recoveries=self._recoveries,
             refused=self._admission.refused,
             prompt_tokens=self._running.prompt_tokens,
             cached_prompt_tokens=self._running.cached_prompt_tokens,
-            generated_tokens=self._generated,
+            generated_tokens=self._results.generated,
             blocks_total=pool.total,
             blocks_used=pool.used,
             blocks_cached=pool.cached,
@@ -310,9 +285,10 @@ class Core:
     def check(self) -> None:
         """Raises CoreInvariantError with what is wrong. Slow; for tests and debugging, after any event."""
         in_order = self._guard.name in ("fcfs", "priority") and not self._guard.errors
-        check_core(self.config, self._running, self._waiting, self._flights, self._requests, self._stop_ids, in_order)
+        requests, stop_ids = self._unfinished.requests, self._unfinished.stop_ids
+        check_core(self.config, self._running, self._waiting, self._flights, requests, stop_ids, in_order)
 
-    # ── results ──────────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _expect(self, result: StepResult) -> Flight:
         if not self._flights:
@@ -322,152 +298,10 @@ class Core:
             raise ProtocolError(f"a result of step {result.step} where step {flight.step} is next")
         return flight
 
-    def _read_tokens(self, result: StepResult, rows: Rows1D) -> Int32:
-        """One id per sampling row. A row that reports a fault has one too, of any value."""
-        tokens = unpack(result.tokens)
-        if tokens.size != rows.size:
-            raise ProtocolError(f"step {result.step}: {tokens.size} tokens for {rows.size} rows that sample")
-        ids = tokens.view(np.uint32)
-        if not ids.size or ids.item(ids.argmax()) < self.config.vocab_size:
-            return tokens
-        outside = (ids >= self.config.vocab_size).nonzero()[0]
-        if not {fault.row for fault in result.faults}.issuperset(rows[outside].tolist()):
-            raise ProtocolError(f"step {result.step}: sampled ids outside [0, {self.config.vocab_size})")
-        return tokens
-
-    def _commit(
-        self, rows: Rows1D, at: Rows1D | slice, tokens: Int32, outputs: Outputs, details: Details, now: float
-    ) -> None:
-        """The hot path: vectors for everybody, Python only for rows that end or carry details."""
-        arrays = self._running.rows
-        length = arrays.commit(rows, at, tokens)
-        self._running.publish_decoded(rows, at)
-        self._generated += rows.size
-        sequences: list[Sequence] = arrays.owner[at].tolist()
-        values: list[int] = tokens.tolist()
-        ending = (length >= arrays.limit[at]) | self._stop_ids.mask[tokens]
-        special = range(rows.size) if details else ending.nonzero()[0].tolist()
-        apart: list[Output] = []
-        for i in reversed(special):
-            output = self._settle(sequences[i], values[i], int(length[i]), details, now)
-            if output is not None:
-                apart.append(output)
-                del sequences[i], values[i]
-        outputs.others += reversed(apart)
-        outputs.sequences += sequences
-        outputs.tokens += values
-
-    def _commit_parked(self, admissions: Int64, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
-        """Tokens of rows that are no longer: those of preempted sequences count, the rest is discarded."""
-        for admission, token in zip(admissions.tolist(), tokens.tolist(), strict=True):
-            sequence = self._running.parked.get(admission)
-            if sequence is None:
-                continue
-            self._waiting.extend(sequence, pack([token]))
-            self._running.ledger.owe(sequence.lane, 1)
-            self._running.tally.late_token(sequence.request.tenant)
-            self._generated += 1
-            sequence.request.failures = 0
-            sequence.in_flight -= 1
-            if not sequence.in_flight:
-                del self._running.parked[admission]
-            output = self._settle(sequence, token, sequence.known, details, now)
-            outputs.others.append(output or Output(sequence, [token]))
-
-    def _settle(self, sequence: Sequence, token: int, length: int, details: Details, now: float) -> Output | None:
-        """Ends the sequence if this token does; None when there is nothing to say but the token."""
-        output = details.pop(sequence, None)
-        request = sequence.request
-        if token in request.stop_ids and length >= request.floor:
-            output = self._end(output or Output(sequence), "stop", now)
-            output.stop_token = token
-        elif length >= request.limit:
-            output = self._end(output or Output(sequence), "length", now)
-        if output is not None:
-            output.tokens.append(token)
-        return output
-
-    def _details(self, flight: Flight, logprobs: list[TokenLogprobs]) -> Details:
-        """Log-probabilities by the sequence they belong to; prompt positions that were delivered before are dropped."""
-        owners = self._owners(flight)
-        details: Details = {}
-        for item in logprobs:
-            sequence = owners.get(item.row)
-            if sequence is None:
-                continue
-            output = details.get(sequence) or Output(sequence)
-            if item.position >= sequence.request.prompt_len:
-                output.logprobs.append(item)
-            elif item.position > sequence.prompt_logprobs_to:
-                output.prompt_logprobs.append(item)
-                sequence.prompt_logprobs_to = item.position
-            else:
-                continue
-            details[sequence] = output
-        return details
-
-    def _owners(self, flight: Flight) -> dict[int, Sequence]:
-        """Whose the rows of the step are; rows whose sequence has ended are left out."""
-        arrays, parked = self._running.rows, self._running.parked
-        owners: dict[int, Sequence] = {}
-        for row, admission in zip(flight.rows.tolist(), flight.admissions.tolist(), strict=True):
-            sequence = arrays.owner[row] if arrays.admission[row] == admission else parked.get(admission)
-            if sequence is not None:
-                owners[row] = sequence
-        return owners
-
-    def _fail_row(self, flight: Flight, fault: RowFault, outputs: Outputs, now: float) -> None:
-        sequence = self._owners(flight).get(fault.row)
-        if sequence is None:
-            return
-        if sequence.row != NO_ROW:
-            self._running.withdraw(sequence.row)
-        failed = Output(sequence, error_code=RequestFailed.code, error=fault.message)
-        outputs.others.append(self._end(failed, "error", now))
-
     def _in_flight_requests(self) -> list[Request]:
         """Whose work the engine had when it died, in a fixed order."""
-        sequences = (sequence for flight in self._flights for sequence in self._owners(flight).values())
+        sequences = (sequence for flight in self._flights for sequence in self._results.owners(flight).values())
         return list(dict.fromkeys(sequence.request for sequence in sequences))
-
-    # ── ends ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _end_request(
-        self, request: Request, finish: str, now: float, error_code: str = "", error: str = ""
-    ) -> list[Output]:
-        return [
-            self._end(Output(sequence, error_code=error_code, error=error), finish, now)
-            for sequence in request.sequences
-            if not sequence.finish
-        ]
-
-    def _end(self, output: Output, finish: str, now: float) -> Output:
-        """The one way out: a sequence ends here, once, and gives back all it has."""
-        sequence, request = output.sequence, output.sequence.request
-        if finish in ("stop", "length"):
-            self._running.note_length(sequence)
-        if sequence.row != NO_ROW:
-            output.known = int(self._running.rows.known[sequence.row])
-            self._running.stop(sequence)
-        else:
-            output.known = sequence.known
-            self._waiting.remove(sequence)
-            self._running.parked.pop(sequence.admission, None)
-        sequence.tokens = b""
-        sequence.finish = output.finish = finish
-        request.unfinished -= 1
-        self._admission.note_end(request, now)
-        if not request.unfinished:
-            self._forget(request)
-        return output
-
-    def _forget(self, request: Request) -> None:
-        del self._requests[request.id]
-        if request.deadline is not None:
-            self._deadlines.remove(_deadline_key(request))
-        self._stop_ids.remove(request.stop_ids)
-        self._running.tally.finish(request.tenant)
-        self._finished += 1
 
 
 def _unreachable(request: Request, now: float) -> str:
@@ -478,7 +312,3 @@ def _unreachable(request: Request, now: float) -> str:
 def _measured(config: CoreConfig) -> StepCosts:
     """What is known of costs before the first step."""
     return StepCosts(block_out=config.swap_out_seconds, block_in=config.swap_in_seconds)
-
-
-def _deadline_key(request: Request) -> tuple[float, int]:
-    return request.deadline or 0.0, request.sequences[0].order

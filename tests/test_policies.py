@@ -288,7 +288,7 @@ def test_a_step_looks_only_at_the_head_of_a_long_queue() -> None:
     opening, policy.asked = policy.asked, 0
     assert opening <= 3 * 500 + 50  # each lane once when it opens, and the head
     assert core.plan(0.0) is None and policy.asked == 0, "rows are full, there is nothing to ask"
-    names = list(core._requests)[: 8_000 - 8]
+    names = list(core._unfinished.requests)[: 8_000 - 8]
     for name in names[:8]:
         core.abort(name, 0.0)
     core.plan(0.0)
