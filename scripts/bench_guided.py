@@ -53,6 +53,11 @@ def schema(number: int) -> dict[str, Any]:
     return {"type": "array", "items": item, "minItems": 10_000, "x-guidance": {"whitespace_flexible": False}}
 
 
+def _size(made: MadeMasks) -> int:
+    masks = made.masks
+    return sum(map(len, (masks.rows, masks.kinds, masks.counts, masks.places, masks.words, masks.bits)))
+
+
 class MaskTimes:
     """Wraps a `Guide`'s method and takes the time of each step's masks, in seconds."""
 
@@ -69,7 +74,7 @@ class MaskTimes:
 
             def finished(masks: MadeMasks) -> None:
                 times.seconds.append(time.perf_counter() - began)
-                times.bytes.append(len(masks.masks.ids) + len(masks.masks.bits))
+                times.bytes.append(_size(masks))
                 done(masks)
 
             made(guide, due, finished)

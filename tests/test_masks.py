@@ -43,7 +43,7 @@ def test_masks_travel(vocab: int, shares: list[float], same: bool, free: int, se
         allowed[-1] = allowed[0]
     unbound = np.array([bool(free >> row & 1) for row in range(len(shares))])
     codec = rank_codec()
-    masks = codec.decode(codec.encode(encode_masks(3, packed(allowed), unbound, vocab)))
+    masks = codec.decode(codec.encode(encode_masks(3, packed(allowed), unbound)))
     assert isinstance(masks, Masks)
     found = decode_masks(masks, len(shares), vocab)
     assert ((found.rows == -1) == unbound).all()
@@ -57,10 +57,23 @@ def test_the_shortest_form_is_taken() -> None:
     few, most, half = np.zeros(vocab, bool), np.ones(vocab, bool), np.arange(vocab) % 2 == 0
     few[[3, 999]] = True
     most[[0, 31, 32]] = False
-    masks = encode_masks(0, packed(np.stack([few, most, half, few])), np.zeros(4, bool), vocab)
+    masks = encode_masks(0, packed(np.stack([few, most, half, few])), np.zeros(4, bool))
     kinds = np.frombuffer(masks.kinds, np.int32).tolist()
     assert sorted(kinds) == [ONLY, EXCEPT, BITS]
-    assert len(masks.ids) == 4 * 5 and len(masks.bits) == 4 * words_for(vocab)
+    assert sorted(np.frombuffer(masks.places, np.int32).tolist()) == sorted(
+        [0, 31, 0, 1, 31]
+    )  # the last word is never full
+    assert len(masks.words) == 4 * 5 and len(masks.bits) == 4 * words_for(vocab)
+
+
+@pytest.mark.parametrize("bit", [0, 1, 30, 31])
+def test_masks_that_differ_by_a_token_are_told_apart(bit: int) -> None:
+    """And each travels once: the sums by which rows are found that have one mask must not collide."""
+    words = np.full((600, 500), 0xFFFFFFFF, np.uint32)
+    words[np.arange(500), np.arange(500)] ^= np.uint32(1 << bit)
+    masks = encode_masks(0, words, np.zeros(600, bool))
+    assert len(masks.kinds) == 4 * 501
+    assert np.frombuffer(masks.counts, np.int32).tolist().count(1) == 500
 
 
 @pytest.mark.parametrize(
@@ -70,10 +83,13 @@ def test_the_shortest_form_is_taken() -> None:
         {"rows": pack([0, 2])},
         {"rows": pack([0, -2])},
         {"kinds": pack([ONLY])},
-        {"counts": pack([2, -1])},
-        {"counts": pack([3, 0])},
-        {"ids": pack([3, 100])},
-        {"ids": pack([3, -1])},
+        {"counts": pack([-1, 0])},
+        {"counts": pack([2, 0])},
+        {"places": pack([4])},
+        {"places": pack([-1])},
+        {"places": pack([0, 1])},
+        {"words": b""},
+        {"words": b"\0\0\0"},
         {"bits": b"\0\0\0"},
         {"bits": b"\0\0\0\0"},
         {"rows": b"\0"},
@@ -83,7 +99,7 @@ def test_masks_that_do_not_fit_are_refused(change: dict[str, bytes]) -> None:
     allowed = np.zeros((2, 100), bool)
     allowed[0, [3, 9]] = True
     allowed[1] = np.arange(100) % 2
-    masks = encode_masks(0, packed(allowed), np.zeros(2, bool), 100)
+    masks = encode_masks(0, packed(allowed), np.zeros(2, bool))
     decode_masks(masks, 2, 100)
     with pytest.raises(ProtocolError):
         decode_masks(msgspec.structs.replace(masks, **change), 2, 100)
@@ -95,7 +111,7 @@ def test_a_rank_applies_its_slice(start: int, columns: int) -> None:
     allowed = random.random((4, vocab)) < np.array([0.01, 0.5, 0.99, 0.5])[:, None]
     allowed[3] = allowed[1]
     free = np.array([False, False, True, False])
-    masks = encode_masks(0, packed(allowed), free, vocab)
+    masks = encode_masks(0, packed(allowed), free)
     places = np.array([4, 0, 3, 1])
     local = LocalMasks.of(masks, places, start, columns, vocab)
     logits = torch.from_numpy(random.standard_normal((6, columns)).astype(np.float32))
@@ -134,7 +150,7 @@ def test_the_sampler_chooses_what_is_left_on_every_cut() -> None:
     allowed[:, 3] = False
     logits = torch.from_numpy(random.standard_normal((len(kinds), vocab)).astype(np.float32) * 3)
     free = np.array([False] * 5 + [True])
-    masks = encode_masks(0, packed(allowed), free, vocab)
+    masks = encode_masks(0, packed(allowed), free)
     banned = [np.flatnonzero(~row).tolist() for row in allowed[:5]]
     slow = [msgspec.structs.replace(one, banned_token_ids=ids) for one, ids in zip(kinds, banned, strict=False)]
     expected = Batch(vocab, [*slow, kinds[5]]).sample(logits)
@@ -146,7 +162,7 @@ def test_the_sampler_chooses_what_is_left_on_every_cut() -> None:
 
 
 def test_a_row_for_which_nothing_is_left_is_at_fault_alone() -> None:
-    masks = encode_masks(0, packed(np.zeros((1, 50), bool)), np.zeros(1, bool), 50)
+    masks = encode_masks(0, packed(np.zeros((1, 50), bool)), np.zeros(1, bool))
     batch = Batch(50, [SamplingParams(temperature=0)] * 2)
     got = batch.sample(torch.zeros((2, 50)), masks=masks)
     assert [fault.row for fault in got.faults] == [0] and "no token is allowed" in got.faults[0].message

@@ -22,7 +22,7 @@ from treadle.engine.kernels.masks import mask_logits_fused  # isort: skip
 def test_the_kernel_masks_as_the_reference(start: int, columns: int, dtype: torch.dtype) -> None:
     vocab, random = 700, np.random.default_rng(3)
     allowed = random.random((3, vocab)) < np.array([0.01, 0.5, 0.99])[:, None]
-    masks = encode_masks(0, packed(allowed), np.array([False, False, True]), vocab)
+    masks = encode_masks(0, packed(allowed), np.array([False, False, True]))
     local = LocalMasks.of(masks, np.array([4, 1, 0]), start, columns, vocab)
     logits = torch.randn((6, columns + 3), dtype=torch.float32).to(DEVICE, dtype)[:, :columns]
     expected = logits.clone()

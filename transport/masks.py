@@ -1,13 +1,16 @@
 """Token masks on the wire: `Masks` from bits and back.
 
 A grammar mostly allows either a handful of tokens (the next key of an object) or nearly all (the inside of a string),
-and rows of one schema are often at like places. So a mask travels once for all rows that have it, and as the ids it
-allows, as the ids it forbids, or as bits, whichever is shortest.
+and rows of one schema are often at like places. So a mask travels once for all rows that have it, and as those of its
+words that are not all zeros, as those that are not all ones, or whole, whichever is shortest. Words, not ids: the masks
+of a step are on its critical path, and to find words takes a fraction of the time that it takes to spread them out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +25,10 @@ ANYTHING = -1
 """In `Masks.rows`: nothing is masked for this row."""
 
 Words = npt.NDArray[np.uint32]
+Counts = npt.NDArray[np.intp]
 _WIRE_WORD = np.dtype("<u4")
 _ALL = np.uint32(0xFFFFFFFF)
-_ONES = np.unpackbits(np.arange(1 << 16, dtype=np.uint16).view(np.uint8)).reshape(-1, 16).sum(axis=1, dtype=np.uint8)
-"""How many bits of a 16-bit number are set. numpy counts them itself from 2.0 on."""
+_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,83 +44,85 @@ def words_for(vocab_size: int) -> int:
     return -(-vocab_size // 32)
 
 
-def encode_masks(step: int, words: Words, free: npt.NDArray[np.bool_], vocab_size: int) -> Masks:
+def encode_masks(step: int, words: Words, free: npt.NDArray[np.bool_]) -> Masks:
     """words: uint32 [rows, words_for(vocab_size)], bits beyond the vocabulary 0. free: bool [rows], whose words do not
     count."""
     rows = np.full(len(words), ANYTHING, np.int32)
     bound = np.flatnonzero(~free)
-    first, which = _distinct(words[bound])
-    rows[bound] = which
-    distinct = words[bound[first]]
-    return _encode_distinct(step, rows, distinct, vocab_size)
+    first, rows[bound] = _distinct(words if len(bound) == len(words) else words[bound])
+    parts = [_encode(words[bound[part]]) for part in _parts(first)] or [_encode(words[:0])]
+    kinds, counts, places, given, whole = (np.concatenate(items) for items in zip(*parts, strict=True))
+    return Masks(step, pack(rows), pack(kinds), pack(counts), pack(places), _bytes(given), _bytes(whole))
 
 
 def decode_masks(masks: Masks, rows: int, vocab_size: int) -> RowMasks:
     """Masks for `rows` guided rows. Raises ProtocolError for what `encode_masks` would not have made."""
-    index, kinds, counts, ids = (unpack(data) for data in (masks.rows, masks.kinds, masks.counts, masks.ids))
+    index, kinds, counts, places = (unpack(data) for data in (masks.rows, masks.kinds, masks.counts, masks.places))
     width = words_for(vocab_size)
-    bits = np.frombuffer(masks.bits, _WIRE_WORD) if len(masks.bits) % 4 == 0 else np.empty(0, np.uint32)
+    values, bits = _words(masks.words), _words(masks.bits)
     plain = kinds == BITS
     if (
         index.size != rows
         or kinds.size != counts.size
         or (index.size and not (index.min() >= ANYTHING and index.max() < kinds.size))
         or (counts.size and counts.min() < 0)
-        or counts.sum() != ids.size
+        or not counts.sum() == places.size == values.size
         or bits.size != int(plain.sum()) * width
-        or len(masks.bits) != 4 * bits.size
-        or (ids.size and not (ids.min() >= 0 and ids.max() < vocab_size))
+        or len(masks.words) + len(masks.bits) != 4 * (values.size + bits.size)
+        or (places.size and not (places.min() >= 0 and places.max() < width))
     ):
         raise ProtocolError(f"masks of step {masks.step} that do not fit {rows} rows of {vocab_size} tokens")
     words = np.zeros((kinds.size, width), np.uint32)
-    _enter_ids(words, counts, ids)
-    inverted = kinds == EXCEPT
-    words[inverted] ^= _ALL
+    words[kinds == EXCEPT] = _ALL
     words[plain] = bits.reshape(-1, width)
+    words.reshape(-1)[np.repeat(np.arange(kinds.size) * width, counts) + places] = values
     return RowMasks(index, words)
 
 
-def _distinct(words: Words) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+def _parts(rows: Counts) -> Iterator[Counts]:
+    """So many at once that what is computed of them stays in a core's cache."""
+    return (rows[start : start + _AT_ONCE] for start in range(0, len(rows), _AT_ONCE))
+
+
+def _words(data: bytes) -> Words:
+    return np.frombuffer(data, _WIRE_WORD) if len(data) % 4 == 0 else np.empty(0, np.uint32)
+
+
+def _distinct(words: Words) -> tuple[Counts, Counts]:
     """For the rows of words: where each distinct one stands first, and which of these each row is.
 
     By a weighted sum of a row's words, checked word for word; in the unlikely case that two differ and sum alike, every
     row counts as distinct.
     """
-    weights = np.arange(words.shape[1], dtype=np.uint32) * np.uint32(0x9E3779B1) | np.uint32(1)
-    sums = (words * weights).sum(axis=1, dtype=np.uint32)
+    sums = np.einsum("rw,w->r", words, _weights(words.shape[1]))
     _, first, which = np.unique(sums, return_index=True, return_inverse=True)
-    if len(first) == len(words) or np.array_equal(words, words[first[which]]):
-        return first, which
     every = np.arange(len(words))
+    again = np.flatnonzero(first[which] != every)
+    if not again.size:
+        return every, every
+    if all(np.array_equal(words[part], words[first[which[part]]]) for part in _parts(again)):
+        return first, which
     return every, every
 
 
-def _encode_distinct(step: int, rows: Int32, words: Words, vocab_size: int) -> Masks:
-    allowed = _ONES[np.ascontiguousarray(words).view(np.uint16)].sum(axis=1, dtype=np.int64)
-    kinds = np.where(2 * allowed > vocab_size, EXCEPT, ONLY)
-    counts = np.where(kinds == EXCEPT, vocab_size - allowed, allowed)
-    plain = counts >= words.shape[1]
-    kinds[plain], counts[plain] = BITS, 0
-    named = words[~plain] ^ np.where(kinds[~plain] == EXCEPT, _ALL, np.uint32(0))[:, None]
-    if vocab_size % 32:
-        named[:, -1] &= np.uint32((1 << vocab_size % 32) - 1)
-    bits = words[plain].astype(_WIRE_WORD, copy=False).tobytes()
-    return Masks(step, pack(rows), pack(kinds), pack(counts), pack(_ids(named)), bits)
+@cache
+def _weights(words: int) -> npt.NDArray[np.uint64]:
+    """Masks often differ by a token or two: so these are unrelated to each other, and wide, lest a sum lose bits."""
+    return np.random.default_rng(0).integers(1 << 63, size=words, dtype=np.uint64)
 
 
-def _ids(words: Words) -> npt.NDArray[np.intp]:
-    """The ids of all bits that are set, row by row, ascending. Looks into words that are not 0 only."""
-    row, place = words.nonzero()
-    bits = np.unpackbits(words[row, place].astype(_WIRE_WORD).view(np.uint8), bitorder="little")
-    entry, bit = bits.reshape(-1, 32).nonzero()
-    return place[entry] * 32 + bit
+def _encode(words: Words) -> tuple[Counts, Counts, Counts, Words, Words]:
+    """kinds and counts of some masks, the places and the words that are given, and the masks that are given whole."""
+    named, most = words != 0, words != _ALL
+    counts, forbidding = np.count_nonzero(named, axis=1), np.count_nonzero(most, axis=1)
+    kinds = np.where(forbidding < counts, EXCEPT, ONLY)
+    named[kinds == EXCEPT] = most[kinds == EXCEPT]
+    counts = np.minimum(counts, forbidding)
+    plain = 2 * counts >= words.shape[1]  # a word that is named takes two
+    kinds[plain], counts[plain], named[plain] = BITS, 0, False
+    where = np.flatnonzero(named)
+    return kinds, counts, where % words.shape[1], words.reshape(-1)[where], words[plain].reshape(-1)
 
 
-def _enter_ids(words: Words, counts: Int32, ids: Int32) -> None:
-    """Sets each row's bits. Ids of a row ascend, so those of one word stand together."""
-    if not ids.size:
-        return
-    where = np.repeat(np.arange(len(counts)) * words.shape[1], counts) + (ids >> 5)
-    bits = np.left_shift(np.uint32(1), (ids & 31).astype(np.uint32))
-    starts = np.flatnonzero(np.diff(where, prepend=-1))
-    words.reshape(-1)[where[starts]] = np.bitwise_or.reduceat(bits, starts)
+def _bytes(words: Words) -> bytes:
+    return words.astype(_WIRE_WORD, copy=False).tobytes()

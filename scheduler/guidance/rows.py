@@ -50,13 +50,13 @@ class MaskJob:
         free[[row for row, *_ in self.places]] = False
         errors = matching.advance([_advance(*place) for place in self.places], words)
         free[list(errors)] = True
-        masks = encode_masks(self.step, words, free, matching.vocab_size)
+        masks = encode_masks(self.step, words, free)
         return MadeMasks(masks, [(sequence, errors[row]) for row, sequence, *_ in self.places if row in errors])
 
     def fail(self, matching: Matching, message: str) -> MadeMasks:
         """What to send when `run` raised: the step must go on for the others."""
         words = np.zeros((self.size, words_for(matching.vocab_size)), np.uint32)
-        masks = encode_masks(self.step, words, np.ones(self.size, np.bool_), matching.vocab_size)
+        masks = encode_masks(self.step, words, np.ones(self.size, np.bool_))
         return MadeMasks(masks, [(sequence, message) for _, sequence, *_ in self.places])
 
 

@@ -144,16 +144,19 @@ class Masks(Message, frozen=True):
     """Scheduler → rank: which tokens the guided rows of a step may sample. It may come before or after the step's plan.
 
     rows: one number for each of the plan's guided rows, in its order: which mask below is its own, -1 where everything
-    is allowed. kinds: one for each mask, `masks.ONLY` these ids, all `masks.EXCEPT` these ids, or `masks.BITS`. counts:
-    how many ids it has (0 for BITS). ids: int32, of all masks one after the other, ascending within each. bits: uint32,
-    of all BITS masks one after the other, ceil(vocab / 32) words each, the lowest bit of the first is token 0.
+    is allowed. A mask is uint32, ceil(vocab / 32) words; the lowest bit of the first is token 0. kinds: one for each
+    mask: `masks.ONLY` has zeros but for the words that are given, `masks.EXCEPT` ones but for these, `masks.BITS` is
+    given whole. counts: how many words are given (0 for BITS). places: int32, which words they are, of all masks one
+    after the other, ascending within each. words: uint32, the words themselves. bits: uint32, of all BITS masks one
+    after the other.
     """
 
     step: int
     rows: bytes
     kinds: bytes
     counts: bytes
-    ids: bytes
+    places: bytes
+    words: bytes
     bits: bytes
 
 
