@@ -69,7 +69,7 @@ def plan(step: int, guided: bool = False) -> bytes:
 
 
 def masks(step: int) -> bytes:
-    return engine_codec().encode(Masks(step, pack([-1]), b"", b"", b"", b""))
+    return engine_codec().encode(Masks(step, pack([-1]), *[b""] * 5))
 
 
 def eventually(device: SlowDevice, launched: list[int]) -> None:
