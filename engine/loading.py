@@ -100,35 +100,15 @@ class _Loading:
         config = load_config(path)
         host = host_blocks(configure, self._sizes(config), available_memory())  # before any rank takes some
         source = open_weights(path, config, random=configure.random_weights, seed=configure.seed, device=device)
-        comm = make_comm(
-            self._rank,
-            configure.world_size,
-            device,
-            init_method=configure.init_method,
-            shared_dir=Path(configure.shared_dir),
-            native=configure.native,
-            fused=configure.fused_sums and self._kernels,
-            side=configure.overlap_sums,
-            timeout=configure.collective_timeout,
-        )
-        self._ended("group")
+        comm = self._group()
         model = self._model(config, source, comm)
-        program = None
-        if self._device_rows:
-            program = build.make_program(
-                configure, model, comm, dtype=self._dtype, device=device, kernels=self._kernels
-            )
-            if device.type == "cuda":
-                self._warm(program, config, comm)
+        program = self._program(config, model, comm)
         staging = reserve_staging(host, self._sizes(config)[self._rank], self._device) if self._device_rows else None
         blocks, block_bytes = self._blocks(config, comm, program)
         try:
             kv = self._cache(config, blocks, poison=configure.debug)
         except (RuntimeError, MemoryError, ValueError, OverflowError) as error:  # numpy's, for sizes beyond any machine
-            raise DoesNotFit(
-                f"{blocks} blocks of {block_bytes} bytes are a KV cache of {blocks * block_bytes / 1e9:,.1f} GB on "
-                "this rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
-            ) from error
+            raise _too_many(blocks, block_bytes) from error
         self._ended("cache")
         copies = make_copies(kv, host, staging, poison=configure.debug)
         runner = self._runner(config, model, comm, kv, program, copies)
@@ -158,6 +138,33 @@ class _Loading:
                 swap_in_seconds=in_seconds,
             ),
         )
+
+    def _group(self) -> Communicator:
+        configure = self._configure
+        comm = make_comm(
+            self._rank,
+            configure.world_size,
+            self._device,
+            init_method=configure.init_method,
+            shared_dir=Path(configure.shared_dir),
+            native=configure.native,
+            fused=configure.fused_sums and self._kernels,
+            side=configure.overlap_sums,
+            timeout=configure.collective_timeout,
+        )
+        self._ended("group")
+        return comm
+
+    def _program(self, config: ModelConfig, model: Decoder, comm: Communicator) -> StepProgram | None:
+        """Where rows lie beside the model; warm on a GPU."""
+        if not self._device_rows:
+            return None
+        program = build.make_program(
+            self._configure, model, comm, dtype=self._dtype, device=self._device, kernels=self._kernels
+        )
+        if self._device.type == "cuda":
+            self._warm(program, config, comm)
+        return program
 
     def _model(self, config: ModelConfig, source: WeightSource, comm: Communicator) -> Decoder:
         configure, device = self._configure, self._device
@@ -290,6 +297,13 @@ class _Loading:
                 ) from error
             self._ended("profile")
         return memory.cache_bytes(device, configure.gpu_memory_utilization, least)
+
+
+def _too_many(blocks: int, block_bytes: int) -> DoesNotFit:
+    return DoesNotFit(
+        f"{blocks} blocks of {block_bytes} bytes are a KV cache of {blocks * block_bytes / 1e9:,.1f} GB on "
+        "this rank, which is more memory than there is; lower num_blocks or kv_cache_bytes"
+    )
 
 
 def _device(name: str, rank: int) -> torch.device:

@@ -17,6 +17,31 @@ DEVICES = ("cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "triton", "flashinfer", "torch")
 
 
+_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("tensor_parallel_size", 1, 1 << 16),
+    ("block_size", 1, 1024),
+    ("num_blocks", 0, 1 << 30),
+    ("kv_cache_bytes", 0, 1 << 50),
+    ("max_num_seqs", 1, 65_536),
+    ("max_num_batched_tokens", 1, 1 << 20),
+    ("max_model_len", 0, 1 << 24),
+    ("pipeline_depth", 1, 8),
+    ("max_waiting_requests", 1, 1 << 30),
+    ("max_waiting_tokens", 1, 1 << 40),
+    ("watermark", 0.0, MOST_WATERMARK),
+    ("start_timeout", 0.1, 86_400),
+    ("step_timeout", 0.1, 86_400),
+    ("step_timeout_floor", 0.1, 86_400),
+    ("journal_sync", 0.0, 3_600),
+    ("stop_timeout", 0.0, 3_600),
+    ("grammar_timeout", 0.01, 3_600),
+    ("max_restarts", 0, 1_000),
+    ("gpu_memory_utilization", 0.01, 1.0),
+    ("swap_space", 0.0, float(1 << 14)),
+    ("swap_blocks", 0, 1 << 30),
+)
+
+
 class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Options of one scheduler with its engine group.
 
@@ -116,35 +141,26 @@ def service_options(**values: object) -> ServiceOptions:
         known = ", ".join(field.name for field in msgspec.structs.fields(ServiceOptions))
         raise ConfigError(f"options: {error}; known options: {known}") from error
     cores = len(os.sched_getaffinity(0))  # more threads than that wait for each other, and a step never ends
-    for name, low, high in (
-        ("tensor_parallel_size", 1, 1 << 16),
-        ("block_size", 1, 1024),
-        ("num_blocks", 0, 1 << 30),
-        ("kv_cache_bytes", 0, 1 << 50),
-        ("max_num_seqs", 1, 65_536),
-        ("max_num_batched_tokens", 1, 1 << 20),
-        ("max_model_len", 0, 1 << 24),
-        ("pipeline_depth", 1, 8),
-        ("threads", 1, cores),
-        ("max_waiting_requests", 1, 1 << 30),
-        ("max_waiting_tokens", 1, 1 << 40),
-        ("watermark", 0.0, MOST_WATERMARK),
-        ("start_timeout", 0.1, 86_400),
-        ("step_timeout", 0.1, 86_400),
-        ("step_timeout_floor", 0.1, 86_400),
-        ("journal_sync", 0.0, 3_600),
-        ("stop_timeout", 0.0, 3_600),
-        ("grammar_timeout", 0.01, 3_600),
-        ("max_restarts", 0, 1_000),
-        ("gpu_memory_utilization", 0.01, 1.0),
-        ("swap_space", 0.0, float(1 << 14)),
-        ("swap_blocks", 0, 1 << 30),
-    ):
-        value = values.get(name, low)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ConfigError(f"{name}={value!r}: a number from {low} to {high} is allowed")
-        if not low <= value <= high:
-            raise ConfigError(f"{name}={value!r}: allowed is {low} to {high}")
+    for name, low, high in (*_RANGES, ("threads", 1, cores)):
+        _check_range(name, values.get(name, low), low, high)
+    _check_bounds(options)
+    _check_names(options)
+    check_service_levels(options.policy, options.target_tpot, options.watermark, options.reserve_output)
+    check_swap(options.preemption, options.swap_space > 0 or options.swap_blocks > 0, options.prefix_cache)
+    if options.otlp_traces_endpoint:
+        check_endpoint(options.otlp_traces_endpoint)
+    return options
+
+
+def _check_range(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r}: a number from {low} to {high} is allowed")
+    if not low <= value <= high:
+        raise ConfigError(f"{name}={value!r}: allowed is {low} to {high}")
+
+
+def _check_bounds(options: ServiceOptions) -> None:
+    """Of numbers that may be None, or have a hole in their range."""
     if options.max_prefill_chunk is not None and options.max_prefill_chunk < 1:
         raise ConfigError(f"max_prefill_chunk={options.max_prefill_chunk}: allowed is None or at least 1")
     for name, bound in (
@@ -153,12 +169,11 @@ def service_options(**values: object) -> ServiceOptions:
     ):
         if bound is not None and bound < 1:
             raise ConfigError(f"{name}={bound!r}: allowed is None or at least 1")
-    check_service_levels(options.policy, options.target_tpot, options.watermark, options.reserve_output)
-    check_swap(options.preemption, options.swap_space > 0 or options.swap_blocks > 0, options.prefix_cache)
-    if options.otlp_traces_endpoint:
-        check_endpoint(options.otlp_traces_endpoint)
     if options.num_blocks == 1:
         raise ConfigError("num_blocks=1: the first block is kept empty, so at least 2 are needed (0 is automatic)")
+
+
+def _check_names(options: ServiceOptions) -> None:
     if options.device not in DEVICES:
         raise ConfigError(f"device={options.device!r}: allowed are {', '.join(DEVICES)}")
     if options.dtype not in ("auto", *DTYPES):
@@ -169,7 +184,6 @@ def service_options(**values: object) -> ServiceOptions:
         raise ConfigError(
             f"attention_backend={options.attention_backend!r}: allowed are {', '.join(ATTENTION_BACKENDS)}"
         )
-    return options
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):

@@ -114,18 +114,7 @@ class Service:
             make_masks=lambda core, group: self._guided.make_masks(core, group),
             on_death=self._on_death,
         )
-        self._guided = GuidedRequests(
-            lambda: make_matching(tokenizer_info, self.facts),
-            options.grammar_timeout,
-            options.max_waiting_requests,
-            enter=self._enter,
-            abort=self.abort,
-            broadcast=self._steps.send_masks,
-            fail=self._fail,
-            pump=self._steps.pump,
-            idle=self._note_idle,
-            refused=self.note_refused,
-        )
+        self._guided = self._make_guided(tokenizer_info)
         self._reload = Reload(self._standing, self._steps, self.observers)
         self._answers = Answers(
             self.incarnation,
@@ -136,6 +125,20 @@ class Service:
             self._recovery,
             self.observers,
             lambda: self.unfinished,
+        )
+
+    def _make_guided(self, tokenizer_info: Callable[[], TokenizerInfo | None]) -> GuidedRequests:
+        return GuidedRequests(
+            lambda: make_matching(tokenizer_info, self.facts),
+            self.options.grammar_timeout,
+            self.options.max_waiting_requests,
+            enter=self._enter,
+            abort=self.abort,
+            broadcast=self._steps.send_masks,
+            fail=self._fail,
+            pump=self._steps.pump,
+            idle=self._note_idle,
+            refused=self.note_refused,
         )
 
     # ── life ──

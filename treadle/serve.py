@@ -141,17 +141,22 @@ async def _serve_model(
         _report(settings, StartReport())
         if http is not None and await tasks.first(tasks.start(http.ready.wait()), stopping) is not stopping:
             announce(http.url)
-        notifier = Notifier()
-        notifier.ready()
-        tasks.start(notifier.keep_alive())
-        failed = tasks.start(service.failed.wait())
-        if await tasks.first(stopping, failed) is not failed:
-            notifier.stopping()
-            await tasks.first(tasks.start(service.drain(end.grace)), tasks.start(end.hurry.wait()), failed)
-        return 1 if failed.done() else 0
+        return await _serve_until_the_end(service, end, stopping, tasks)
     finally:
         server.close()
         await service.close()
+
+
+async def _serve_until_the_end(service: Service, end: _End, stopping: asyncio.Task[Any], tasks: _Tasks) -> int:
+    """The exit code: of a service that was asked to end and has, or has failed."""
+    notifier = Notifier()
+    notifier.ready()
+    tasks.start(notifier.keep_alive())
+    failed = tasks.start(service.failed.wait())
+    if await tasks.first(stopping, failed) is not failed:
+        notifier.stopping()
+        await tasks.first(tasks.start(service.drain(end.grace)), tasks.start(end.hurry.wait()), failed)
+    return 1 if failed.done() else 0
 
 
 def _start_gateway(settings: ServeSettings, tasks: _Tasks) -> GatewayChild | None:

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable
 from pathlib import Path
 
 from treadle.errors import ConfigError
 from treadle.transport.endpoints import default_endpoint
 
-from .client import Client
+from .reaching import add_connection, connect
 
 RECORDS = "for ui.perfetto.dev or chrome://tracing; over ipc only, on the server's own machine"
 
 
-def add_trace_command(
-    parser: argparse.ArgumentParser,
-    add_connection: Callable[[argparse.ArgumentParser], None],
-    connect: Callable[[argparse.Namespace], Client],
-) -> None:
+def add_trace_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=5.0, metavar="SECONDS", help="to record (default %(default)g)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("trace.json"), metavar="FILE", help="to write (default %(default)s)"
     )
     parser.add_argument("--endpoint", default=default_endpoint(), help="of the server, ipc (default %(default)s)")
     add_connection(parser)
-    parser.set_defaults(run=lambda options: asyncio.run(_trace(options, connect)))
+    parser.set_defaults(run=lambda options: asyncio.run(_trace(options)))
 
 
-async def _trace(options: argparse.Namespace, connect: Callable[[argparse.Namespace], Client]) -> int:
+async def _trace(options: argparse.Namespace) -> int:
     output: Path = options.output
     async with connect(options) as client:
         recorded = await client.trace(options.seconds)
