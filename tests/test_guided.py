@@ -19,7 +19,7 @@ import pytest
 
 from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
 from treadle.engine.loading import Emulate
-from treadle.errors import InvalidParameter, InvalidRequest, RequestFailed, TreadleError
+from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, RequestFailed, TreadleError
 from treadle.scheduler.guidance import guide, llg
 from treadle.scheduler.guidance.cache import GrammarCache
 from treadle.scheduler.guidance.llg import LlgMatching
@@ -315,3 +315,68 @@ async def test_equal_grammars_are_compiled_once_and_their_number_is_bounded(monk
     results = await asyncio.gather(*(made.compile(Guided(choice=[str(i)])) for i in range(3)), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["Overloaded", "Overloaded", "TrieGrammar"]
     made.close()
+
+
+@pytest.mark.asyncio
+async def test_grammars_that_do_not_end_hold_up_nobody_until_there_are_too_many() -> None:
+    """Two compile at once and two more may be left; each of those that do not end is given up after its time."""
+    gate = _Gate()
+    compiled: list[str] = []
+
+    class Endless(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            compiled.append(guided.source[1])
+            return gate.wait() if "9" in guided.source[1] else super().compile(guided)
+
+    made = guide.Guide(lambda: Endless(10), 0.1)
+
+    async def good(choice: str) -> None:
+        made._seconds, before = 30.0, made._seconds
+        await made.compile(Guided(choice=[choice]))
+        made._seconds = before
+
+    for round_ in range(2):
+        ends = await asyncio.gather(
+            *(made.compile(Guided(choice=["9"] * (2 * round_ + i + 1))) for i in range(2)), return_exceptions=True
+        )
+        assert [type(end) for end in ends] == [InvalidParameter] * 2 and "not compiled within 0.1 s" in str(ends[0])
+        if round_ == 0:
+            assert made.cached(Guided(choice=["1"])) is None
+            await good("1")
+    with pytest.raises(InvalidParameter, match="not compiled within"):
+        await made.compile(Guided(choice=["9"]))  # again: it takes no thread of its own
+    with pytest.raises(Overloaded, match="4 grammars"):
+        await made.compile(Guided(choice=["2"]))
+    assert made.cached(Guided(choice=["1"])) is not None
+    gate.set()
+    async with asyncio.timeout(10):
+        while made._compiling:
+            await asyncio.sleep(0)
+    await good("2")
+    assert len(compiled) == 6
+    made.close()
+
+
+def test_a_program_does_not_wait_for_a_grammar_when_it_ends() -> None:
+    program = """
+import asyncio, threading
+from treadle.scheduler.guidance.guide import Guide
+from treadle.transport.messages import Guided
+
+class Endless:
+    vocab_size = 1
+    def compile(self, guided):
+        threading.Event().wait()
+
+async def main():
+    guide = Guide(Endless, 0.01)
+    try:
+        await guide.compile(Guided(regex="a"))
+    except ValueError as error:
+        print(error)
+    guide.close()
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert "not compiled within 0.01 s" in done.stdout
