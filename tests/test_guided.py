@@ -23,6 +23,7 @@ from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, Request
 from treadle.scheduler.guidance import guide, llg
 from treadle.scheduler.guidance.cache import GrammarCache
 from treadle.scheduler.guidance.llg import LlgMatching
+from treadle.scheduler.guidance.multiples import check_grammar_multiples, check_multiples
 from treadle.tokenizer import Tokenizer
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
@@ -118,6 +119,7 @@ BAD = [
     (Guided(json="false"), InvalidParameter, "schema is false"),
     (Guided(grammar="nothing"), InvalidParameter, "guided.grammar"),
     (Guided(grammar="start: start"), InvalidParameter, "guided.grammar"),
+    (Guided(json={"type": "integer", "multipleOf": 9_999_991}), InvalidParameter, "multipleOf"),
     (Guided(json={"$ref": "https://example.com/schema.json"}), InvalidParameter, "guided.json"),
 ]
 
@@ -380,3 +382,29 @@ asyncio.run(main())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
     assert "not compiled within 0.01 s" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("schema", "passes"),
+    [
+        ('{"type": "number", "multipleOf": 0.01}', True),
+        ('{"multipleOf": 600000}', True),
+        ('{"properties": {"a": {"multipleOf": 0.25}, "b": {"multipleOf": 7}, "c": {"multipleOf": 1e300}}}', True),
+        ('{"properties": {"multipleOf": {"type": "string"}}, "multipleOf": true}', True),
+        ('{"multipleOf": 0, "allOf": [{"multipleOf": -9999991}, {"multipleOf": Infinity}]}', True),
+        ("{", True),
+        ("[" * 100_000, True),
+        ('{"multipleOf": 9999991}', False),
+        ('{"multipleOf": 9999991.0}', False),
+        ('{"multipleOf": 0.9999991e-3}', False),
+        ('{"$defs": {"a": {"multipleOf": 997}}, "allOf": [{"$ref": "#/$defs/a"}, {"multipleOf": 991}]}', False),
+    ],
+)
+def test_divisors_whose_automaton_would_take_all_memory_are_refused(schema: str, passes: bool) -> None:
+    for check_, text in ((check_multiples, schema), (check_grammar_multiples, f"start: a\na: %json {schema} a")):
+        if passes:
+            check_(text)
+        else:
+            with pytest.raises(InvalidParameter, match="multipleOf"):
+                check_(text)
+    check_grammar_multiples("start: %json")
