@@ -20,11 +20,16 @@ import pytest
 from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
 from treadle.engine.loading import Emulate
 from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, RequestFailed, TreadleError
+from treadle.scheduler.config import CoreConfig
+from treadle.scheduler.core import Core
 from treadle.scheduler.guidance import guide, llg
 from treadle.scheduler.guidance.cache import GrammarCache
+from treadle.scheduler.guidance.desk import GuidedRequests
 from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.scheduler.guidance.multiples import check_grammar_multiples, check_multiples
 from treadle.tokenizer import Tokenizer
+from treadle.transport.codec import pack
+from treadle.transport.messages import Submit
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
 from .guidedkit import LIST, SCHEMA, check, requests
@@ -408,3 +413,43 @@ def test_divisors_whose_automaton_would_take_all_memory_are_refused(schema: str,
             with pytest.raises(InvalidParameter, match="multipleOf"):
                 check_(text)
     check_grammar_multiples("start: %json")
+
+
+@pytest.mark.asyncio
+async def test_grammars_of_a_journal_are_compiled_side_by_side() -> None:
+    """As many as there are threads: a compilation that waits for another one comes to its end."""
+    both = threading.Barrier(guide.AT_ONCE, timeout=20)
+
+    class Together(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            both.wait()
+            if guided.source[1] == '["3"]':
+                raise InvalidParameter("no grammar")
+            return super().compile(guided)
+
+    failed: list[str] = []
+
+    def nothing(*_: object) -> None: ...
+
+    desk = GuidedRequests(
+        lambda: Together(10),
+        30.0,
+        10,
+        enter=nothing,
+        abort=nothing,
+        broadcast=nothing,
+        fail=lambda name, index, why: failed.append(f"{name} {index} {why}"),
+        pump=nothing,
+        idle=nothing,
+        refused=nothing,
+    )
+    core = Core(CoreConfig(num_blocks=20, vocab_size=10, max_model_len=64), lambda: 0)
+    wanted = [SamplingParams(guided=Guided(choice=[str(i)])) for i in range(6)]
+    requests = [
+        core.add(Submit(id=str(i), tokens=pack([1]), params=one), 0.0)
+        for i, one in enumerate([*wanted, SamplingParams()])
+    ]
+    await desk.take_up(requests)
+    assert failed == ["3 0 guided: no grammar"]
+    assert desk._guide is not None and len(desk._guide._rows) == 5
+    desk.close()

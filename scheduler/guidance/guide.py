@@ -18,7 +18,7 @@ from .pending import MasksDue
 from .rows import GuidedRows, MadeMasks, MaskJob
 
 logger = logging.getLogger("treadle")
-_COMPILERS = 2
+AT_ONCE = 2
 _MOST_LEFT = 2
 _MAX_COMPILING = 64
 _RETRY_SECONDS = 1.0
@@ -36,7 +36,7 @@ class Guide:
         self._make = make
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
-        self._compilers = Compilers(seconds, _COMPILERS, _MOST_LEFT)
+        self._compilers = Compilers(seconds, AT_ONCE, _MOST_LEFT)
         self._masks = ThreadPoolExecutor(1, "treadle-masks")
         self._matching: asyncio.Future[Matching] | None = None
         self._ready: Matching | None = None
