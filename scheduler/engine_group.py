@@ -247,7 +247,12 @@ class EngineGroup:
                 env=_environment(self._configure.threads, self._token),
                 start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
             )
-        process = _Process(popen, os.pidfd_open(popen.pid))
+        try:
+            process = _Process(popen, os.pidfd_open(popen.pid))
+        except OSError:  # no descriptor left: nobody would see it end
+            popen.kill()
+            popen.wait()
+            raise
         self._processes.append(process)
         self._loop.add_reader(process.pidfd, self._exited, rank, process)
 

@@ -215,9 +215,7 @@ class Service:
         if taken := self._keeping.take_up(core, self._loop.time()):
             logger.warning("%d requests of the journal go on", len(taken))
             self._orphan_timer = self._loop.call_later(_ORPHAN_SECONDS, self._keeping.drop_orphans)
-        for request in taken:
-            if request.params.guided is not None:
-                await self._guided.take_up(request, request.params.guided)
+        await self._guided.take_up(taken)
 
     async def drain(self, grace: float) -> bool:
         """Takes nothing new and waits until everything has ended, at most `grace` seconds; whether it has.

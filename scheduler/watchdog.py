@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from treadle.errors import ConfigError
@@ -42,11 +43,21 @@ def write_dump(directory: Path, reason: str, sections: Sequence[Section]) -> Pat
         path = directory / name
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", errors="replace") as file:
             file.write("\n".join(text) + "\n")
-        for old in sorted(directory.glob("dump-*.txt"), key=lambda file: file.stat().st_mtime)[:-_KEPT]:
-            old.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"dump_dir {directory}: {error.strerror or error}") from error
+    _keep_few(directory)
     return path
+
+
+def _keep_few(directory: Path) -> None:
+    """Others clear up here, too: what is gone before we look is no error, nor is what cannot be removed."""
+    dated: list[tuple[float, Path]] = []
+    for file in directory.glob("dump-*.txt"):
+        with suppress(OSError):
+            dated.append((file.stat().st_mtime, file))
+    for _, old in sorted(dated)[:-_KEPT]:
+        with suppress(OSError):
+            old.unlink()
 
 
 async def leave_dump(chosen: str, reason: str, sections: Sequence[Section]) -> None:

@@ -21,14 +21,20 @@ from llguidance import LLTokenizer
 
 from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
 from treadle.engine.loading import Emulate
-from treadle.errors import InvalidParameter, InvalidRequest, RequestFailed, TreadleError
+from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, RequestFailed, TreadleError
+from treadle.scheduler.config import CoreConfig
+from treadle.scheduler.core import Core
 from treadle.scheduler.guidance import guide, llg
 from treadle.scheduler.guidance.cache import GrammarCache
+from treadle.scheduler.guidance.desk import GuidedRequests
 from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.scheduler.guidance.matching import Advance
+from treadle.scheduler.guidance.multiples import check_grammar_multiples, check_multiples
 from treadle.scheduler.guidance.spelling import plain_decoder
 from treadle.tokenizer import Tokenizer
+from treadle.transport.codec import pack
 from treadle.transport.masks import words_for
+from treadle.transport.messages import Submit
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
 from .guidedkit import LIST, SCHEMA, check, requests
@@ -123,6 +129,7 @@ BAD = [
     (Guided(json="false"), InvalidParameter, "schema is false"),
     (Guided(grammar="nothing"), InvalidParameter, "guided.grammar"),
     (Guided(grammar="start: start"), InvalidParameter, "guided.grammar"),
+    (Guided(json={"type": "integer", "multipleOf": 9_999_991}), InvalidParameter, "multipleOf"),
     (Guided(json={"$ref": "https://example.com/schema.json"}), InvalidParameter, "guided.json"),
 ]
 
@@ -346,3 +353,134 @@ async def test_equal_grammars_are_compiled_once_and_their_number_is_bounded(monk
     results = await asyncio.gather(*(made.compile(Guided(choice=[str(i)])) for i in range(3)), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["Overloaded", "Overloaded", "TrieGrammar"]
     made.close()
+
+
+@pytest.mark.asyncio
+async def test_grammars_that_do_not_end_hold_up_nobody_until_there_are_too_many() -> None:
+    """Two compile at once and two more may be left; each of those that do not end is given up after its time."""
+    gate = _Gate()
+    compiled: list[str] = []
+
+    class Endless(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            compiled.append(guided.source[1])
+            return gate.wait() if "9" in guided.source[1] else super().compile(guided)
+
+    made = guide.Guide(lambda: Endless(10), 0.1)
+
+    async def good(choice: str) -> None:
+        made._seconds, before = 30.0, made._seconds
+        await made.compile(Guided(choice=[choice]))
+        made._seconds = before
+
+    for round_ in range(2):
+        ends = await asyncio.gather(
+            *(made.compile(Guided(choice=["9"] * (2 * round_ + i + 1))) for i in range(2)), return_exceptions=True
+        )
+        assert [type(end) for end in ends] == [InvalidParameter] * 2 and "not compiled within 0.1 s" in str(ends[0])
+        if round_ == 0:
+            assert made.cached(Guided(choice=["1"])) is None
+            await good("1")
+    with pytest.raises(InvalidParameter, match="not compiled within"):
+        await made.compile(Guided(choice=["9"]))  # again: it takes no thread of its own
+    with pytest.raises(Overloaded, match="4 grammars"):
+        await made.compile(Guided(choice=["2"]))
+    assert made.cached(Guided(choice=["1"])) is not None
+    gate.set()
+    async with asyncio.timeout(10):
+        while made._compiling:
+            await asyncio.sleep(0)
+    await good("2")
+    assert len(compiled) == 6
+    made.close()
+
+
+def test_a_program_does_not_wait_for_a_grammar_when_it_ends() -> None:
+    program = """
+import asyncio, threading
+from treadle.scheduler.guidance.guide import Guide
+from treadle.transport.messages import Guided
+
+class Endless:
+    vocab_size = 1
+    def compile(self, guided):
+        threading.Event().wait()
+
+async def main():
+    guide = Guide(Endless, 0.01)
+    try:
+        await guide.compile(Guided(regex="a"))
+    except ValueError as error:
+        print(error)
+    guide.close()
+
+asyncio.run(main())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    assert "not compiled within 0.01 s" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("schema", "passes"),
+    [
+        ('{"type": "number", "multipleOf": 0.01}', True),
+        ('{"multipleOf": 600000}', True),
+        ('{"properties": {"a": {"multipleOf": 0.25}, "b": {"multipleOf": 7}, "c": {"multipleOf": 1e300}}}', True),
+        ('{"properties": {"multipleOf": {"type": "string"}}, "multipleOf": true}', True),
+        ('{"multipleOf": 0, "allOf": [{"multipleOf": -9999991}, {"multipleOf": Infinity}]}', True),
+        ("{", True),
+        ("[" * 100_000, True),
+        ('{"multipleOf": 9999991}', False),
+        ('{"multipleOf": 9999991.0}', False),
+        ('{"multipleOf": 0.9999991e-3}', False),
+        ('{"$defs": {"a": {"multipleOf": 997}}, "allOf": [{"$ref": "#/$defs/a"}, {"multipleOf": 991}]}', False),
+    ],
+)
+def test_divisors_whose_automaton_would_take_all_memory_are_refused(schema: str, passes: bool) -> None:
+    for check_, text in ((check_multiples, schema), (check_grammar_multiples, f"start: a\na: %json {schema} a")):
+        if passes:
+            check_(text)
+        else:
+            with pytest.raises(InvalidParameter, match="multipleOf"):
+                check_(text)
+    check_grammar_multiples("start: %json")
+
+
+@pytest.mark.asyncio
+async def test_grammars_of_a_journal_are_compiled_side_by_side() -> None:
+    """As many as there are threads: a compilation that waits for another one comes to its end."""
+    both = threading.Barrier(guide.AT_ONCE, timeout=20)
+
+    class Together(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            both.wait()
+            if guided.source[1] == '["3"]':
+                raise InvalidParameter("no grammar")
+            return super().compile(guided)
+
+    failed: list[str] = []
+
+    def nothing(*_: object) -> None: ...
+
+    desk = GuidedRequests(
+        lambda: Together(10),
+        30.0,
+        10,
+        enter=nothing,
+        abort=nothing,
+        broadcast=nothing,
+        fail=lambda name, index, why: failed.append(f"{name} {index} {why}"),
+        pump=nothing,
+        idle=nothing,
+        refused=nothing,
+    )
+    core = Core(CoreConfig(num_blocks=20, vocab_size=10, max_model_len=64), lambda: 0)
+    wanted = [SamplingParams(guided=Guided(choice=[str(i)])) for i in range(6)]
+    requests = [
+        core.add(Submit(id=str(i), tokens=pack([1]), params=one), 0.0)
+        for i, one in enumerate([*wanted, SamplingParams()])
+    ]
+    await desk.take_up(requests)
+    assert failed == ["3 0 guided: no grammar"]
+    assert desk._guide is not None and len(desk._guide._rows) == 5
+    desk.close()

@@ -123,6 +123,9 @@ def test_dumps_are_few_and_go_where_state_goes(tmp_path: Path, monkeypatch: pyte
         write_dump(tmp_path / "d", f"number {number}", [("a section", ["a line"])])
     kept = list((tmp_path / "d").iterdir())
     assert len(kept) == 8
+    (tmp_path / "d" / "dump-gone.txt").symlink_to(tmp_path / "nothing")  # as one that vanishes before it is looked at
+    assert write_dump(tmp_path / "d", "among others", []).exists()
+    assert len(list((tmp_path / "d").iterdir())) == 9
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     assert dump_directory("") == tmp_path / "state" / "treadle"
     monkeypatch.setenv("XDG_STATE_HOME", "relative")

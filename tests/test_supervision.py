@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from treadle.errors import EngineFailed, ServiceClosed
+from treadle.errors import EngineFailed, EngineStartFailed, ServiceClosed
 from treadle.scheduler import supervisor
 from treadle.scheduler.deadline import StepDeadline
 from treadle.scheduler.lifecycle import GaveUp, GroupLost, GroupReady, backoff
@@ -108,6 +110,30 @@ async def test_a_group_that_fails_to_load_is_tried_again(tmp_path: Path) -> None
         assert f.exact()
         ready = f.events[-1]
         assert isinstance(ready, GroupReady) and (ready.group, ready.attempts) == (3, 2)
+
+
+@pytest.mark.asyncio
+async def test_a_rank_that_cannot_be_watched_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where no descriptor is left: the first rank has one, the second has none."""
+    watched: list[int] = []
+    started: list[int] = []
+    real = os.pidfd_open
+
+    def few(pid: int) -> int:
+        started.append(pid)
+        if watched:
+            raise OSError(errno.EMFILE, "Too many open files")
+        watched.append(pid)
+        return real(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", few)
+    with pytest.raises(EngineStartFailed, match="Too many open files"):
+        async with faulty(tmp_path):
+            pass
+    assert len(started) == 2
+    assert not {child.pid for child in psutil.Process().children()} & set(started)
 
 
 @pytest.mark.asyncio

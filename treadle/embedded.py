@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import TypeVar
 
 from treadle.errors import ServiceClosed, ServiceError, TreadleError
 from treadle.scheduler.delivery import Sink, refusal
@@ -27,6 +28,7 @@ from .loop_thread import LoopThread
 from .stream import Stream, StreamTable
 
 logger = logging.getLogger("treadle")
+T = TypeVar("T")
 
 
 class EmbeddedBackend:
@@ -50,7 +52,7 @@ class EmbeddedBackend:
         self._service: Service | None = None
         self._sessions: dict[asyncio.AbstractEventLoop, _LoopSink] = {}
         self._closing: asyncio.Future[None] | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # dropping a stream calls `abort`, and that may happen anywhere
 
     @property
     def engine_pids(self) -> list[int]:
@@ -74,7 +76,8 @@ class EmbeddedBackend:
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
-        thread, self._thread = self._thread, None
+        with self._lock:  # what was submitted until here is on its way, and ends below; nothing comes after it
+            thread, self._thread = self._thread, None
         if thread is None or self._service is None:
             return
         try:
@@ -86,23 +89,35 @@ class EmbeddedBackend:
             thread.close()
 
     def submit(self, message: Submit, stream: Stream) -> None:
-        thread, service = self._running()
-        sink = self._sink(asyncio.get_running_loop())
-        sink.streams.add(stream)
-        thread.loop.call_soon_threadsafe(_submit, service, message, sink)
+        with self._lock:
+            thread, service = self._running()
+            sink = self._sink(asyncio.get_running_loop())
+            sink.streams.add(stream)
+            thread.loop.call_soon_threadsafe(_submit, service, message, sink)
 
     def abort(self, message: Abort) -> None:
-        thread, service = self._thread, self._service
-        if thread is not None and service is not None:
-            thread.loop.call_soon_threadsafe(self._abort_everywhere, service, message)
+        with self._lock:
+            thread, service = self._thread, self._service
+            if thread is not None and service is not None:
+                thread.loop.call_soon_threadsafe(self._abort_everywhere, service, message)
 
     async def info(self, kind: str) -> ServiceMessage:
-        thread, service = self._running()
-        return await thread.submit(_answer(service, InfoRequest("", kind)))
+        return await self._ask(lambda service: _answer(service, InfoRequest("", kind)))
 
     async def record(self, seconds: float) -> Timeline:
-        thread, service = self._running()
-        return await thread.submit(service.record(seconds))
+        return await self._ask(lambda service: service.record(seconds))
+
+    async def _ask(self, work: Callable[[Service], Coroutine[None, None, T]]) -> T:
+        """Raises ServiceClosed where `close` comes before the answer."""
+        with self._lock:
+            thread, service = self._running()
+            asked = thread.submit(work(service))
+        try:
+            return await asked
+        except asyncio.CancelledError:
+            if asked.cancelled() and self._thread is None and not _is_cancelled():
+                raise ServiceClosed("the service was closed") from None
+            raise
 
     def _abort_everywhere(self, service: Service, message: Abort) -> None:
         for sink in list(self._sessions.values()):
@@ -115,13 +130,13 @@ class EmbeddedBackend:
         return self._thread, self._service
 
     def _sink(self, loop: asyncio.AbstractEventLoop) -> _LoopSink:
-        with self._lock:
-            for known in [other for other in self._sessions if other.is_closed()]:
-                del self._sessions[known]
-            sink = self._sessions.get(loop)
-            if sink is None:
-                sink = self._sessions[loop] = _LoopSink(f"loop-{id(loop):x}", loop, self._lost)
-            return sink
+        """Under the lock."""
+        for known in [other for other in self._sessions if other.is_closed()]:
+            del self._sessions[known]
+        sink = self._sessions.get(loop)
+        if sink is None:
+            sink = self._sessions[loop] = _LoopSink(f"loop-{id(loop):x}", loop, self._lost)
+        return sink
 
     def _lost(self, sink: _LoopSink) -> None:
         """The program's loop was closed with requests open."""
@@ -162,6 +177,12 @@ def _submit(service: Service, message: Submit, sink: _LoopSink) -> None:
         if not isinstance(error, TreadleError):
             logger.exception("a request raised")
         sink.refuse(refusal(message.id, error))
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody wants the running task to end, rather than what it waits for has ended."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 async def _answer(service: Service, request: InfoRequest) -> ServiceMessage:

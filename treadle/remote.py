@@ -7,6 +7,8 @@ import logging
 import os
 import secrets
 import uuid
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import zmq
 
@@ -49,6 +51,19 @@ _PING_SECONDS = 1.0
 _DOUBT_SECONDS = 2.5
 _STARTING_SECONDS = 0.1
 _MORE_TIME = "; give it more with connect_timeout (--connect-timeout)"
+Question: TypeAlias = InfoRequest | ControlMessage | Record
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question that is on its way, and who waits for its answer."""
+
+    message: Question
+    answer: asyncio.Future[ServiceMessage]
+
+    def fail(self, error: TreadleError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class RemoteBackend:
@@ -74,7 +89,7 @@ class RemoteBackend:
         self._keys = keys
         self._resume_timeout = resume_timeout
         self._sent = 0
-        self._unreceived: int | None = None
+        self._unreceived: int | None = 0  # the first session gets all that is sent, from the beginning on
         self._deltas = 0
         self._endpoint = endpoint
         self._server_key = server_key
@@ -82,7 +97,7 @@ class RemoteBackend:
         self._lost_after = lost_after
         self._codec = client_codec()
         self._streams = StreamTable()
-        self._answers: dict[str, asyncio.Future[ServiceMessage]] = {}
+        self._asked: dict[str, _Asked] = {}
         self._channel: Channel | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._incarnation = ""
@@ -163,7 +178,10 @@ class RemoteBackend:
             raise ServerLost(f"{self._endpoint}: {what} within {self._connect_timeout:g} s{_MORE_TIME}") from None
 
     async def control(self, message: ControlMessage) -> str:
-        """Has the server drain or reload, and waits until it says how it went. Raises what it refuses with."""
+        """Has the server drain or reload, and waits until it says how it went. Raises what it refuses with.
+
+        Raises ServerLost when the server is restarted meanwhile or messages are lost: it may have been done, or not.
+        """
         answer = await self._ask(message)
         return answer.detail if isinstance(answer, Done) else ""
 
@@ -174,14 +192,13 @@ class RemoteBackend:
             raise ProtocolError(f"{self._endpoint} answered {type(answer).__name__} to Record")
         return answer
 
-    async def _ask(self, message: InfoRequest | ControlMessage | Record) -> ServiceMessage:
-        answer: asyncio.Future[ServiceMessage] = self._loop.create_future()
-        self._answers[message.id] = answer
+    async def _ask(self, message: Question) -> ServiceMessage:
+        asked = self._asked[message.id] = _Asked(message, self._loop.create_future())
         try:
             self._send(message)
-            return await answer
+            return await asked.answer
         finally:
-            self._answers.pop(message.id, None)
+            self._asked.pop(message.id, None)
 
     def _send_abort(self, message: Abort) -> None:
         if self._channel is not None:
@@ -213,14 +230,14 @@ class RemoteBackend:
         elif isinstance(message, Refused):
             self._refused(message)
         else:
-            answer = self._answers.pop(message.id, None)
-            if answer is not None and not answer.done():
-                answer.set_result(message)
+            asked = self._asked.pop(message.id, None)
+            if asked is not None and not asked.answer.done():
+                asked.answer.set_result(message)
 
     def _refused(self, message: Refused) -> None:
-        answer = self._answers.pop(message.id, None)
-        if answer is not None and not answer.done():
-            answer.set_exception(from_wire(message.code, message.message, message.retry_after))
+        asked = self._asked.pop(message.id, None)
+        if asked is not None:
+            asked.fail(from_wire(message.code, message.message, message.retry_after))
         elif message.id:
             self._refuse(message)
         else:
@@ -244,7 +261,8 @@ class RemoteBackend:
         self._unreceived = unreceived
 
     def _lost(self, text: str) -> None:
-        """The server does not know our open requests, or not all of them."""
+        """The server does not know our open requests, or not all of them, nor what it was asked."""
+        self._ask_again(text)
         if not self._resume_timeout:
             self._streams.fail_all(ServerLost(f"{self._endpoint}: {text}"))
             return
@@ -253,6 +271,16 @@ class RemoteBackend:
             logger.warning("%s: %s; %d are sent again", self._endpoint, text, len(streams))
         for stream in streams:
             self._resubmit(stream)
+
+    def _ask_again(self, text: str) -> None:
+        """What only reads is asked again. Whether the other was done is not known, and it may not be done twice."""
+        for asked in list(self._asked.values()):
+            try:
+                if not isinstance(asked.message, InfoRequest):
+                    raise ServerLost(f"{self._endpoint}: {text}; whether it was done is not known")
+                self._send(asked.message)
+            except TreadleError as error:
+                asked.fail(error)
 
     def _resubmit(self, stream: Stream) -> None:
         if stream.ended or self._channel is None:
@@ -316,7 +344,6 @@ class RemoteBackend:
             self._fail_answers(error)
 
     def _fail_answers(self, error: ServiceError) -> None:
-        for answer in self._answers.values():
-            if not answer.done():
-                answer.set_exception(error)
-        self._answers.clear()
+        for asked in self._asked.values():
+            asked.fail(error)
+        self._asked.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from treadle.errors import InvalidRequest, Overloaded, TreadleError
@@ -16,7 +16,7 @@ from treadle.scheduler.recording import RecordedCore
 from treadle.scheduler.request import Request, Sequence
 from treadle.transport.messages import Abort, Delta, Guided, Masks, Submit, TokenizerInfo
 
-from .guide import Guide
+from .guide import AT_ONCE, Guide
 from .matching import Grammar, Matching
 from .rows import MadeMasks
 
@@ -105,8 +105,20 @@ class GuidedRequests:
             sink.refuse(refusal(message.id, error))
             self._idle()
 
-    async def take_up(self, request: Request, guided: Guided) -> None:
-        """One that was accepted by the service before this one: no step runs before its grammar is there."""
+    async def take_up(self, requests: Iterable[Request]) -> None:
+        """Those that were accepted by the service before this one: no step runs before their grammars are there.
+
+        As many at once as are compiled at once, so that none is refused because it waits for the others.
+        """
+        rest = iter([(request, guided) for request in requests if (guided := request.params.guided) is not None])
+
+        async def work() -> None:
+            for request, guided in rest:
+                await self._take_up(request, guided)
+
+        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+
+    async def _take_up(self, request: Request, guided: Guided) -> None:
         try:
             grammar = await self._own_guide().compile(guided)
         except TreadleError as error:

@@ -12,12 +12,14 @@ from treadle.scheduler.request import Request, Sequence
 from treadle.transport.messages import Guided
 
 from .cache import GrammarCache, Key
+from .compilers import Compilers, Job
 from .matching import Grammar, Matching
 from .pending import MasksDue
 from .rows import GuidedRows, MadeMasks, MaskJob
 
 logger = logging.getLogger("treadle")
-_COMPILERS = 2
+AT_ONCE = 2
+_MOST_LEFT = 2
 _MAX_COMPILING = 64
 _RETRY_SECONDS = 1.0
 
@@ -26,25 +28,26 @@ class Guide:
     """Runs on one loop; `make` and everything of `Matching` run on threads.
 
     make: the library for this model's vocabulary, called at the first guided request; it may take a second and raise
-    InvalidRequest. seconds: how long a grammar may take to compile, the wait for others included.
+    InvalidRequest. seconds: how long a grammar may take to compile, and how long a request waits for that. Two that
+    take longer may hold a thread each without holding up the others.
     """
 
     def __init__(self, make: Callable[[], Matching], seconds: float) -> None:
         self._make = make
         self._seconds = seconds
         self._loop = asyncio.get_running_loop()
-        self._compilers = ThreadPoolExecutor(_COMPILERS, "treadle-grammar")
+        self._compilers = Compilers(seconds, AT_ONCE, _MOST_LEFT)
         self._masks = ThreadPoolExecutor(1, "treadle-masks")
         self._matching: asyncio.Future[Matching] | None = None
         self._ready: Matching | None = None
         self._cache = GrammarCache()
-        self._compiling: dict[Key, asyncio.Future[Grammar]] = {}
+        self._compiling: dict[Key, Job] = {}
         self._rows = GuidedRows()
 
     def close(self) -> None:
         """What runs is not waited for; nothing of it is delivered."""
-        for pool in (self._compilers, self._masks):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._compilers.close()
+        self._masks.shutdown(wait=False, cancel_futures=True)
 
     # ── grammars ──
 
@@ -54,35 +57,39 @@ class Guide:
 
     async def compile(self, guided: Guided) -> Grammar:
         """Raises InvalidRequest and its kinds, and Overloaded when too many are being compiled."""
-        await self._load()
+        job = self._compile(guided, await self._load())
+        if job.late:
+            raise self._too_long()
         try:
             async with asyncio.timeout(self._seconds):
-                return await asyncio.shield(self._compile(guided))
+                return await asyncio.shield(job.future)
         except TimeoutError:
-            raise InvalidParameter(
-                f"guided: the grammar was not compiled within {self._seconds:g} s; give a simpler one, or more time "
-                "with grammar_timeout (--grammar-timeout)"
-            ) from None
+            if job.begun:
+                raise self._too_long() from None
+            raise Overloaded(f"guided: others were being compiled for {self._seconds:g} s", _RETRY_SECONDS) from None
+
+    def _too_long(self) -> InvalidParameter:
+        return InvalidParameter(
+            f"guided: the grammar was not compiled within {self._seconds:g} s; give a simpler one, or more time "
+            "with grammar_timeout (--grammar-timeout)"
+        )
 
     async def _load(self) -> Matching:
         """Who comes while it is being made waits for it; where it could not be made, the next one tries again."""
         if self._matching is None or (self._matching.done() and self._matching.exception() is not None):
-            self._matching = self._loop.run_in_executor(self._compilers, self._make)
+            self._matching = self._loop.run_in_executor(None, self._make)
         self._ready = await asyncio.shield(self._matching)
         return self._ready
 
-    def _compile(self, guided: Guided) -> asyncio.Future[Grammar]:
+    def _compile(self, guided: Guided, matching: Matching) -> Job:
         key = guided.source
-        running = self._compiling.get(key)
-        if running is None:
+        job = self._compiling.get(key)
+        if job is None:
             if len(self._compiling) >= _MAX_COMPILING:
                 raise Overloaded(f"{_MAX_COMPILING} grammars are being compiled, which is the limit", _RETRY_SECONDS)
-            if self._ready is None:
-                raise InvalidParameter("guided: nothing to compile with")
-            running = self._loop.run_in_executor(self._compilers, self._ready.compile, guided)
-            self._compiling[key] = running
-            running.add_done_callback(lambda future: self._compiled(key, future))
-        return running
+            job = self._compiling[key] = self._compilers.run(lambda: matching.compile(guided))
+            job.future.add_done_callback(lambda future: self._compiled(key, future))
+        return job
 
     def _compiled(self, key: Key, future: asyncio.Future[Grammar]) -> None:
         del self._compiling[key]

@@ -17,6 +17,7 @@ from treadle.transport.masks import Words
 from treadle.transport.messages import Guided
 
 from .matching import Advance
+from .multiples import check_grammar_multiples, check_multiples
 from .spelling import plain_decoder
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def _limits() -> LLParserLimits:
 
 def _grammar(kind: str, text: str) -> str:
     if kind == "json":
+        check_multiples(text)
         return LLMatcher.grammar_from_json_schema(text, defaults=_json_options(text))
     if kind == "regex":
         return LLMatcher.grammar_from_regex(text)
@@ -105,6 +107,7 @@ def _grammar(kind: str, text: str) -> str:
         choices: list[str] = json.loads(text)
         # Lark writes text as JSON does.
         return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in choices))
+    check_grammar_multiples(text)
     return LLMatcher.grammar_from_lark(text)
 
 

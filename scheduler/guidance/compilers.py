@@ -1,0 +1,105 @@
+"""Threads that compile grammars, a few at a time.
+
+Nothing ends a compilation from outside: llguidance bounds the work of its lexer (`LLParserLimits`), not that of
+building a grammar. So whoever takes too long is left to itself, and another takes its place. How many may be left is
+bounded, for each of them keeps a processor busy.
+
+The threads are daemons: a program ends without waiting for them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from treadle.errors import Overloaded
+
+from .matching import Grammar
+
+logger = logging.getLogger("treadle")
+_RETRY_SECONDS = 10.0
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """begun: a thread works on it. late: it has had its time, and its thread still works."""
+
+    work: Callable[[], Grammar]
+    future: asyncio.Future[Grammar]
+    begun: bool = False
+    late: bool = False
+
+
+class Compilers:
+    """Methods run on one loop. seconds: what a job may take. at_once: threads in time. most_left: beside them."""
+
+    def __init__(self, seconds: float, at_once: int, most_left: int) -> None:
+        self._seconds = seconds
+        self._at_once = at_once
+        self._most_left = most_left
+        self._loop = asyncio.get_running_loop()
+        self._waiting: deque[Job] = deque()
+        self._working: set[Job] = set()
+        self._left: set[Job] = set()
+        self._closed = False
+
+    def run(self, work: Callable[[], Grammar]) -> Job:
+        """Raises Overloaded where every thread is held by a job that has had its time."""
+        if len(self._working) == self._at_once and all(job.late for job in self._working):
+            raise Overloaded(
+                f"guided: {len(self._working) + len(self._left)} grammars have not been compiled in their time and "
+                "still hold all threads; one that was compiled before is served",
+                _RETRY_SECONDS,
+            )
+        job = Job(work, self._loop.create_future())
+        self._waiting.append(job)
+        self._begin()
+        return job
+
+    def close(self) -> None:
+        """What runs is not waited for, and nothing of it is delivered."""
+        self._closed = True
+        for job in (*self._waiting, *self._working, *self._left):
+            job.future.cancel()
+        self._waiting.clear()
+
+    def _begin(self) -> None:
+        for job in [job for job in self._working if job.late][: self._most_left - len(self._left)]:
+            self._working.discard(job)
+            self._left.add(job)
+            logger.warning("a grammar is not compiled after %g s; %d such go on", self._seconds, len(self._left))
+        while self._waiting and len(self._working) < self._at_once and not self._closed:
+            job = self._waiting.popleft()
+            job.begun = True
+            self._working.add(job)
+            self._loop.call_later(self._seconds, self._overdue, job)
+            threading.Thread(target=self._run, args=[job], name="treadle-grammar", daemon=True).start()
+
+    def _overdue(self, job: Job) -> None:
+        if job in self._working:
+            job.late = True
+            self._begin()
+
+    def _run(self, job: Job) -> None:
+        grammar, failure = None, None
+        try:
+            grammar = job.work()
+        except BaseException as error:  # whatever it is, somebody waits for it
+            failure = error
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._ended, job, grammar, failure)
+
+    def _ended(self, job: Job, grammar: Grammar | None, failure: BaseException | None) -> None:
+        self._working.discard(job)
+        self._left.discard(job)
+        if not job.future.done():
+            if failure is not None:
+                job.future.set_exception(failure)
+            elif grammar is not None:
+                job.future.set_result(grammar)
+        self._begin()
