@@ -49,6 +49,10 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     shape: StepShape
     rising: bool
 
+    @property
+    def samples(self) -> int:
+        return self.rows.size if self.sampling is None else self.sampling.size
+
     def sampled(self) -> tuple[Rows1D, Int64]:
         """Rows and admissions in the order of the result's tokens."""
         if self.sampling is None:
