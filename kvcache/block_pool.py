@@ -23,7 +23,7 @@ class BlockPool:
       only when no blank block is left;
     - owned: `refs` says by how many block tables.
 
-    `_queue` is the order of eviction: what became cached by one release, with the number of that release. `_released`
+    `_queue` is the order of eviction: what became cached by one release, last first, with its number. `_released`
     says of each block in which release it became cached last; where it is named in an earlier one, or has an owner,
     it is stepped over. So sharing a prefix, which is the hot path, only counts references, and nothing is ever taken
     out of the middle. `_named` counts the names in the queue.
@@ -108,6 +108,7 @@ class BlockPool:
                     released[block] = number
         if cached:
             self._release = number
+            cached.reverse()
             self._enqueue(number, cached)
 
     def withdraw(self, block: BlockId) -> None:
@@ -138,13 +139,13 @@ class BlockPool:
     def _evict(self, count: int) -> None:
         blocks: list[BlockId] = []
         while (missing := count - len(blocks)) > 0:
-            number, part = self._queue.popleft()
-            self._named -= len(part)
-            idle = self._idle(number, part)
-            blocks += idle[:missing]
-            if len(idle) > missing:
-                self._queue.appendleft((number, idle[missing:]))
-                self._named += len(idle) - missing
+            number, part = self._queue[0]
+            named = part[: -missing - 1 : -1]
+            del part[-missing:]
+            if not part:
+                self._queue.popleft()
+            self._named -= len(named)
+            blocks += self._idle(number, named)
         self._on_evict(blocks)
         labels = self.labels
         for block in blocks:

@@ -207,6 +207,11 @@ class Core:
         return self._flights[-1].shape if self._flights else StepShape(0, 0, 0)
 
     @property
+    def last_samples(self) -> int:
+        """How many rows of that plan sample, each of which its result has to bring a token."""
+        return self._flights[-1].samples if self._flights else 0
+
+    @property
     def has_work(self) -> bool:
         """Some request is unfinished."""
         return bool(self._unfinished.requests)

@@ -35,6 +35,7 @@ def check_core(
     if in_order:
         _check_order(running, waiting)
     _check_blocks(running)
+    running.reservation.check()
     for sequence in running.sequences():
         _check_row(config, running, sequence)
     _check_in_flight(running, waiting, flights)

@@ -20,7 +20,7 @@ _DOUBT = 0.1
 """Weight, in ends, of "half of them end with each doubling", which is all there is beyond the longest ever seen."""
 
 Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
 Slots = npt.NDArray[np.intp]
 
 
@@ -70,8 +70,9 @@ class OutputLengths:
         return Outlook(kinds, reach, self._class, self._max_len)
 
     def _add(self, slot: int, length: int) -> None:
-        self._counts[slot] *= 1 - 1 / _MEMORY
-        self._counts[slot, self._class[length]] += 1
+        counts = self._counts[slot]
+        counts *= 1 - 1 / _MEMORY
+        counts[self._class.item(length)] += 1
 
     def _new_slot(self, tenant: str) -> int:
         if len(self._slots) < _TENANTS - 1:

@@ -31,8 +31,6 @@ from .running import Running
 from .trials import Trials
 from .waiting import Waiting
 
-_NO_ROWS: Rows1D = np.zeros(0, np.intp)
-
 
 class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A plan on its way: what is needed to understand its result.
@@ -48,6 +46,10 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     sampling: Rows1D | None
     shape: StepShape
     rising: bool
+
+    @property
+    def samples(self) -> int:
+        return self.rows.size if self.sampling is None else self.sampling.size
 
     def sampled(self) -> tuple[Rows1D, Int64]:
         """Rows and admissions in the order of the result's tokens."""
@@ -122,12 +124,15 @@ class Planner:
         preemptions = self.preemptions
         self._guard.broken = False
         self._running.swapping.begin()
-        decode, growing, context = self._decode(now)
-        blocks = self._running.grow(growing)
-        self._running.rows.advance(decode)
-        batch = _Batch(self._budget, decode, context, self._host)
         arrays = self._running.rows
-        prefills = (arrays.frontier - arrays.computed > 1).nonzero()[0] if arrays.count else _NO_ROWS
+        needs = arrays.frontier - arrays.computed
+        decode, growing, context = self._decode(needs, now)
+        blocks = self._running.grow(growing)
+        arrays.advance(decode)
+        batch = _Batch(self._budget, decode, context, self._host)
+        if preemptions != self.preemptions:
+            needs = arrays.frontier - arrays.computed
+        prefills = (needs > 1).nonzero()[0]
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
         if prefills.size or admits:
             self._limit(batch, now)
@@ -158,22 +163,19 @@ class Planner:
         out, back = self._host.take_copies()
         return msgspec.structs.replace(plan, copy_out=pack(out), copy_in=pack(back)) if out or back else plan
 
-    def _decode(self, now: float) -> tuple[Rows1D, Rows1D, int]:
+    def _decode(self, needs: Int64, now: float) -> tuple[Rows1D, Rows1D, int]:
         """Rows that compute one token and sample the next, those among them that need one more block for it, and the
-        K/V positions that they read.
+        K/V positions that they read. needs: of each row, tokens that it needs computed.
 
         They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
         """
         rows = self._running.rows
-        if not rows.count:
-            return _NO_ROWS, _NO_ROWS, 0
-        ready = (rows.frontier - rows.computed == 1) & (rows.frontier < rows.limit)
-        decode = ready.nonzero()[0]
+        decode = ((needs == 1) & (rows.frontier < rows.limit)).nonzero()[0]
         if not decode.size:
             return decode, decode, 0
         at = span(decode)
         computed = rows.computed[at]
-        context = int(np.add.reduce(computed, dtype=np.int64)) + decode.size
+        context = int(np.add.reduce(computed)) + decode.size
         growing = decode[computed == rows.nblocks[at] * self._block_size]
         while growing.size > self._running.cache.pool.available:
             victim = self._victim(now)

@@ -16,6 +16,7 @@ from treadle.transport.messages import PROTOCOL_VERSION, Stats, StepPlan, StepRe
 
 from .config import CoreConfig
 from .core import Core
+from .cost_model import StepShape
 from .event_log import (
     Aborted,
     Added,
@@ -148,6 +149,14 @@ class RecordedCore:
     @property
     def in_flight(self) -> int:
         return self._core.in_flight
+
+    @property
+    def last_shape(self) -> StepShape:
+        return self._core.last_shape
+
+    @property
+    def last_samples(self) -> int:
+        return self._core.last_samples
 
     @property
     def has_work(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treadle.kvcache import BlockPool
+from treadle.kvcache.invariant import require
 
 from .config import CoreConfig
 from .output_lengths import Floats, Ints, Outlook, OutputLengths, Slots
@@ -45,10 +46,12 @@ class Reservation:
         self._watermark = int(config.watermark * (config.num_blocks - 1))
         self._rows = rows
         self._pool = pool
+        self._most = np.zeros(config.max_num_seqs, np.int64)
+        self._most_sum = 0
         self._slot = np.zeros(config.max_num_seqs, np.intp)
-        self._prompt = np.zeros(config.max_num_seqs, np.int32)
+        self._prompt = np.zeros(config.max_num_seqs, np.int64)
         self._row_blocks = config.max_blocks_per_row
-        self._horizons = np.array([1 << i for i in range(2, config.max_model_len.bit_length())] or [1], np.int32)
+        self._horizons = np.array([1 << i for i in range(2, config.max_model_len.bit_length())] or [1], np.int64)
         self._load: _Load | None = None
         self.lengths = OutputLengths(config.max_model_len)
 
@@ -62,8 +65,24 @@ class Reservation:
         return max(running, self._watermark) if running else 0
 
     def enter(self, row: int, sequence: Sequence) -> None:
+        """The row begins to be used."""
         self._slot[row] = self.lengths.slot(sequence.request.tenant)
         self._prompt[row] = sequence.request.prompt_len
+        most = -(-sequence.request.limit // self._block_size)
+        self._most[row] = most
+        self._most_sum += most
+
+    def leave(self, row: int) -> None:
+        """The row is given back."""
+        self._most_sum -= self._most.item(row)
+        self._most[row] = 0
+
+    def check(self) -> None:
+        """Raises CoreInvariantError unless what rows may come to, and what they hold, is counted right."""
+        rows = self._rows
+        most = -(-rows.limit // self._block_size)
+        require((most == self._most).all() and int(most.sum()) == self._most_sum, "limits of rows are miscounted")
+        require(int(rows.nblocks.sum()) == rows.entries, "entries of block tables are miscounted")
 
     def begin(self) -> None:
         """A step begins to admit: what was reckoned in an earlier one holds no longer."""
@@ -78,9 +97,8 @@ class Reservation:
 
     def _sum_fits(self, sequence: Sequence, blocks: int) -> bool:
         """Everybody may grow to the limit."""
-        rows, size = self._rows, self._block_size
-        live = rows.admission.nonzero()[0]
-        growth = int((-(-rows.limit[live] // size) - rows.nblocks[live]).sum())
+        size = self._block_size
+        growth = self._most_sum - self._rows.entries
         own = -(-sequence.request.limit // size) - -(-sequence.known // size)
         return blocks + own + growth + self._watermark <= self._pool.available
 
@@ -90,7 +108,7 @@ class Reservation:
         if load is None or slot not in load.outlook.kinds:
             load = self._load = self._running_load(slot)
         request = sequence.request
-        one = np.array([sequence.known], np.int32)
+        one = np.array([sequence.known], np.int64)
         mean, variance = self._expect(
             load.outlook, np.array([slot]), one, one - request.prompt_len, np.array([request.limit]), np.array([blocks])
         )
@@ -107,7 +125,7 @@ class Reservation:
         tables, known = rows.nblocks[live], rows.known[live]
         slots, output = self._slot[live], known - self._prompt[live]
         held = tables.astype(np.float64) * (self._pool.used / max(1, int(tables.sum())))
-        outlook = self.lengths.outlook(np.append(slots, slot), np.append(output, np.int32(0)))
+        outlook = self.lengths.outlook(np.append(slots, slot), np.append(output, 0))
         return _Load(outlook, *self._expect(outlook, slots, known, output, rows.limit[live], held))
 
     def _expect(

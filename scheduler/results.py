@@ -63,7 +63,7 @@ class Results:
         details = self._details(flight, result.logprobs) if result.logprobs else {}
         at = span(rows) if flight.rising else rows
         live = self._running.rows.admission[at] == admissions
-        if not live.all():
+        if np.count_nonzero(live) < rows.size:
             self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
             at = rows = rows[live]
             tokens = tokens[live]
@@ -91,7 +91,7 @@ class Results:
         self.generated += rows.size
         sequences: list[Sequence] = arrays.owner[at].tolist()
         values: list[int] = tokens.tolist()
-        ending = (length >= arrays.limit[at]) | self._unfinished.stop_ids.mask[tokens]
+        ending = (length >= arrays.limit[at]) | self._unfinished.stop_ids.mask.take(tokens)
         special = range(rows.size) if details else ending.nonzero()[0].tolist()
         apart: list[Output] = []
         for i in reversed(special):

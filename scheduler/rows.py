@@ -36,24 +36,28 @@ def span(rows: Rows1D) -> Rows1D | slice:
 
 
 class Rows:
-    """The arrays. tokens: int32 [rows, max_len], table: int32 [rows, max_blocks], the others one number per row.
+    """The arrays. tokens: int32 [rows, max_blocks * block_size], table: int32 [rows, max_blocks], the others one number
+    per row. blocks: the same tokens, [rows, max_blocks], a block's at a time.
 
     limit: tokens at which the row ends. nblocks: entries of its block table. publish_at: committed tokens at which
     its next block is full and can be published. admission: unique number of the row's present use, 0 when free.
     order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count: how many rows
-    are so. owner: its sequence. chain: where its next published block hangs.
-    Big arrays come from `np.zeros`, so memory is touched only where a row has been.
+    are so. owner: its sequence. chain: where its next published block hangs. entries: of all block tables.
+    Big arrays come from `np.zeros`, so memory is touched only where a row has been. Counters are as wide as an index,
+    which numpy would otherwise make of them each time that they are used as one.
     """
 
-    def __init__(self, max_rows: int, max_len: int, max_blocks: int) -> None:
-        self.tokens: Int32 = np.zeros((max_rows, max_len), np.int32)
+    def __init__(self, max_rows: int, max_blocks: int, block_size: int) -> None:
+        self.tokens: Int32 = np.zeros((max_rows, max_blocks * block_size), np.int32)
+        self.blocks = self.tokens.view(np.dtype((np.void, block_size * self.tokens.itemsize)))
         self.table: Int32 = np.zeros((max_rows, max_blocks), np.int32)
-        self.known: Int32 = np.zeros(max_rows, np.int32)
-        self.frontier: Int32 = np.zeros(max_rows, np.int32)
-        self.computed: Int32 = np.zeros(max_rows, np.int32)
-        self.limit: Int32 = np.zeros(max_rows, np.int32)
-        self.nblocks: Int32 = np.zeros(max_rows, np.int32)
-        self.publish_at: Int32 = np.full(max_rows, NEVER, np.int32)
+        self.known: Int64 = np.zeros(max_rows, np.int64)
+        self.frontier: Int64 = np.zeros(max_rows, np.int64)
+        self.computed: Int64 = np.zeros(max_rows, np.int64)
+        self.limit: Int64 = np.zeros(max_rows, np.int64)
+        self.nblocks: Int64 = np.zeros(max_rows, np.int64)
+        self.entries = 0
+        self.publish_at: Int64 = np.full(max_rows, NEVER, np.int64)
         self.admission: Int64 = np.zeros(max_rows, np.int64)
         self.order: Int64 = np.full(max_rows, NOBODY, np.int64)
         self.key: npt.NDArray[np.float64] = np.zeros(max_rows, np.float64)
@@ -78,6 +82,7 @@ class Rows:
         self.computed[row] = computed
         self.limit[row] = sequence.request.limit
         self.nblocks[row] = blocks.size
+        self.entries += blocks.size
         self.admission[row] = admission
         self.order[row] = sequence.order
         self.key[row] = sequence.key
@@ -88,13 +93,15 @@ class Rows:
         return row
 
     def vacate(self, row: int) -> None:
+        self.entries -= self.nblocks.item(row)
         self.known[row] = self.frontier[row] = self.computed[row] = self.limit[row] = self.nblocks[row] = 0
         self.publish_at[row] = NEVER
         self.admission[row] = 0
         self.order[row] = NOBODY
         self.key[row] = 0.0
-        self.guided_count -= int(self.guided[row])
-        self.guided[row] = False
+        if self.guided_count:
+            self.guided_count -= int(self.guided[row])
+            self.guided[row] = False
         self.owner[row] = None
         self.free.append(row)
 
@@ -105,6 +112,7 @@ class Rows:
     def append_blocks(self, rows: Rows1D, blocks: Int32) -> None:
         self.table[rows, self.nblocks[rows]] = blocks
         self.nblocks[rows] += 1
+        self.entries += rows.size
 
     def advance(self, rows: Rows1D) -> None:
         """Plans one token of each, in rising order: its K/V, and a sample."""
@@ -114,10 +122,10 @@ class Rows:
         self.computed[at] += 1
         self.frontier[at] += 1
 
-    def commit(self, rows: Rows1D, at: Rows1D | slice, tokens: Int32) -> Int32:
+    def commit(self, rows: Rows1D, at: Rows1D | slice, tokens: Int32) -> Int64:
         """Appends the token that came back to each row; returns their lengths now. at: the rows, or their `span`."""
         position = self.known[at]
         self.tokens[rows, position] = tokens
-        length = position + np.int32(1)
+        length = position + 1
         self.known[at] = length
         return length

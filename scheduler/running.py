@@ -40,8 +40,7 @@ class Running:
         self._guard = guard
         self._block_size = config.block_size
         self._admissions = 0
-        self._last_block = np.arange(-config.block_size, 0, dtype=np.intp)
-        self.rows = Rows(config.max_num_seqs, config.max_model_len, config.max_blocks_per_row)
+        self.rows = Rows(config.max_num_seqs, config.max_blocks_per_row, config.block_size)
         self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks)
         self.swapping = Swapping(config, costs, self.cache)
         self.reservation = Reservation(config, self.rows, self.cache.pool)
@@ -96,6 +95,7 @@ class Running:
         self._stops += 1
         self.ledger.leave(row)
         self.tally.leave(row)
+        self.reservation.leave(row)
         self.cache.pool.release(self.rows.blocks_of(row))
         self.rows.vacate(row)
         self.released.append(row)
@@ -169,10 +169,10 @@ class Running:
         start = rows.publish_at.item(row) - size
         if end - start < size:
             return
-        end -= end % size
-        tokens, blocks = rows.tokens[row, start:end], rows.table[row, start // size : end // size]
-        rows.chain[row] = self.cache.publish(rows.chain[row], tokens.tobytes(), blocks.tolist())
-        rows.publish_at[row] = end + size
+        first, last = start // size, end // size
+        contents, blocks = rows.blocks[row, first:last].tolist(), rows.table[row, first:last].tolist()
+        rows.chain[row] = self.cache.publish(rows.chain[row], contents, blocks)
+        rows.publish_at[row] = (last + 1) * size
 
     def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
         """Publishes the blocks that committed tokens have filled. With blocks of one token, two can be due at once.
@@ -182,11 +182,11 @@ class Running:
         rows = self._due(rows, at)
         while rows.size:
             ends = self.rows.publish_at[rows]
-            tokens = self.rows.tokens[rows[:, None], ends[:, None] + self._last_block].tobytes()
-            blocks = self.rows.table[rows, ends // self._block_size - 1].tolist()
+            last = ends // self._block_size - 1
+            contents, blocks = self.rows.blocks[rows, last].tolist(), self.rows.table[rows, last].tolist()
             self.rows.publish_at[rows] = ends + self._block_size
             chain, numbers = self.rows.chain, rows.tolist()
-            parents = self.cache.publish_each([chain[row] for row in numbers], tokens, blocks)
+            parents = self.cache.publish_each([chain[row] for row in numbers], contents, blocks)
             for row, parent in zip(numbers, parents, strict=True):
                 chain[row] = parent
             rows = self._due(rows, rows) if self._block_size == 1 else _NO_ROWS

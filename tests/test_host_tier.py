@@ -15,7 +15,7 @@ def cached(cache: PrefixCache, tokens: list[int], salt: str = "") -> list[BlockI
     """A sequence of full blocks that has been computed and has ended."""
     blocks = cache.pool.allocate(len(tokens) // SIZE)
     assert blocks is not None
-    cache.publish(salt, pack(tokens), blocks)
+    cache.publish(salt, cache.split(pack(tokens), len(blocks)), blocks)
     cache.pool.release(blocks)
     cache.check()
     return blocks
@@ -113,11 +113,11 @@ def test_what_is_computed_again_takes_its_place_back() -> None:
     cache.host.take_copies()
     again = found(cache, TEXT)[:1]
     parent = cache.end_of(again, "")
-    cache.publish(parent, pack(TEXT[4:12]), taken[:2])
+    cache.publish(parent, cache.split(pack(TEXT[4:12]), 2), taken[:2])
     cache.check()
     assert found(cache, TEXT)[1:3] == taken[:2] and cache.in_host(found(cache, TEXT)) == 1
     assert cache.host.take_copies() == ([], [])
-    cache.publish_each([cache.end_of(found(cache, TEXT)[:3], "")], pack(TEXT[12:]), taken[2:])
+    cache.publish_each([cache.end_of(found(cache, TEXT)[:3], "")], [pack(TEXT[12:])], taken[2:])
     cache.check()
     assert not cache.host.kept and found(cache, TEXT)[1:] == taken
 
@@ -128,7 +128,7 @@ def test_a_copy_that_has_not_left_need_not_when_its_content_is_there_again() -> 
     assert cache.pool.allocate(3) is not None
     taken = cache.pool.allocate(1)
     assert taken is not None and cache.host.pending == (1, 0)
-    cache.publish("", pack(TEXT[:4]), taken)
+    cache.publish("", [pack(TEXT[:4])], taken)
     assert cache.host.take_copies() == ([], []) and found(cache, TEXT[:4]) == taken
     cache.check()
 

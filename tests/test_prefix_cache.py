@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,7 +16,7 @@ def publish(cache: PrefixCache, tokens: list[int], salt: str = "") -> list[Block
     count = len(tokens) // SIZE
     blocks = cache.pool.allocate(count)
     assert blocks is not None
-    cache.publish(salt, pack(tokens[: count * SIZE]), blocks)
+    cache.publish(salt, cache.split(pack(tokens), count), blocks)
     cache.check()
     return blocks
 
@@ -130,8 +129,8 @@ def test_many_sequences_at_once_are_published_like_one_after_another() -> None:
     for cache in (one, many):
         cache.pool.allocate(3)
     parents: list[Parent] = ["", "", "salt"]
-    singly = [one.publish(p, pack(t), [b]) for p, t, b in zip(parents, texts, blocks, strict=True)]
-    assert many.publish_each(parents, pack(np.array(texts)), blocks) == singly
+    singly = [one.publish(p, [pack(t)], [b]) for p, t, b in zip(parents, texts, blocks, strict=True)]
+    assert many.publish_each(parents, [pack(t) for t in texts], blocks) == singly
     assert singly[0] == singly[1]
     many.check()
 
@@ -150,7 +149,7 @@ def test_whatever_is_found_has_the_same_tokens(events: list[tuple[list[int], boo
         fresh = cache.pool.allocate(count)
         if fresh is not None:
             content |= {block: text[: 2 * (len(hit) + i) + 2] for i, block in enumerate(fresh)}
-            cache.publish(parent, pack(text[2 * len(hit) : 2 * (len(hit) + count)]), fresh)
+            cache.publish(parent, cache.split(pack(text), len(hit) + count)[len(hit) :], fresh)
         table = hit + (fresh or [])
         if keep_first:
             cache.pool.release(table)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from treadle.scheduler.config import CoreConfig
+from treadle.scheduler.core import Core
 from treadle.scheduler.cost_model import StepCosts
 from treadle.scheduler.fake_engine import FakeEngine
-from treadle.scheduler.simulation.engine import Executed, SimulatedEngine
-from treadle.scheduler.simulation.events import EventHeap, Kind
+from treadle.scheduler.simulation.engine import SimulatedEngine
 from treadle.scheduler.simulation.histogram import Histogram
 from treadle.scheduler.simulation.replica import Replica
 from treadle.scheduler.simulation.timeline import Moment, Timeline
@@ -55,9 +55,10 @@ def test_what_a_step_costs() -> None:
 
 
 def test_chunks_of_a_prompt_and_their_pairs() -> None:
-    """7 tokens in chunks of 3: pairs 6, 15 and 7."""
-    costs = StepCosts(step=1.0, chunk_pair=0.001)
-    assert run(work((0.0, 7, 1)), costs, max_prefill_chunk=3)[0] == [pytest.approx(3.028)]
+    """8 tokens in chunks of 3: pairs 6, 15 and 15. Of 7 tokens the last is left alone, and computed as decodes are."""
+    costs = StepCosts(step=1.0, chunk_pair=0.001, context_token=0.1)
+    assert run(work((0.0, 8, 1)), costs, max_prefill_chunk=3)[0] == [pytest.approx(3.036)]
+    assert run(work((0.0, 7, 1)), costs, max_prefill_chunk=3)[0] == [pytest.approx(3.021 + 0.7)]
 
 
 def test_a_shared_prefix_is_not_computed_again() -> None:
@@ -97,25 +98,29 @@ def test_priorities_reach_the_core() -> None:
     assert first[2] < first[1]
 
 
-class Verified(SimulatedEngine):
-    """Every plan is also executed by the fake engine, which finds wrong ones, and whose tokens are taken."""
+class Verified:
+    """Every plan is also executed by the fake engine, which finds wrong ones, and whose tokens are taken; and by the
+    simulated engine, which must find in it what the core says of it."""
+
+    core: Core
 
     def __init__(self, config: CoreConfig) -> None:
-        super().__init__(config)
         self._fake = FakeEngine(config, cost=lambda tokens, rows: 1000 * tokens + rows)
+        self._simulated = SimulatedEngine(config)
 
-    def run(self, plan: StepPlan) -> Executed:
-        executed = super().run(plan)
+    def answer(self, plan: StepPlan, samples: int) -> bytes:
+        executed = self._simulated.run(plan)
+        assert (executed.shape, executed.samples) == (self.core.last_shape, samples)
         result = self._fake.run(plan)
-        assert len(result.tokens) == len(executed.tokens), "another number of rows samples"
-        shape = executed.shape
+        assert len(result.tokens) == 4 * samples, "another number of rows samples"
         tokens, rows = divmod(result.elapsed_us, 1000)
+        shape = executed.shape
         assert (shape.prefill_tokens + shape.decode_rows, len(plan.rows) // 4) == (tokens, rows)
-        return Executed(executed.step, result.tokens, shape, executed.recent)
+        return result.tokens
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_simulated_engine_does_what_plans_say(seed: int) -> None:
+def test_the_simulated_replica_does_what_plans_say(seed: int) -> None:
     """With preemptions, shared prefixes, chunks; every request ends with all its tokens, the first one noted once."""
     chosen = config(
         num_blocks=24,
@@ -129,7 +134,9 @@ def test_the_simulated_engine_does_what_plans_say(seed: int) -> None:
         preemption=["auto", "swap"][seed // 3],
     )
     workload = random_work(seed, 60, 30, prefixes=(-1, 0, 1))
-    replica = Replica(chosen, SECOND, workload, engine=Verified(chosen))
+    verified = Verified(chosen)
+    replica = Replica(chosen, SECOND, workload, answers=verified)
+    verified.core = replica.core
     result = replica.run()
     replica.core.check()
     first, finish = np.frombuffer(result.first), np.frombuffer(result.finish)
@@ -143,13 +150,10 @@ def test_the_simulated_engine_does_what_plans_say(seed: int) -> None:
 
 
 def test_events_at_one_time_have_an_order() -> None:
-    heap = EventHeap()
-    for time, kind in ((2.0, Kind.RESULT), (1.0, Kind.DEADLINE), (1.0, Kind.RESULT), (1.0, Kind.ARRIVAL)):
-        heap.push(time, kind)
-    popped = []
-    while heap:
-        popped.append(heap.pop())
-    assert popped == [(1.0, Kind.RESULT), (1.0, Kind.ARRIVAL), (1.0, Kind.DEADLINE), (2.0, Kind.RESULT)]
+    """At 1 the first request ends, so the second leaves the queue, in which then is room for the third."""
+    workload = work((0.0, 4, 1), (0.5, 4, 1), (1.0, 4, 1))
+    first, _, result = run(workload, max_num_seqs=1, max_waiting_requests=1, pipeline_depth=1)
+    assert (first, result.ends) == ([1.0, 2.0, 3.0], {"length": 3})
 
 
 def test_histogram_is_exact_to_two_percent() -> None:

@@ -13,7 +13,7 @@ from treadle.scheduler.event_log import EventWriter
 from treadle.scheduler.recording import RecordedCore
 from treadle.scheduler.replay import replay
 from treadle.scheduler.simulation.costs import PRESETS, costs_from_log, step_costs
-from treadle.scheduler.simulation.prompts import Prompts
+from treadle.scheduler.simulation.prompts import offers
 from treadle.scheduler.simulation.recorded import read_event_log
 from treadle.scheduler.simulation.replica import Replica, ReplicaResult
 from treadle.scheduler.simulation.workload import (
@@ -126,13 +126,15 @@ def test_bad_workloads_are_refused() -> None:
 def test_prompts_share_their_prefix_and_nothing_else() -> None:
     prefixes = [-1, 0, 0, 1, 0]
     chosen = make_workload(range(5), [40, 40, 50, 40, 30], 1, prefix=prefixes, prefix_tokens=[0, 20, 24, 20, 30])
-    prompts = [unpack(Prompts(chosen, 1000)[i]).tolist() for i in range(5)]
+    prompts = [unpack(offer.prompt).tolist() for offer in offers(chosen, 1000)]
     assert [len(prompt) for prompt in prompts] == [40, 40, 50, 40, 30]
     assert prompts[1][:20] == prompts[2][:20] == prompts[4][:20] and prompts[2][:24] == prompts[4][:24]
     assert prompts[1][20:24] != prompts[2][20:24] and prompts[3][:4] != prompts[1][:4] != prompts[0][:4]
     assert all(0 <= token < 1000 for prompt in prompts for token in prompt)
     part = chosen.take(np.array([3, 2]))
-    assert unpack(Prompts(part, 1000)[1]).tolist() == prompts[2], "a request has the same tokens on any replica"
+    assert unpack(list(offers(part, 1000))[1].prompt).tolist() == prompts[2], (
+        "a request has the same tokens on any replica"
+    )
 
 
 def test_step_costs_by_name_and_from_a_file(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""Made-up prompts: cheap, the same for the same request, and equal only where requests share a prefix."""
+"""What comes to a replica, one request after the other, with made-up prompts: cheap, the same for the same request, and
+equal only where requests share a prefix."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,9 +17,47 @@ _POOL = 1 << 18
 _NAME = struct.Struct("<2i")
 _STRIDE = 7919
 """A prime, so that the slices of neighbours begin far from each other."""
+_AT_ONCE = 4096
+"""Rows of the columns that are Python objects at a time."""
 
 
-class Prompts:
+class Offer(NamedTuple):
+    """A request when it arrives. prompt: int32 bytes. The others are its row of the `Workload`."""
+
+    arrival: float
+    outputs: int
+    tenant: int
+    priority: int
+    timeout: float
+    prompt: bytes
+
+
+def offers(workload: Workload, vocab_size: int) -> Iterator[Offer]:
+    """The requests in their order, each made when it is asked for."""
+    made, real = _Prompts(workload, vocab_size), workload.prompts
+    for begin in range(0, len(workload), _AT_ONCE):
+        columns = {name: column[begin : begin + _AT_ONCE].tolist() for name, column in workload.columns().items()}
+        for index, arrival in enumerate(columns["arrival"]):
+            if real is not None:
+                prompt = real[begin + index]
+            else:
+                prompt = made.text(
+                    columns["number"][index],
+                    columns["inputs"][index],
+                    columns["prefix"][index],
+                    columns["prefix_tokens"][index],
+                )
+            yield Offer(
+                arrival,
+                columns["outputs"][index],
+                columns["tenant"][index],
+                columns["priority"][index],
+                columns["timeout"][index],
+                prompt,
+            )
+
+
+class _Prompts:
     """A prompt is its prefix, two tokens that name the request, and a slice of random tokens.
 
     The naming tokens make the block they are in unique, and the prefix cache finds a block only behind its
@@ -24,26 +65,18 @@ class Prompts:
     """
 
     def __init__(self, workload: Workload, vocab_size: int) -> None:
-        self._real = workload.prompts
-        self._numbers = workload.number.tolist()
-        self._inputs = workload.inputs.tolist()
-        self._prefixes = workload.prefix.tolist()
-        self._shared = workload.prefix_tokens.tolist()
         self._vocab = vocab_size
         longest = int(workload.inputs.max(initial=1))
         random = np.random.Generator(np.random.PCG64(1))
         self._pool = pack(random.integers(0, vocab_size, _POOL + longest))
 
-    def __getitem__(self, index: int) -> bytes:
-        """int32 bytes."""
-        if self._real is not None:
-            return self._real[index]
-        length, shared, prefix = self._inputs[index], self._shared[index], self._prefixes[index]
-        own = self._text(2 * self._numbers[index], length - shared)
-        return self._text(2 * prefix + 1, shared) + own if shared else own
+    def text(self, number: int, length: int, prefix: int, shared: int) -> bytes:
+        """Of request `number`, which begins with `shared` tokens of a prefix. int32 bytes."""
+        own = self._beginning(2 * number, length - shared)
+        return self._beginning(2 * prefix + 1, shared) + own if shared else own
 
-    def _text(self, name: int, length: int) -> bytes:
+    def _beginning(self, name: int, length: int) -> bytes:
         """Every name has a text without end; this is its beginning."""
         head = _NAME.pack(name % self._vocab, name // self._vocab % self._vocab)
         at = name * _STRIDE % _POOL * 4
-        return (head + self._pool[at : at + 4 * length])[: 4 * length]
+        return (head + self._pool[at : at + max(0, 4 * length - _NAME.size)])[: 4 * length]

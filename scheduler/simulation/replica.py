@@ -8,28 +8,29 @@ is later.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import msgspec
-import numpy as np
 
 from treadle.errors import TreadleError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
-from treadle.scheduler.cost_model import CostModel, StepCosts
+from treadle.scheduler.cost_model import CostModel, StepCosts, StepShape
 from treadle.scheduler.policies import Policy
-from treadle.scheduler.request import Output, Outputs
-from treadle.transport.messages import SamplingParams, StepResult, Submit
+from treadle.scheduler.request import Output, Sequence
+from treadle.transport.messages import SamplingParams, StepPlan, StepResult, Submit
 
-from .engine import Executed, SimulatedEngine
-from .events import EventHeap, Kind
+from .answers import Answers, MadeUpAnswers
 from .histogram import Histogram
-from .prompts import Prompts
+from .prompts import Offer, offers
 from .timeline import Moment, Timeline
 from .workload import Workload
 
 NEVER = -1.0
+_NEVER_AGAIN = float("inf")
 FINISHED = ("stop", "length")
 
 Progress = Callable[[float, int], None]
@@ -57,10 +58,21 @@ class ReplicaResult(msgspec.Struct, array_like=True):
     stats: dict[str, int]
 
 
+class _Flight(NamedTuple):
+    """A step on its way. cost: seconds that it takes. ends: when it does."""
+
+    step: int
+    tokens: bytes
+    shape: StepShape
+    cost: float
+    ends: float
+
+
 class Replica:
     """Runs a workload to its end. overhead: seconds of the scheduler between a result and the next plan's departure.
 
-    policy: instead of the one that the configuration names. The core knows the costs, which a service has to learn.
+    policy: instead of the one that the configuration names. answers: what steps bring. The core knows the costs, which
+    a service has to learn, and what a step of it costs goes by the shape that it planned.
     """
 
     def __init__(
@@ -71,26 +83,25 @@ class Replica:
         *,
         overhead: float = 0.0,
         policy: Policy | None = None,
-        engine: SimulatedEngine | None = None,
+        answers: Answers | None = None,
         progress: Progress | None = None,
     ) -> None:
         self._costs = CostModel(costs)
         self.core = Core(config, draw_seed=lambda: 0, policy=policy, costs=self._costs)
-        self._engine = SimulatedEngine(config) if engine is None else engine
-        self._workload = workload
-        self._prompts = Prompts(workload, config.vocab_size)
+        self._answers = MadeUpAnswers(config) if answers is None else answers
+        self._tenants = workload.tenants
         self._overhead = overhead
         self._progress = progress
-        self._events = EventHeap()
-        self._flights: deque[tuple[Executed, float, float]] = deque()
+        self._offers: Iterator[Offer] = offers(workload, config.vocab_size)
+        self._offer = next(self._offers, None)
+        self._came = 0
+        self._flights: deque[_Flight] = deque()
         self._params: dict[int, SamplingParams] = {}
-        self._arrivals: list[float] = workload.arrival.tolist()
-        self._next = 0
+        self._unheard: list[Sequence] = []
         self._free_at = 0.0
         self._applied_at = 0.0
-        self._deadline_at = float("inf")
-        self._first = [NEVER] * len(workload)
-        self._finish = [NEVER] * len(workload)
+        self._first = array("d", [NEVER]) * len(workload)
+        self._finish = array("d", [NEVER]) * len(workload)
         self._ends: dict[str, int] = {}
         self._steps = 0
         self._busy = self._row_seconds = 0.0
@@ -98,34 +109,40 @@ class Replica:
         self._timeline = Timeline()
 
     def run(self) -> ReplicaResult:
+        """What happens at one instant happens in this order: a result makes room before an arrival asks for it, and
+        whoever has ended by then misses no deadline."""
         now = 0.0
-        if self._arrivals:
-            self._events.push(self._arrivals[0], Kind.ARRIVAL)
-        while self._events:
-            time, kind = self._events.pop()
-            if kind == Kind.DEADLINE and self.core.next_deadline() is None:
-                self._deadline_at = float("inf")  # whoever had it has ended
-                continue
+        timeline = self._timeline
+        while True:
+            result = self._flights[0].ends if self._flights else _NEVER_AGAIN
+            arrival = self._offer.arrival if self._offer is not None else _NEVER_AGAIN
+            deadline = self.core.next_deadline()
+            due = _NEVER_AGAIN if deadline is None else max(deadline, now)
+            time = min(result, arrival, due)
+            if time == _NEVER_AGAIN:
+                return self._result(now)
             now = time
-            if now >= self._timeline.due:
-                self._timeline.add(now, self._moment())
-            if kind == Kind.RESULT:
+            if now >= timeline.due:
+                timeline.add(now, self._moment())
+            if result == now:
                 self._apply(now)
-            elif kind == Kind.ARRIVAL:
+            elif arrival == now:
                 self._arrive(now)
             else:
-                self._expire(now)
-        return self._result(now)
+                self._end(self.core.expire(now), now)
+                self._pump(now)
 
     # ── what happens ──
 
     def _arrive(self, now: float) -> None:
-        index = self._next
-        self._next += 1
-        if self._next < len(self._arrivals):
-            self._events.push(self._arrivals[self._next], Kind.ARRIVAL)
+        offer = self._offer
+        if offer is None:
+            return
+        self._offer = next(self._offers, None)
+        index = self._came
+        self._came += 1
         try:
-            request = self.core.add(self._submit(index), now)
+            request = self.core.add(self._submit(index, offer), now)
         except TreadleError as error:
             self._ends[error.code] = self._ends.get(error.code, 0) + 1
             return
@@ -133,71 +150,67 @@ class Replica:
         self._pump(now)
 
     def _apply(self, now: float) -> None:
-        executed, cost, _ = self._flights.popleft()
-        result = StepResult(executed.step, 0, 0, executed.tokens, round(cost * 1e6))
-        if self._flights:
-            self._events.push(self._flights[0][2], Kind.RESULT)
-        outputs = self.core.apply(result, now)
+        flight = self._flights.popleft()
+        outputs = self.core.apply(StepResult(flight.step, 0, 0, flight.tokens, 0), now)
         self._pump(now, self._overhead)
-        self._note(executed, outputs, now)
-
-    def _expire(self, now: float) -> None:
-        self._deadline_at = float("inf")
-        self._end(self.core.expire(now), now)
-        self._pump(now)
+        if flight.shape.decode_rows:
+            self._between.add(now - self._applied_at, flight.shape.decode_rows)
+        self._applied_at = now
+        if self._unheard:
+            self._unheard = [sequence for sequence in self._unheard if not self._heard(sequence, now)]
+        if outputs.others:
+            self._end(outputs.others, now)
+        if self._progress is not None and not flight.step % _PROGRESS_STEPS:
+            self._progress(now, self._came)
 
     def _pump(self, now: float, delay: float = 0.0) -> None:
-        """Plans while the pipeline has room. Only the oldest step in flight is in the heap: others are behind it."""
-        while (plan := self.core.plan(now)) is not None:
-            executed = self._engine.run(plan)
-            cost = self._costs.predict(executed.shape)
+        """Plans while the pipeline has room."""
+        core = self.core
+        while (plan := core.plan(now)) is not None:
+            shape = core.last_shape
+            cost = self._costs.predict(shape)
             self._free_at = max(now + delay, self._free_at) + cost
-            self._flights.append((executed, cost, self._free_at))
-            if len(self._flights) == 1:
-                self._events.push(self._free_at, Kind.RESULT)
+            tokens = self._answers.answer(plan, core.last_samples)
+            self._flights.append(_Flight(plan.step, tokens, shape, cost, self._free_at))
             self._steps += 1
             self._busy += cost
             self._row_seconds += cost * (len(plan.rows) // 4)
-        deadline = self.core.next_deadline()
-        if deadline is not None and deadline < self._deadline_at:
-            self._deadline_at = deadline
-            self._events.push(max(deadline, now), Kind.DEADLINE)
+            if plan.start:
+                self._note_started(plan)
 
-    def _submit(self, index: int) -> Submit:
-        workload, output = self._workload, int(self._workload.outputs[index])
-        params = self._params.get(output)
+    def _submit(self, index: int, offer: Offer) -> Submit:
+        params = self._params.get(offer.outputs)
         if params is None:
-            params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True, seed=0)
-            self._params[output] = params
+            params = SamplingParams(temperature=0.0, max_tokens=offer.outputs, ignore_eos=True, seed=0)
+            self._params[offer.outputs] = params
         return Submit(
             id=str(index),
-            tokens=self._prompts[index],
+            tokens=offer.prompt,
             params=params,
-            timeout=float(workload.timeout[index]),
-            priority=int(workload.priority[index]),
-            tenant=workload.tenants[workload.tenant[index]],
+            timeout=offer.timeout,
+            priority=offer.priority,
+            tenant=self._tenants[offer.tenant],
         )
 
     # ── what is remembered ──
 
-    def _note(self, executed: Executed, outputs: Outputs, now: float) -> None:
-        if executed.shape.decode_rows:
-            self._between.add(now - self._applied_at, executed.shape.decode_rows)
-        self._applied_at = now
-        if executed.recent:
-            first = self._first
-            for sequence in outputs.sequences[-executed.recent :]:
-                index: int = sequence.request.context  # type: ignore[assignment]
-                if first[index] == NEVER:
-                    first[index] = now
-        if outputs.others:
-            self._end(outputs.others, now)
-        if self._progress is not None and not executed.step % _PROGRESS_STEPS:
-            self._progress(now, self._next)
+    def _note_started(self, plan: StepPlan) -> None:
+        """Who has a row now and no token yet: only these are looked at after each step."""
+        first = self._first
+        self._unheard += [s for s in self.core.started(plan) if first[_index(s)] == NEVER]
+
+    def _heard(self, sequence: Sequence, now: float) -> bool:
+        """Whether it needs no look any more: it has its first token, or has ended."""
+        if sequence.finish:
+            return True
+        if self.core.running.length(sequence) == sequence.request.prompt_len:
+            return False
+        self._first[_index(sequence)] = now
+        return True
 
     def _end(self, outputs: list[Output], now: float) -> None:
         for output in outputs:
-            index: int = output.sequence.request.context  # type: ignore[assignment]
+            index = _index(output.sequence)
             if output.tokens and self._first[index] == NEVER:
                 self._first[index] = now
             if output.finish:
@@ -213,8 +226,8 @@ class Replica:
     def _result(self, now: float) -> ReplicaResult:
         stats = msgspec.structs.asdict(self.core.stats())
         return ReplicaResult(
-            first=np.array(self._first).tobytes(),
-            finish=np.array(self._finish).tobytes(),
+            first=self._first.tobytes(),
+            finish=self._finish.tobytes(),
             ends=self._ends,
             seconds=now,
             steps=self._steps,
@@ -225,3 +238,8 @@ class Replica:
             timeline=self._timeline.moments,
             stats={name: value for name, value in stats.items() if isinstance(value, int)},
         )
+
+
+def _index(sequence: Sequence) -> int:
+    index: int = sequence.request.context  # type: ignore[assignment]  # it was put there by `_arrive`
+    return index

@@ -25,12 +25,8 @@ class Timeline:
     """
 
     def __init__(self) -> None:
-        self.width = _FIRST_WIDTH
+        self.width = self.due = _FIRST_WIDTH
         self.moments: list[Moment] = []
-
-    @property
-    def due(self) -> float:
-        return (len(self.moments) + 1) * self.width
 
     def add(self, now: float, moment: Moment) -> None:
         """The state from the last moment until `now`, where it was due before."""
@@ -39,6 +35,7 @@ class Timeline:
             if len(self.moments) == _MOST:
                 self.moments = self.moments[1::2]
                 self.width *= 2
+            self.due = (len(self.moments) + 1) * self.width
 
     def at_width(self, width: float) -> list[Moment]:
         step = round(width / self.width)
