@@ -7,9 +7,7 @@ of that is in `ModelConfig`. Which part of it this rank computes is the layers' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +33,6 @@ from .layers import (
     vocabulary_head,
 )
 from .linear import Placement
-from .linear_few import FewRowLinear
 from .native import load_native
 from .norm import Hidden, Norm, Unnormed, normed
 from .ops import HeadLayout, KVSlots, Ops
@@ -134,7 +131,7 @@ class DecoderLayer:
 class Decoder:
     """One rank's share of the model. `vocab_start`, `vocab_local`: the token ids its logits are for.
 
-    graphs: whether a decode step may be captured in a CUDA graph.
+    graphs: whether a decode step may be captured in a CUDA graph. What it is made of is to be looked at only.
     """
 
     def __init__(self, config: ModelConfig, shard: Shard, source: WeightSource, env: Environment) -> None:
@@ -144,36 +141,36 @@ class Decoder:
         self.graphs = env.graphs
         linears = env.placement.linears
         self.backend_name = f"{env.ops.name} kernels, {env.attention.name} attention, {linears} linears"
-        self._env = env
-        self._shard = shard
-        self._rope = RotaryTable(config, env.placement.device, env.positions)
+        self.env = env
+        self.shard = shard
+        self.rope = RotaryTable(config, env.placement.device, env.positions)
         table = self._vocab_rows(source, "model.embed_tokens.weight", shard, env.placement)
         self._embed = VocabParallelEmbedding(table.to(env.placement.device), shard.vocab, env.comm)
-        self._layers = [DecoderLayer(config, shard, source, index, env) for index in range(config.num_layers)]
+        self.layers = [DecoderLayer(config, shard, source, index, env) for index in range(config.num_layers)]
         self._final_norm = env.norm(source, "model.norm", config)
         head, known = ("model.embed_tokens.weight", table) if config.tie_embeddings else ("lm_head.weight", None)
-        self._head = vocabulary_head(source, head, shard.vocab, known, env.placement)
-        layers = sum(layer.attention.weight_bytes + layer.mlp.weight_bytes for layer in self._layers)
-        self.weight_bytes: int = self._embed.weight_bytes + self._head.weight_bytes + layers
+        self.head = vocabulary_head(source, head, shard.vocab, known, env.placement)
+        layers = sum(layer.attention.weight_bytes + layer.mlp.weight_bytes for layer in self.layers)
+        self.weight_bytes: int = self._embed.weight_bytes + self.head.weight_bytes + layers
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Writes the K/V of the batch's tokens; returns the normalised hidden state [S, hidden] at `sample_index`.
 
         Without a `sample_index` of every token.
         """
-        env = self._env
+        env = self.env
         if kv.dtype is not env.kv_dtype:
             raise ConfigError(f"a KV cache of {kv.dtype}: the model was loaded for {env.kv_dtype}")
         plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
-        step = Step(batch, kv, self._rope.upto(batch.max_context), plan)
+        step = Step(batch, kv, self.rope.upto(batch.max_context), plan)
         residual = self._embed(batch.token_ids)
-        x = self._first(residual)
-        last, chosen = len(self._layers) - 1, batch.sample_index
+        x = self.first_norm(residual)
+        last, chosen = len(self.layers) - 1, batch.sample_index
         sums, at = self._sums_of_halves(batch)
         first = 0
         if sums is not None and last:  # the last layer goes on with a few tokens only
             x, first = self._in_halves(normed(x), residual, step, at, sums), last
-        for index, layer in enumerate(self._layers[first:], first):
+        for index, layer in enumerate(self.layers[first:], first):
             q = layer.attention.remember(x, step, index)
             if index == last and chosen is not None and chosen.numel() == 0:
                 return residual[:0]
@@ -181,18 +178,18 @@ class Decoder:
             if index == last and chosen is not None:  # no later layer looks at the others, so only these go on
                 found, residual = found[chosen], residual[chosen]
             x = layer.attention.out.add_norm(found, residual, layer.post_norm)
-            following = self._layers[index + 1].input_norm if index < last else self._final_norm
+            following = self.layers[index + 1].input_norm if index < last else self._final_norm
             x = layer.mlp.add_norm(x, residual, following)
         return self._owned(normed(x))
 
     def _sums_of_halves(self, batch: ForwardBatch) -> tuple[SideSums | None, int]:
         """What sums the halves of such a step, and the token between them; None where it stays whole."""
-        comm = self._env.comm
+        comm = self.env.comm
         sums = comm.halves if isinstance(comm, SymmetricComm) else None
-        at = split_point(batch, self._env.split_from) if sums is not None else None
+        at = split_point(batch, self.env.split_from) if sums is not None else None
         if sums is None or at is None:
             return None, 0
-        fits = sums.fits(max(at, batch.num_tokens - at), self.config.hidden_size, self._env.placement.dtype)
+        fits = sums.fits(max(at, batch.num_tokens - at), self.config.hidden_size, self.env.placement.dtype)
         return (sums, at) if fits else (None, 0)
 
     def _in_halves(self, x: Tensor, residual: Tensor, step: Step, at: int, sums: SideSums) -> Tensor:
@@ -200,13 +197,13 @@ class Decoder:
 
         Each half in turn is at its products and its attention while the other one is summed.
         """
-        env, kv, last = self._env, step.kv, len(self._layers) - 1
+        env, kv, last = self.env, step.kv, len(self.layers) - 1
         steps = [
             Step(batch, kv, step.rope, env.attention.plan(batch, kv.block_size, env.placement.dtype))
             for batch in split(step.batch, at)
         ]
         states, residuals = [x[:at], x[at:]], [residual[:at], residual[at:]]
-        for index, layer in enumerate(self._layers[:last]):
+        for index, layer in enumerate(self.layers[:last]):
             parts = []
             for half in range(HALVES):
                 if index:
@@ -221,81 +218,26 @@ class Decoder:
                 states[half] = layer.mlp.start(thought_of, sums, half)
         for half in range(HALVES):
             sums.wait(half)
-            states[half] = self._layers[last].input_norm.of_sum(states[half], residuals[half])
+            states[half] = self.layers[last].input_norm.of_sum(states[half], residuals[half])
         return torch.cat(states)
 
     def _owned(self, x: Tensor) -> Tensor:
         """In memory that no later collective overwrites: what follows a forward pass may sum, too."""
-        comm = self._env.comm
+        comm = self.env.comm
         return comm.owned(x) if isinstance(comm, SymmetricComm) else x
 
-    def _first(self, residual: Tensor) -> Hidden:
+    def first_norm(self, residual: Tensor) -> Hidden:
         """As the sums of later layers leave it: one rank's with the norm still to be taken, the group's with it."""
-        norm = self._layers[0].input_norm
-        return Unnormed(residual, norm) if self._env.comm.world_size == 1 else norm(residual)
+        norm = self.layers[0].input_norm
+        return Unnormed(residual, norm) if self.env.comm.world_size == 1 else norm(residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[S, hidden], S > 0, to float32 [S, vocab_local], for token ids from `vocab_start` on."""
-        return self._head.wide(hidden)
+        return self.head.wide(hidden)
 
     def logits_into(self, hidden: Tensor, out: Tensor) -> None:
         """The same into out [S, vocab_local], of the model's dtype."""
-        self._head.into(hidden, out)
-
-    def attend_once(self, batch: ForwardBatch, kv: KVCache) -> None:
-        """One layer's attention of anything: to have its kernels compiled for such a batch."""
-        env, layout = self._env, self._layers[0].attention.layout
-        plan = env.attention.plan(batch, kv.block_size, env.placement.dtype)
-        heads = layout.q_heads + 2 * layout.kv_heads
-        qkv = self._scratch(batch.num_tokens, heads * layout.head_dim).view(-1, heads, layout.head_dim)
-        env.attention.attend(qkv[:, : layout.q_heads], kv.k[0], kv.v[0], plan)
-
-    def operations(self, batch: ForwardBatch, kv: KVCache) -> list[Callable[[], object]]:
-        """The small operations of a layer, each on anything, for the same reason."""
-        ops, layer, tokens = self._env.ops, self._layers[0], batch.num_tokens
-        layout = layer.attention.layout
-        hidden, other = (self._scratch(tokens, self.config.hidden_size) for _ in range(2))
-        gate_up = self._scratch(tokens, 2 * self._shard.intermediate.size)
-        qkv = self._scratch(tokens, (layout.q_heads + 2 * layout.kv_heads) * layout.head_dim)
-        target = KVSlots(kv.k[0], kv.v[0], batch.slots)
-        rope = self._rope.upto(batch.max_context)
-        return [
-            partial(layer.input_norm, hidden),
-            partial(layer.post_norm.of_sum, hidden, other),
-            partial(ops.silu_mul, gate_up),
-            partial(ops.rope_store, qkv, layout, rope, batch.positions, target),
-        ]
-
-    def few_rows(self, rows: int) -> list[Callable[[], object]]:
-        """The products of a layer and the head with `rows` rows of anything, as far as kernels of ours take them.
-
-        Those that a step launches: a norm is taken along where what stands before leaves it to them.
-        """
-        layer, head = self._layers[0], self._head
-        hidden = self._scratch(rows, self.config.hidden_size)
-        found = self._scratch(rows, layer.attention.layout.q_heads * layer.attention.layout.head_dim)
-        inner = self._scratch(rows, self._shard.intermediate.size)
-        attention, mlp, unnormed = layer.attention, layer.mlp, Unnormed(hidden, layer.input_norm)
-        calls: list[Callable[[], object]] = [
-            partial(attention.out.warm, found),
-            partial(mlp.down.warm, inner),
-            partial(mlp.gate_up.warm, unnormed if attention.out.leaves_norm(found) else hidden),
-        ]
-        # The first layer's state comes from the embedding, the others' from the product before.
-        later = unnormed if mlp.down.leaves_norm(inner) else hidden
-        states = [self._first(hidden), later] if self._env.comm.world_size == 1 and later is hidden else [later]
-        calls += [partial(attention.qkv.warm, x) for x in states]
-        return [*calls, partial(head.few, hidden)] if isinstance(head, FewRowLinear) else calls
-
-    @property
-    def few_row_kinds(self) -> tuple[int, ...]:
-        """Numbers of rows for `few_rows` that together meet every kernel."""
-        few = self._env.placement.few
-        return () if few is None else few.row_kinds
-
-    def _scratch(self, rows: int, width: int) -> Tensor:
-        placement = self._env.placement
-        return torch.empty((rows, width), dtype=placement.dtype, device=placement.device)
+        self.head.into(hidden, out)
 
     @staticmethod
     def _vocab_rows(source: WeightSource, name: str, shard: Shard, placement: Placement) -> Tensor:

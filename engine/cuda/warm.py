@@ -22,6 +22,7 @@ from treadle.engine.sampling.masks import LocalMasks
 
 from .graphs import ladder
 from .program import StepProgram
+from .rehearsal import attend_once, few_row_kinds, few_rows, operations
 
 _THREADS = 12
 _QUERIES = (2, 16, 64, 256, 1024)
@@ -54,16 +55,16 @@ def warm(program: StepProgram, kv: KVCache, *, max_tokens: int, max_len: int, th
     device = program.logits.device
     calls = _on_rows(program, device)
     for size in ladder(program.rows.max_rows):
-        calls.append(partial(program.model.attend_once, _batch(program, [1] * size, max_len, device), kv))
+        calls.append(partial(attend_once, program.model, _batch(program, [1] * size, max_len, device), kv))
     # One after the other: a backend may keep the plan of a prefill in one place.
     lengths = [count for count in _QUERIES if count <= min(max_tokens, max_len)]
     calls.append(partial(_attend_all, program, [_batch(program, [count], count, device) for count in lengths], kv))
     for counts in ([1], [3, 4]):
         batch = _batch(program, counts, max(counts), device)
-        calls += program.model.operations(batch, kv)
-    for smaller, rows in pairwise((0, *program.model.few_row_kinds)):
+        calls += operations(program.model, batch, kv)
+    for smaller, rows in pairwise((0, *few_row_kinds(program.model))):
         if smaller < max_tokens:
-            calls += program.model.few_rows(rows)
+            calls += few_rows(program.model, rows)
     if program.fused is not None:
         echo = Echo(program.fused.world_size)
         for filtered in (True, False):
@@ -118,7 +119,7 @@ def _batch(program: StepProgram, counts: list[int], max_context: int, device: to
 
 def _attend_all(program: StepProgram, batches: list[ForwardBatch], kv: KVCache) -> None:
     for batch in batches:
-        program.model.attend_once(batch, kv)
+        attend_once(program.model, batch, kv)
 
 
 def _sample(program: StepProgram, size: int, filtered: bool, echo: Echo) -> None:
