@@ -8,6 +8,7 @@ import os
 import random
 import resource
 import stat
+import threading
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from treadle.errors import ConfigError
 from treadle.scheduler import compaction, journal_file
 from treadle.scheduler import journal as journal_module
 from treadle.scheduler.journal import Journal, read_journal
+from treadle.scheduler.keeping import Keeping
 from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import Abort, Submit
 
@@ -248,3 +250,31 @@ async def test_a_journal_that_cannot_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "directory").mkdir()
     with pytest.raises(ConfigError, match="Is a directory"):
         Journal(tmp_path / "directory", 0.0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_loop_goes_on_while_a_journal_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """Whoever does not wait for it leaves it closed, for the next service."""
+    loop, turned, begun = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
+    real = journal_module.read_journal
+
+    def slow(path: Path) -> dict[int, Submit]:
+        loop.call_soon_threadsafe(begun.set)
+        loop.call_soon_threadsafe(turned.set)
+        assert turned.wait(20), "the loop stood still"
+        return real(path)
+
+    (tmp_path / "journal").touch()
+    monkeypatch.setattr(journal_module, "read_journal", slow)
+    opening = asyncio.create_task(Keeping.open(str(tmp_path / "journal"), 0.0, lambda name, index: None))
+    await begun.wait()
+    if cancelled:
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    else:
+        await (await opening).close()
+    await Journal(tmp_path / "journal", 0.0).close()
