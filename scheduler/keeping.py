@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
-from treadle.errors import TreadleError
+from treadle.errors import ConfigError, TreadleError
 from treadle.transport.messages import Submit
 
 from .core import Core
@@ -25,11 +27,25 @@ logger = logging.getLogger("treadle")
 class Keeping:
     """abort: ends a request of the core by its name, or one continuation of it."""
 
-    def __init__(self, path: str, sync_seconds: float, abort: Callable[[str, int], None]) -> None:
-        self._journal = Journal(Path(path), sync_seconds)
+    def __init__(self, journal: Journal, abort: Callable[[str, int], None]) -> None:
+        self._journal = journal
         self._abort = abort
         self._orphans = Orphans()
         self._other_names: dict[str, str] = {}
+
+    @classmethod
+    async def open(cls, path: str, sync_seconds: float, abort: Callable[[str, int], None]) -> Keeping:
+        """A large journal takes seconds to read: on a thread, since the service says meanwhile that it starts.
+
+        Raises ConfigError.
+        """
+        opening = asyncio.get_running_loop().run_in_executor(None, Journal, Path(path), sync_seconds)
+        try:
+            return cls(await asyncio.shield(opening), abort)
+        except asyncio.CancelledError:
+            with suppress(ConfigError):  # nobody asks for it any more, and it must not stay open
+                await (await opening).close()
+            raise
 
     def take_up(self, core: Core | RecordedCore, now: float) -> list[Request]:
         """What the service before this one had accepted goes on, for now without its readers. Returns it."""

@@ -211,7 +211,8 @@ class Service:
         """What the service before this one had accepted goes on; for a while without its readers."""
         if not self.options.journal:
             return
-        self._keeping = self._outbox.keeping = Keeping(self.options.journal, self.options.journal_sync, self._abort)
+        keeping = await Keeping.open(self.options.journal, self.options.journal_sync, self._abort)
+        self._keeping = self._outbox.keeping = keeping
         if taken := self._keeping.take_up(core, self._loop.time()):
             logger.warning("%d requests of the journal go on", len(taken))
             self._orphan_timer = self._loop.call_later(_ORPHAN_SECONDS, self._keeping.drop_orphans)

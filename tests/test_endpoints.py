@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import stat
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +135,32 @@ def test_the_runtime_directory_is_private_and_goes_away() -> None:
     (runtime.path / "file").touch()
     runtime.remove()
     assert not runtime.path.exists()
+
+
+def test_what_killed_services_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else: not what is in use, nor what others made under such a name."""
+    base = Path(tempfile.mkdtemp(prefix="r-"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    program = "from treadle.transport.endpoints import RuntimeDir as R; r = R(); print(r.path, flush=True); input()"
+    killed = []
+    for _ in range(2):
+        child = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True)
+        assert child.stdin is not None and child.stdout is not None
+        killed.append(Path(child.stdout.readline().strip()))
+        (killed[-1] / "shared-1").mkdir()
+        assert [path for path in killed if path.exists()] == killed[-1:], "the first went when the second began"
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+    others = [base / "treadle-file", base / "treadle-0", base / "another"]
+    others[0].touch()
+    (others[1] / "inside").mkdir(parents=True)
+    others[2].mkdir()
+    first = RuntimeDir()
+    second = RuntimeDir()
+    assert set(base.iterdir()) == {first.path, second.path, *others}
+    for made in (first, second, second):
+        made.remove()
+    assert set(base.iterdir()) == set(others)
+    shutil.rmtree(base)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import resource
 import stat
+import threading
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from treadle.errors import ConfigError
+from treadle.scheduler import compaction, journal_file
 from treadle.scheduler import journal as journal_module
 from treadle.scheduler.journal import Journal, read_journal
+from treadle.scheduler.keeping import Keeping
 from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import Abort, Submit
 
@@ -175,9 +179,67 @@ async def test_a_journal_whose_open_requests_are_large_is_not_written_anew_all_t
     for i in range(64):
         journal.accept(submit(str(i), 0))
         journal.flush()
+        if journal._compacting is not None:
+            await journal._compacting
     await journal.close()
     assert 1 < len(replaced) <= 9, "once for every doubling"
     assert len(read_journal(tmp_path / "journal")) == 64
+
+
+@pytest.mark.asyncio
+async def test_a_journal_is_written_anew_while_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes before, during and after; the loop takes its turns meanwhile."""
+    monkeypatch.setattr(journal_module, "_next_size", lambda size: 0)
+    monkeypatch.setattr(compaction, "_LAST_BYTES", 50)
+    path, rng = tmp_path / "journal", random.Random(3)
+    journal = Journal(path, 0.0)
+    expected: dict[int, list[int]] = {}
+    replaced: list[object] = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda *paths: (replaced.append(paths), replace(*paths)))
+    for turn in range(1500):
+        if len(expected) < 20:
+            expected[journal.accept(submit(str(turn), 0))] = []
+        for number in rng.sample(list(expected), min(5, len(expected))):
+            journal.token(number, 0, turn)
+            expected[number].append(turn)
+        if turn % 3 == 0:
+            number = rng.choice(list(expected))
+            journal.end(number, 0)
+            del expected[number]
+        journal.flush()
+        await asyncio.sleep(0)
+    compacting = journal._compacting
+    await journal.close()
+    assert compacting is not None and compacting.done()
+    assert len(replaced) > 2 and not (tmp_path / "journal.new").exists()
+    assert {number: outputs(message)[0] for number, message in read_journal(path).items()} == expected
+
+
+@pytest.mark.asyncio
+async def test_a_journal_that_cannot_be_written_anew_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The disk has no room for two: what fits behind the first is kept, and the beginning of the second is not left."""
+    path = tmp_path / "journal"
+    journal = Journal(path, 0.0)
+    number = journal.accept(submit("kept", 0))
+    journal.flush()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journal_file, "write_all", full)
+    journal._compact_at = 0
+    journal.token(number, 0, 1)
+    journal.flush()
+    assert journal._compacting is not None
+    await journal._compacting
+    assert "No space left" in caplog.text and not (tmp_path / "journal.new").exists()
+    journal.token(number, 0, 2)
+    journal.flush()
+    await journal.close()
+    assert outputs(read_journal(path)[number]) == [[1, 2]]
 
 
 @pytest.mark.asyncio
@@ -185,3 +247,34 @@ async def test_a_journal_that_cannot_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="journal"):
         Journal(tmp_path / "file" / "j", 0.0)
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Journal(tmp_path / "directory", 0.0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_the_loop_goes_on_while_a_journal_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+) -> None:
+    """Whoever does not wait for it leaves it closed, for the next service."""
+    loop, turned, begun = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
+    real = journal_module.read_journal
+
+    def slow(path: Path) -> dict[int, Submit]:
+        loop.call_soon_threadsafe(begun.set)
+        loop.call_soon_threadsafe(turned.set)
+        assert turned.wait(20), "the loop stood still"
+        return real(path)
+
+    (tmp_path / "journal").touch()
+    monkeypatch.setattr(journal_module, "read_journal", slow)
+    opening = asyncio.create_task(Keeping.open(str(tmp_path / "journal"), 0.0, lambda name, index: None))
+    await begun.wait()
+    if cancelled:
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    else:
+        await (await opening).close()
+    await Journal(tmp_path / "journal", 0.0).close()

@@ -12,8 +12,9 @@ import pytest_asyncio
 import zmq
 
 from treadle import remote
-from treadle.errors import ServerLost
+from treadle.errors import Overloaded, ProtocolError, ServerLost, TreadleError
 from treadle.remote import RemoteBackend
+from treadle.scheduler.delivery import refusal
 from treadle.stream import Stream
 from treadle.transport.channel import Channel
 from treadle.transport.codec import pack, service_codec
@@ -39,6 +40,7 @@ class Oracle:
     def __init__(self, endpoint: str) -> None:
         self.incarnation, self.received = "first", 0
         self.pongs, self.answers = True, False
+        self.refuses: TreadleError | None = None
         self._codec = service_codec()
         self._heard: list[Message] = []
         self._news = asyncio.Event()
@@ -54,6 +56,8 @@ class Oracle:
         self._news.set()
         if isinstance(message, Ping) and self.pongs:
             self._say(frames[0], Pong(message.nonce, self.incarnation, self.received))
+        elif self.refuses is not None:
+            self._say(frames[0], refusal("", self.refuses))
         elif isinstance(message, InfoRequest) and self.answers:
             self._say(frames[0], Stats(id=message.id, step=7))
 
@@ -131,3 +135,18 @@ async def test_a_server_that_ends_before_it_has_ever_answered(place: tuple[Oracl
     async with asyncio.timeout(10):
         with pytest.raises(ServerLost):
             await stream.final()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("error", [Overloaded("10,000 clients", 15.0), ProtocolError("no such message")])
+async def test_a_refusal_of_nobody_knows_what_ends_what_is_open(
+    place: tuple[Oracle, RemoteBackend], error: TreadleError
+) -> None:
+    """As of a server that is full, or of another version: it has not read what it was asked."""
+    oracle, backend = place
+    oracle.refuses = error
+    await backend.start()
+    for order in (backend.control(Drain("d", 1.0)), backend.info("stats")):
+        with pytest.raises(type(error), match=str(error)):
+            async with asyncio.timeout(10):
+                await order

@@ -16,6 +16,8 @@ from zmq.utils import z85
 
 from treadle.errors import ConfigError, EndpointInUse
 
+from . import leftovers
+
 _MAX_RUNTIME_BASE = 60
 _MAX_IPC_PATH = 100  # sun_path holds 108 bytes on Linux and 104 elsewhere, with the closing zero
 
@@ -31,7 +33,8 @@ class ServerKeys:
 class RuntimeDir:
     """A 0700 directory for one service's sockets, logs and shared memory; removed by `remove`.
 
-    Ranks remove it too when their parent vanishes, so it does not outlive a `kill -9` either. Raises ConfigError.
+    Ranks remove it too when their parent vanishes, so it does not outlive a `kill -9` either; where they were killed as
+    well, the next service does. Raises ConfigError.
     """
 
     def __init__(self) -> None:
@@ -42,13 +45,21 @@ class RuntimeDir:
                 f"no directory for sockets: XDG_RUNTIME_DIR, TMPDIR and /tmp are missing, closed, or longer than "
                 f"{_MAX_RUNTIME_BASE} characters"
             )
-        self.path = Path(tempfile.mkdtemp(prefix="treadle-", dir=fitting[0]))
+        try:
+            leftovers.clear(Path(fitting[0]))
+            self.path, self._lock = leftovers.make(Path(fitting[0]))
+        except OSError as error:
+            raise ConfigError(f"directory for sockets in {fitting[0]}: {error.strerror}") from error
 
     def endpoint(self, name: str) -> str:
         return f"ipc://{self.path / name}"
 
     def remove(self) -> None:
+        """Safe to call twice."""
         shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
 
 def default_endpoint() -> str:

@@ -241,7 +241,11 @@ class RemoteBackend:
         elif message.id:
             self._refuse(message)
         else:
-            self._streams.fail_all(ProtocolError(f"{self._endpoint} could not read a message: {message.message}"))
+            error = from_wire(message.code, f"{self._endpoint}: {message.message}", message.retry_after)
+            if not isinstance(error, Overloaded):  # that one has no room for one client more
+                error = ProtocolError(f"{self._endpoint} could not read a message: {message.message}")
+            self._streams.fail_all(error)
+            self._fail_answers(error)  # it may have been any of them
 
     def _met(self, incarnation: str) -> None:
         if self._incarnation and incarnation != self._incarnation:
@@ -343,7 +347,7 @@ class RemoteBackend:
                 self._streams.fail_all(error)
             self._fail_answers(error)
 
-    def _fail_answers(self, error: ServiceError) -> None:
+    def _fail_answers(self, error: TreadleError) -> None:
         for asked in self._asked.values():
             asked.fail(error)
         self._asked.clear()
