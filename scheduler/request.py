@@ -1,9 +1,8 @@
-"""Requests, their sequences, and what comes out of them."""
+"""Requests, their sequences, and what comes out of them: structs, which are made faster than classes are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from math import inf
 
 import msgspec
@@ -29,8 +28,7 @@ def derive_seed(seed: int, index: int) -> int:
     return value ^ (value >> 31)
 
 
-@dataclass(slots=True, eq=False)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """One prompt and its `n` continuations.
 
     context: free for whoever owns the core, to route outputs without a look-up.
@@ -51,7 +49,7 @@ class Request:
     ban: bytes
     deadline: float | None
     context: object = None
-    sequences: list[Sequence] = field(default_factory=list)
+    sequences: list[Sequence] = []
     unfinished: int = 0
     running: int = 0
     failures: int = 0
@@ -69,8 +67,7 @@ class Request:
         return msgspec.structs.replace(self.params, guided=None) if self.guided else self.params
 
 
-@dataclass(slots=True, eq=False)
-class Sequence:
+class Sequence(msgspec.Struct, eq=False):
     """One continuation. It waits, or runs (has a row), or has ended (`finish` says why).
 
     order: number of its arrival. ticket: what policies see of it. lane, key: its place in the policy's order, once
@@ -107,21 +104,20 @@ class Sequence:
         return len(self.tokens) // 4
 
 
-@dataclass(slots=True, eq=False)
-class Output:
+class Output(msgspec.Struct, eq=False):
     """What a step brought to one sequence beyond a plain token. The fields are those of the wire's `Delta`.
 
     known: how many tokens it came to, prompt included, when it ended; 0 before.
     """
 
     sequence: Sequence
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = []
     finish: str = ""
     stop_token: int = -1
     error_code: str = ""
     error: str = ""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
     known: int = 0
 
     @property
@@ -134,17 +130,16 @@ class Output:
         return max(0, self.sequence.cached_tokens)
 
 
-@dataclass(slots=True, eq=False)
-class Outputs:
+class Outputs(msgspec.Struct, eq=False):
     """What a step brought to everybody: a sequence appears once, in one of the two forms.
 
     sequences, tokens: parallel; each got this one token and goes on. This is the bulk, so it has no objects.
     others: those that ended, or carry log-probabilities, or both.
     """
 
-    sequences: list[Sequence] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    others: list[Output] = field(default_factory=list)
+    sequences: list[Sequence] = []
+    tokens: list[int] = []
+    others: list[Output] = []
 
     @property
     def finished(self) -> list[Output]:

@@ -28,6 +28,13 @@ def test_the_cost_of_the_scheduler() -> None:
     assert all(found[f"admission_2048_{how}"]["ours"] > 0 for how in ("cold", "cached"))
 
 
+def test_the_speed_of_the_simulator() -> None:
+    """Beside itself, which simulates the same."""
+    here = str(SCRIPTS.parent)
+    found = report("bench_simulator.py", "--rate", "20", "--seconds", "1", "--runs", "1", "--against", here)
+    assert found["same"] and found["this"]["speed"] > 0 and found["ratio"] > 0
+
+
 def test_the_cost_of_being_watched() -> None:
     found = report("bench_telemetry.py", "--rows", "1,20", "--steps", "30")
     assert set(found["step"]) == {"1", "20"} and all(step["metrics"] > 0 for step in found["step"].values())

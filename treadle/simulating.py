@@ -30,6 +30,7 @@ from treadle.scheduler.simulation import (
     simulate,
     step_costs,
 )
+from treadle.scheduler.simulation.garbage import few_collections
 from treadle.scheduler.simulation.plots import FORMATS, check_plots, write_plots
 from treadle.scheduler.simulation.recorded import read_event_log
 from treadle.scheduler.simulation.workload import Process, draw_workload, read_lengths, read_trace
@@ -93,7 +94,8 @@ def run_simulate(options: argparse.Namespace) -> int:
     if options.save_costs is not None:
         _write(options.save_costs, fleet.costs.to_json() + b"\n")
     progress = _Progress(fleet.replicas, len(workload))
-    parts = simulate(fleet, workload, progress.told)
+    with few_collections():
+        parts = simulate(fleet, workload, progress.told)
     report = build_report(fleet, workload, parts, goals)
     progress.done(report["seconds"], sum(part.result.steps for part in parts))
     if options.json is not None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from treadle.transport.codec import pack
@@ -21,7 +21,7 @@ _AT_ONCE = 4096
 """Rows of the columns that are Python objects at a time."""
 
 
-class Offer(NamedTuple):
+class Offer(msgspec.Struct, frozen=True, gc=False):
     """A request when it arrives. prompt: int32 bytes. The others are its row of the `Workload`."""
 
     arrival: float

@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import msgspec
 
@@ -58,7 +57,7 @@ class ReplicaResult(msgspec.Struct, array_like=True):
     stats: dict[str, int]
 
 
-class _Flight(NamedTuple):
+class _Flight(msgspec.Struct, frozen=True, gc=False):
     """A step on its way. cost: seconds that it takes. ends: when it does."""
 
     step: int
