@@ -197,7 +197,9 @@ async def test_a_journal_is_written_anew_while_it_goes_on(tmp_path: Path, monkey
     replaced: list[object] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda *paths: (replaced.append(paths), replace(*paths)))
-    for turn in range(1500):
+    turn = 0
+    while len(replaced) < 3:
+        turn += 1
         if len(expected) < 20:
             expected[journal.accept(submit(str(turn), 0))] = []
         for number in rng.sample(list(expected), min(5, len(expected))):
@@ -208,11 +210,11 @@ async def test_a_journal_is_written_anew_while_it_goes_on(tmp_path: Path, monkey
             journal.end(number, 0)
             del expected[number]
         journal.flush()
+        if turn % 100 == 0 and journal._compacting is not None:
+            await journal._compacting  # or it never ends, where the loop is quicker than the thread
         await asyncio.sleep(0)
-    compacting = journal._compacting
     await journal.close()
-    assert compacting is not None and compacting.done()
-    assert len(replaced) > 2 and not (tmp_path / "journal.new").exists()
+    assert not (tmp_path / "journal.new").exists()
     assert {number: outputs(message)[0] for number, message in read_journal(path).items()} == expected
 
 
