@@ -16,18 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from treadle import LLM
-
-from .modelkit import make_checkpoint
 
 # A shell that starts the suite in the background has SIGINT ignored, and every program that a test starts inherits it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
-    torch.set_num_threads(1)
 
 # The longest first, so that no process is left alone with one of them at the end.
 LONG_FILES = (
@@ -85,6 +80,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core; the process that starts them needs no torch
+        import torch
+
+        torch.set_num_threads(1)
     if os.environ.get("PYTEST_XDIST_WORKER") or config.option.basetemp is None:
         config.option.basetemp = OWN / "t"
 
@@ -122,6 +121,8 @@ def llm() -> Iterator[LLM]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama 3 with a byte tokenizer: quick to start."""
+    from .modelkit import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), "llama3")
 
 
