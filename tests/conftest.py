@@ -16,41 +16,47 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
 from treadle import LLM
-
-from .modelkit import make_checkpoint
 
 # A shell that starts the suite in the background has SIGINT ignored, and every program that a test starts inherits it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core
-    torch.set_num_threads(1)
 
 # The longest first, so that no process is left alone with one of them at the end.
 LONG_FILES = (
     "test_exactness.py",
-    "test_chaos.py",
     "test_real_model.py",
-    "test_embedded.py",
-    "test_recovery.py",
-    "test_supervision.py",
-    "test_nothing_left.py",
-    "test_http_service.py",
-    "test_http_load.py",
-    "test_http.py",
-    "test_http_schema.py",
-    "test_ui.py",
-    "test_client.py",
-    "test_cli.py",
-    "test_comm.py",
-    "test_core_machine.py",
-    "test_model.py",
-    "test_triton_runner.py",
-    "test_triton_attention.py",
+    "test_chaos.py",
     "test_triton_sampling.py",
+    "test_recovery.py",
+    "test_guided.py",
+    "test_embedded.py",
+    "test_nothing_left.py",
+    "test_triton_attention.py",
+    "test_client.py",
+    "test_supervision.py",
+    "test_http_service.py",
+    "test_cli.py",
+    "test_core_machine.py",
+    "test_http_load.py",
+    "test_resume.py",
+    "test_swap_engine.py",
+    "test_http_schema.py",
+    "test_model.py",
+    "test_cuda_runner.py",
+    "test_drain.py",
+    "test_admission.py",
+    "test_compile_ahead.py",
+    "test_ui.py",
+    "test_http.py",
+    "test_soak.py",
+    "test_bad_models.py",
+    "test_health.py",
+    "test_triton_runner.py",
+    "test_replay.py",
+    "test_native.py",
 )
 MOST_PROCESSES = 4
 
@@ -74,6 +80,10 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # there is one for each core; the process that starts them needs no torch
+        import torch
+
+        torch.set_num_threads(1)
     if os.environ.get("PYTEST_XDIST_WORKER") or config.option.basetemp is None:
         config.option.basetemp = OWN / "t"
 
@@ -111,6 +121,8 @@ def llm() -> Iterator[LLM]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random Llama 3 with a byte tokenizer: quick to start."""
+    from .modelkit import make_checkpoint
+
     return make_checkpoint(tmp_path_factory.mktemp("tiny"), "llama3")
 
 
