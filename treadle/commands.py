@@ -23,6 +23,7 @@ from treadle.transport.params import check_params
 from . import __version__
 from .bench.command import add_bench_options
 from .client import Client
+from .exit_codes import HEALTH, exit_codes
 from .flags import add_sampling_options, add_service_options, flag, sampling_params, service_values
 from .frontend import Frontend
 from .http.extra import check_extra
@@ -39,8 +40,6 @@ from .tracing import RECORDS, add_trace_command
 DEFAULT_MODEL = "smollm2-135m"
 _CONNECT_SECONDS = 10.0
 _DRAIN_LOOK_SECONDS = 0.1
-HEALTH_CODES = {"ready": 0, "degraded": 3, "stuck": 4, "draining": 5, "starting": 6}
-"""Exit codes of `treadle health`; 7 is a service that has failed or is closed, 2 one that does not answer."""
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -122,8 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.set_defaults(run=_chat)
 
     for kind in ("stats", "health"):
-        codes = "" if kind == "stats" else "exit code " + ", ".join(f"{c} {s}" for s, c in HEALTH_CODES.items())
-        info = _command(commands, kind, f"print the {kind} of a server as JSON", codes)
+        info = _command(commands, kind, f"print the {kind} of a server as JSON")
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         _add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
@@ -185,6 +183,7 @@ def _command(
     # abbreviations off: a script that used one would break with the next option that begins alike
     description = f"{does[0].upper()}{does[1:]}{', ' * bool(more)}{more}."
     parser = commands.add_parser(name, help=does, description=description, allow_abbrev=False)
+    parser.epilog = exit_codes(parser.prog.removeprefix("treadle "))
     parser.set_defaults(parser=parser)
     return parser
 
@@ -306,7 +305,7 @@ async def _info(options: argparse.Namespace, kind: str) -> int:
         answer = await (client.stats() if kind == "stats" else client.health())
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
-    return HEALTH_CODES.get(answer.state, 7) if isinstance(answer, Health) else 0
+    return HEALTH.get(answer.state, HEALTH["failed"]) if isinstance(answer, Health) else 0
 
 
 def _top(options: argparse.Namespace) -> int:
