@@ -4,8 +4,9 @@
 
 Needs `prometheus` and `promtool` on the path (Debian: apt install prometheus). Starts a server and a Prometheus on free
 ports, has clients ask, leave and be refused, kills an engine, and then asks every query. A query without data is a
-failure, and so is one that gives nothing but NaN. An alert's expression is asked without its comparison, which is not
-true of a healthy server. Exit code 1 when a query has no data.
+failure, and so is one that gives nothing but NaN. The server has little device memory and some host memory, two tenants
+by their keys, and sends its traces to a collector that throws them away. An alert's expression is asked without its
+comparison, which is not true of a healthy server. Exit code 1 when a query has no data.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ from treadle.bench.plan import Ask, Plan
 ROOT = Path(__file__).parent.parent
 DASHBOARD = ROOT / "deploy" / "grafana" / "treadle.json"
 RULES = ROOT / "deploy" / "prometheus" / "alerts.yml"
+KEYS = {"sk-a": "alpha", "sk-b": "beta"}
 VARIABLES = {"$__rate_interval": "20s", "$model": ".*", "$instance": ".*"}
 _COMPARED = re.compile(r"\s(?:==|>|<)\s*[\d.]+\s*$")
 
@@ -66,7 +70,8 @@ def main() -> int:
     options = _options()
     with (
         tempfile.TemporaryDirectory(prefix="cd-") as directory,
-        _server(options.model, Path(directory)) as (url, pid),
+        _collector() as collector,
+        _server(options.model, collector, Path(directory)) as (url, pid),
         _prometheus(url, Path(directory)) as prometheus,
     ):
         asyncio.run(_use(url, pid, options.seconds))
@@ -88,15 +93,21 @@ async def _use(url: str, pid: int, seconds: float) -> None:
     """Waves of requests, too many of them, some left early; an engine is killed in the middle."""
     end = time.monotonic() + seconds
     killed = False
-    async with OpenAITarget(url, extra={"ignore_eos": True, "temperature": 0.0}) as target:
+    extra = {"ignore_eos": True, "temperature": 0.0}
+    first, second = (OpenAITarget(url, key=key, extra=extra) for key in KEYS)
+    async with first, second:
         while time.monotonic() < end:
-            asks = [Ask(0.0, "Once upon a time " * 8, 24, timeout=0.3 if i % 4 == 0 else None) for i in range(16)]
-            await Driver(target, time.monotonic, patience=120.0).run(Plan(asks, timed=True))
+            await asyncio.gather(*(_wave(target) for target in (first, second)))
             if not killed and time.monotonic() > end - seconds / 2:
                 killed = True
                 engines = [p for p in psutil.Process(pid).children() if "treadle.engine" in p.cmdline()]
                 os.kill(engines[0].pid, signal.SIGKILL)
     await asyncio.sleep(3)  # a scrape or two
+
+
+async def _wave(target: OpenAITarget) -> None:
+    asks = [Ask(0.0, f"{i}. Once upon a time " * 8, 24, timeout=0.3 if i % 4 == 0 else None) for i in range(8)]
+    await Driver(target, time.monotonic, patience=120.0).run(Plan(asks, timed=True))
 
 
 def _has_data(prometheus: str, where: str, query: str) -> bool:
@@ -112,10 +123,35 @@ def _get(url: str) -> Any:
         return json.load(answer)
 
 
+class _Deaf(BaseHTTPRequestHandler):
+    """Takes whatever is sent."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nobody wants to read of it."""
+
+
 @contextmanager
-def _server(model: str, directory: Path) -> Iterator[tuple[str, int]]:
+def _collector() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Deaf) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/v1/traces"
+        server.shutdown()
+
+
+@contextmanager
+def _server(model: str, collector: str, directory: Path) -> Iterator[tuple[str, int]]:
+    keys = directory / "keys.txt"
+    keys.write_text("".join(f"{key} {tenant}\n" for key, tenant in KEYS.items()))
+    keys.chmod(0o600)
     command = [sys.executable, "-m", "treadle", "serve", model, "--http", "127.0.0.1:0"]
     command += ["--endpoint", f"ipc://{directory}/service.ipc", "--max-num-seqs", "4", "--max-waiting-requests", "8"]
+    command += ["--api-keys", str(keys), "--otlp-traces-endpoint", collector]
+    command += ["--max-model-len", "256", "--num-blocks", "20", "--swap-blocks", "64", "--preemption", "swap"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         if process.stdout is None or not process.stdout.readline():

@@ -44,7 +44,7 @@ def page() -> str:
     shared: argparse._ArgumentGroup | None = None
     for name, parser in commands(_parser()):
         parts.append(f"\n## treadle {name}\n")
-        parts.append(f"\n{parser.description}\n")
+        parts.append(f"\n{parser.description}\n\n{parser.epilog}\n")
         for group in parser._action_groups:
             rows = list(options_of(group))
             if group.title == _SHARED:

@@ -151,6 +151,33 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
         ),
     ),
     (
+        "Host memory",
+        (
+            Panel(
+                "Host memory in use",
+                "percentunit",
+                (gauge("cpu_cache_usage_perc", "{{instance}}"),),
+                "Of --swap-space. Empty where there is none, like the others of this row.",
+            ),
+            Panel(
+                "Blocks that move",
+                "short",
+                (rate("swapped_out_blocks_total", "out/s"), rate("swapped_in_blocks_total", "back/s")),
+                "Out only: what moves is not asked for again.",
+            ),
+            Panel(
+                "What it saves",
+                "short",
+                (
+                    rate("cpu_prefix_cache_hits_total", "prompt tokens not computed/s"),
+                    rate("num_swapped_preemptions_total", "preemptions by swap/s"),
+                    rate("num_preemptions_total", "preemptions/s"),
+                ),
+                "The rest of the preemptions is computed again.",
+            ),
+        ),
+    ),
+    (
         "Where the time goes",
         (
             Panel("Waiting for a row", "s", quantiles("request_queue_time_seconds"), "From arrival to the first row."),
@@ -162,14 +189,39 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (mean("step_time_seconds", "{{phase}}", "phase"),),
                 "Means. forward and sample lie within wait; plan, apply and deliver within the wait of the next step.",
             ),
+            Panel(
+                "In a row",
+                "s",
+                quantiles("request_inference_time_seconds"),
+                "Prefill and decode together, per request.",
+            ),
             Panel("Rows of a step", "short", quantiles("iteration_rows")),
             Panel("Tokens of a step", "short", quantiles("iteration_tokens_total")),
+            Panel(
+                "Traces",
+                "reqps",
+                (rate("trace_requests_total", "{{outcome}}", "outcome"),),
+                "Requests with spans, where traces are on. dropped: the collector does not keep up.",
+            ),
         ),
     ),
     (
         "Tenants",
         (
             Panel("Tokens by tenant", "short", (rate("tenant_generation_tokens_total", "{{tenant}}", "tenant"),)),
+            Panel("Prompt tokens by tenant", "short", (rate("tenant_prompt_tokens_total", "{{tenant}}", "tenant"),)),
+            Panel(
+                "Prefix cache by tenant",
+                "percentunit",
+                (
+                    (
+                        f"sum by (tenant) (rate(treadle:tenant_cached_prompt_tokens_total{BY}[$__rate_interval])) / "
+                        f"sum by (tenant) (rate(treadle:tenant_prompt_tokens_total{BY}[$__rate_interval]))",
+                        "{{tenant}}",
+                    ),
+                ),
+                "Share of a tenant's prompt tokens that need not be computed.",
+            ),
             Panel(
                 "Requests by tenant",
                 "short",
@@ -178,6 +230,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                     gauge("tenant_requests_waiting", "waiting {{tenant}}"),
                 ),
             ),
+            Panel("Finished", "reqps", (rate("tenant_requests_finished_total", "{{tenant}}", "tenant"),)),
             Panel(
                 "Refused",
                 "reqps",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import os
@@ -16,7 +17,9 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from treadle.commands import _parser
 from treadle.errors import InvalidRequest
+from treadle.exit_codes import HEALTH, exit_codes
 from treadle.flags import SERVICE_HELP
 from treadle.lines import Lines
 from treadle.scheduler.options import ServiceOptions
@@ -213,3 +216,17 @@ def test_the_demo_streams_real_text() -> None:
     assert shown.count("TTFT") == 3
     assert "tokens/s over 3 streams" in shown and "prefix cache hit rate" in shown
     assert "sky" in shown
+
+
+def test_every_help_names_exit_codes_and_those_of_health_are_the_ones_in_the_docs() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "survival.md").read_text()
+    listed = re.findall(r"^\| (`[a-z`, ]+`|) ?\| (\d) \| ", page, re.MULTILINE)
+    documented = {state: int(code) for names, code in listed for state in re.findall(r"\w+", names)}
+    assert documented == HEALTH and ("", "2") in listed
+    told = exit_codes("health")
+    for state, code in HEALTH.items():
+        assert re.search(rf"\b{code} [a-z ]*\b{state}\b", told), told
+    assert "2 nobody answers" in told
+    [found] = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    for name, parser in found.choices.items():
+        assert name == "bench" or parser.epilog == exit_codes(name)

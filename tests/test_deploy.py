@@ -58,7 +58,7 @@ def systemd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[bytes]]:
 
 @pytest.fixture(scope="module")
 def server(systemd: list[bytes], tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    options = ("--http", "127.0.0.1:0", "--model-name", "tiny", "--dtype", "float32")
+    options = ("--http", "127.0.0.1:0", "--model-name", "tiny", "--dtype", "float32", "--swap-blocks", "8")
     with serving(tmp_path_factory.mktemp("server"), tiny, *options) as started:
         yield started
 
@@ -160,6 +160,15 @@ def test_every_alert_says_what_to_do() -> None:
         assert f"\n### {rule['alert']}\n" in page, "docs/operations.md says what to do about it"
         assert rule["annotations"]["runbook"] == f"docs/operations.md#{rule['alert'].lower()}"
         assert f"alertname: {rule['alert']}" in tested, "alerts_test.yml shows when it rings"
+
+
+def test_every_metric_in_the_docs_is_on_the_dashboard() -> None:
+    page = (ROOT / "docs" / "http.md").read_text()
+    table = page[page.index("\n## Metrics\n") : page.index("\nThe phases of a step")]
+    rows = re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)(?:\{.*?\})?`", row)}
+    shown = {re.sub(r"_(bucket|sum|count)$", "", metric) for _, metric, _ in used_metrics()}
+    assert len(documented) > 40 and {f"treadle:{name}" for name in documented} <= shown
 
 
 def test_the_dashboard_is_what_its_table_says() -> None:

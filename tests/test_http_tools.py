@@ -8,28 +8,20 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import openai
 import pytest
 import pytest_asyncio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treadle import LLM
 from treadle.errors import EngineFailed, Overloaded, ServerLost
 from treadle.http import HttpServer
 from treadle.http.tool_formats import HERMES, LLAMA, MISTRAL, Call, ToolFormat, detect_format
 from treadle.http.tool_stream import ToolStream
-from treadle.tokenizer import Tokenizer
 
 from .httpkit import Scripted, async_client
+from .toolkit import TEMPLATE, TOOLS, Templated, is_valid, what_a_free_choice_gives
 
-TEMPLATE = (
-    "{% if tools %}<tool_call> {% for tool in tools %}{{ tool | tojson }}{% endfor %}\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function | tojson }}</tool_call>{% endfor %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -43,23 +35,13 @@ ROME = Call("weather", '{"town": "Rome"}')
 HERMES_ROME = '<tool_call>\n{"name": "weather", "arguments": {"town": "Rome"}}\n</tool_call>'
 
 
-class Templated(LLM):
-    """A model whose chat template knows tools."""
-
-    async def start(self) -> None:
-        await super().start()
-        assert self._tokenizer is not None
-        short = TEMPLATE.replace("{{ tool | tojson }}", "{{ tool.function.name }}")  # the context is small
-        info = msgspec.structs.replace(self._tokenizer.to_info(), chat_template=short)
-        self._tokenizer = Tokenizer.from_info(info)
-
-
 def taken(format: ToolFormat, pieces: list[str], forced: str = "") -> tuple[str, list[Call]]:
     stream = ToolStream(format, forced)
     found = [stream.push(piece) for piece in pieces] + [stream.finish()]
     return "".join(one.text for one in found), [call for one in found for call in one.calls]
 
 
+MARKED = Call("a", '{"x": "</tool_call>"}')
 CASES = [
     (HERMES, HERMES_ROME, "", [ROME]),
     (HERMES, f"\n{HERMES_ROME}\n{HERMES_ROME}", "", [ROME, ROME]),
@@ -69,6 +51,8 @@ CASES = [
     (HERMES, "<tool_call>not json</tool_call> and on", "<tool_call>not json</tool_call> and on", []),
     (HERMES, '<tool_call>{"name": "a"', '<tool_call>{"name": "a"', []),
     (HERMES, '<tool_call>{"name": "a", "arguments": {}}', "", [Call("a", "{}")]),
+    (HERMES, '<tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}</tool_call>.', ".", [MARKED]),
+    (HERMES, f'<tool_call>{{"name": "a</tool_call>\n{HERMES_ROME}', '<tool_call>{"name": "a</tool_call>', [ROME]),
     (HERMES, "  plain ", "  plain ", []),
     (HERMES, "a <tool_call>b</tool_call> ", "a <tool_call>b</tool_call> ", []),
     (HERMES, f"{HERMES_ROME}\n Done. ", "\n Done.", [ROME]),
@@ -83,6 +67,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("format", "text", "plain", "calls"), CASES)
+@settings(deadline=None)
 @given(st.data())
 def test_calls_are_found_however_the_text_is_cut(
     format: ToolFormat, text: str, plain: str, calls: list[Call], data: st.DataObject
@@ -92,6 +77,7 @@ def test_calls_are_found_however_the_text_is_cut(
     assert taken(format, pieces) == (plain, calls)
 
 
+@settings(deadline=None)
 @given(
     st.text(alphabet='<tol_ca>/{}[]" \n:nme', max_size=60), st.integers(1, 7), st.sampled_from([HERMES, LLAMA, MISTRAL])
 )
@@ -185,26 +171,7 @@ async def test_tool_choice(model: Scripted, api: openai.AsyncOpenAI) -> None:
         await api.chat.completions.create(**ASK, tool_choice={"type": "function", "function": {"name": "other"}})
 
 
-TIGHT: dict[str, Any] = {"type": "object", "x-guidance": {"whitespace_flexible": False}}
-TOWN = {
-    **TIGHT,
-    "properties": {"town": {"enum": ["Rome", "Oslo"]}},
-    "required": ["town"],
-    "additionalProperties": False,
-}
-HOUR = {**TIGHT, "properties": {"hour": {"type": "integer", "minimum": 0, "maximum": 23}}, "required": ["hour"]}
-TOOLS: list[Any] = [
-    {"type": "function", "function": {"name": "weather", "parameters": TOWN}},
-    {"type": "function", "function": {"name": "alarm", "parameters": HOUR, "strict": True}},
-]
 CHAT: Any = {"model": "m", "messages": ASK["messages"], "temperature": 2.0, "max_tokens": 60, "tools": TOOLS}
-
-
-def is_valid(name: str, arguments: str) -> bool:
-    value = json.loads(arguments)
-    if name == "weather":
-        return value["town"] in ("Rome", "Oslo")
-    return name == "alarm" and set(value) == {"hour"} and 0 <= value["hour"] <= 23
 
 
 @pytest.mark.asyncio
@@ -240,6 +207,7 @@ async def test_a_model_without_sense_makes_calls_that_are_valid(tiny: Path) -> N
         )
         [call] = answer.output
         assert call.type == "function_call" and is_valid(call.name, call.arguments)
+        await what_a_free_choice_gives(model, api, ask)
         await what_cannot_be_held(api, ask)
 
 
@@ -248,12 +216,14 @@ async def what_cannot_be_held(api: openai.AsyncOpenAI, ask: Any) -> None:
     odd = {"name": "odd", "parameters": {"type": "object", "unheardOf": 1, "not": {"type": "object"}}}
     for strict in (False, True):
         tools: Any = [{"type": "function", "function": {**odd, "strict": strict}}]
+        free = api.chat.completions.create(**{**ask, "tools": tools, "max_tokens": 5})
         asking = api.chat.completions.create(**{**ask, "tools": tools, "max_tokens": 5}, tool_choice="required")
         if strict:
-            with pytest.raises(openai.BadRequestError, match="guided"):
-                await asking
+            for one in (asking, free):
+                with pytest.raises(openai.BadRequestError, match="guided"):
+                    await one
         else:
-            assert (await asking).choices[0].finish_reason == "length"
+            assert [(await one).choices[0].finish_reason for one in (asking, free)] == ["length"] * 2
     answer = await api.chat.completions.create(**{**ask, "max_tokens": 3}, tool_choice="required")
     assert answer.choices[0].finish_reason == "length", "cut short"
 

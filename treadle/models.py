@@ -118,13 +118,16 @@ def _from_hub(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelNotFound(
-            f"{name!r} is no local path, and fetching it from the Hugging Face hub needs: pip install huggingface_hub; "
-            f"{_allowed()}"
+            f"{name!r} is no local path, and fetching it from the Hugging Face hub needs huggingface_hub: "
+            f"pip install 'treadle[hub]'; {_allowed()}"
         ) from None
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=["*/*"]))
     except Exception as error:  # many kinds, from several libraries below it
-        raise ModelNotFound(f"cannot fetch {name!r} from the Hugging Face hub: {error}; {_allowed()}") from error
+        raise ModelNotFound(
+            f"cannot fetch {name!r} from the Hugging Face hub: {error!s:.600} Is this machine offline? Then fetch it "
+            f"on another (`hf download {name} --local-dir DIR`), bring DIR here and give DIR as the model; {_allowed()}"
+        ) from error
 
 
 def _built_in(wheel: _Wheel, directory: Path) -> Path:

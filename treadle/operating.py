@@ -13,19 +13,17 @@ from treadle.transport.allow_list import read_allow_list
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
 from treadle.transport.messages import Health
 
+from .exit_codes import HEALTH
 from .reaching import MODEL, Commands, add_command, add_connection, check_grace, connect, endpoint_of
 from .top.extra import check_extra
 
-HEALTH_CODES = {"ready": 0, "degraded": 3, "stuck": 4, "draining": 5, "starting": 6}
-"""Exit codes of `treadle health`; 7 is a service that has failed or is closed, 2 one that does not answer."""
 _DRAIN_LOOK_SECONDS = 0.1
 
 
 def add_look_commands(commands: Commands) -> None:
     """stats, health, top."""
     for kind in ("stats", "health"):
-        codes = "" if kind == "stats" else "exit code " + ", ".join(f"{c} {s}" for s, c in HEALTH_CODES.items())
-        info = add_command(commands, kind, f"print the {kind} of a server as JSON", codes)
+        info = add_command(commands, kind, f"print the {kind} of a server as JSON")
         info.add_argument("--endpoint", default=default_endpoint(), help="of the server (default %(default)s)")
         add_connection(info)
         info.set_defaults(run=lambda options, kind=kind: asyncio.run(_info(options, kind)))
@@ -69,7 +67,7 @@ async def _info(options: argparse.Namespace, kind: str) -> int:
         answer = await (client.stats() if kind == "stats" else client.health())
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
-    return HEALTH_CODES.get(answer.state, 7) if isinstance(answer, Health) else 0
+    return HEALTH.get(answer.state, HEALTH["failed"]) if isinstance(answer, Health) else 0
 
 
 def _top(options: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from treadle.errors import ConfigError
 from treadle.transport.endpoints import default_endpoint
 
 from .client import Client
+from .exit_codes import exit_codes
 from .flags import flag, service_values
 from .frontend import Frontend
 from .llm import LLM
@@ -26,6 +27,7 @@ def add_command(commands: Commands, name: str, does: str, more: str = "") -> arg
     # abbreviations off: a script that used one would break with the next option that begins alike
     description = f"{does[0].upper()}{does[1:]}{', ' * bool(more)}{more}."
     parser = commands.add_parser(name, help=does, description=description, allow_abbrev=False)
+    parser.epilog = exit_codes(parser.prog.removeprefix("treadle "))
     parser.set_defaults(parser=parser)
     return parser
 

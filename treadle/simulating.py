@@ -35,7 +35,7 @@ from treadle.scheduler.simulation.plots import FORMATS, check_plots, write_plots
 from treadle.scheduler.simulation.recorded import read_event_log
 from treadle.scheduler.simulation.workload import Process, draw_workload, read_lengths, read_trace
 
-from .flags import flag
+from .flags import SERVICE_HELP, flag
 
 _PROGRESS_SECONDS = 2.0
 _DEFAULTS: dict[str, Any] = {"num_blocks": 26_000, "vocab_size": 32_768, "max_model_len": 8_192}
@@ -58,7 +58,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--costs", metavar="NAME", help=f"{', '.join(PRESETS)}, or a JSON file (default {_COSTS})")
     engine.add_argument("--costs-from", type=Path, metavar="FILE", help="learn the costs from this event log")
     engine.add_argument("--replicas", type=int, default=1, metavar="INT", help="schedulers (default %(default)s)")
-    engine.add_argument("--routing", default="least-loaded", metavar="RULE", help=", ".join(ROUTING))
+    engine.add_argument("--routing", default="least-loaded", metavar="RULE", help=_RULES)
     engine.add_argument("--overhead", type=float, default=0.0, metavar="SECONDS", help="of the scheduler between steps")
     engine.add_argument("--jobs", type=int, default=_cores(), metavar="INT", help="processes (default: one a core)")
     _add_core_options(parser.add_argument_group("scheduler of each replica"))
@@ -72,6 +72,7 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_simulate)
 
 
+_RULES = f"which replica gets a request: {', '.join(ROUTING)} (default %(default)s)"
 _CV = "how bursty: deviation of the gaps over their mean, 1 is Poisson, 0 regular (default %(default)s)"
 _COSTS = next(iter(PRESETS))
 
@@ -171,11 +172,13 @@ def _add_core_options(group: argparse._ArgumentGroup) -> None:
         shape: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:
             shape = {"action": argparse.BooleanOptionalAction}
-        group.add_argument(flag(field.name), dest=f"core_{field.name}", default=None, help=_shown(default), **shape)
+        group.add_argument(
+            flag(field.name), dest=f"core_{field.name}", default=None, help=_shown(field.name, default), **shape
+        )
 
 
-def _shown(default: object) -> str:
-    return f"(default {default})".replace("%", "%%")
+def _shown(name: str, default: object) -> str:
+    return f"{SERVICE_HELP.get(name, '')} (default {default})".strip().replace("%", "%%")
 
 
 def _core_fields() -> list[tuple[dataclasses.Field[Any], type]]:

@@ -19,6 +19,8 @@ class Tokenizer:
     """A `tokenizers.Tokenizer`, the model's chat template and its special tokens.
 
     eos_token_ids: the ids that end a text. vocab_size: ids are below it, or the model pads its vocabulary.
+    added_tokens: the ids of tokens that stand for themselves in a text, whatever is around them: special ones, and
+    marks like `<tool_call>`.
     """
 
     def __init__(
@@ -32,6 +34,8 @@ class Tokenizer:
         self.eos_token = eos_token
         self.eos_token_ids = eos_token_ids
         self.vocab_size: int = backend.get_vocab_size()
+        added = backend.get_added_tokens_decoder()
+        self.added_tokens: Mapping[str, int] = {token.content: id for id, token in added.items()}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:

@@ -12,13 +12,14 @@ import msgspec
 from treadle.errors import InvalidRequest, PromptTooLong
 from treadle.transport.messages import Guided
 
-from .chat_bodies import ChatMessage, NamedTool, ResponseFormat, Tool
+from .chat_bodies import ChatMessage, FunctionTool, NamedTool, ResponseFormat, Tool
 from .errors import bad_request
 from .gateway import off_loop
 from .generation import needs_tokenizer
 from .link import Served
 from .tool_formats import ToolFormat
 from .tool_grammars import rest_of_call
+from .tool_grammars_auto import text_or_calls
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
 T = TypeVar("T")
@@ -28,7 +29,8 @@ T = TypeVar("T")
 class ToolPlan:
     """How calls are to be found in an answer. forced: what the answer begins with, put at the end of the prompt.
 
-    rest: what a forced answer must go on with; None where it may be anything. strict: whether it was promised to be.
+    rest: what the answer must be, or go on with if it is forced; None where it may be anything. strict: whether that
+    was promised.
     """
 
     format: ToolFormat
@@ -53,11 +55,19 @@ def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice)
     if served.tools is None:
         raise bad_request("this model's chat template defines no tools, or writes calls in an unknown form", "tools")
     if choice is None or choice == "auto":
-        return ToolPlan(served.tools)
+        return _free_plan(served, served.tools, [tool.function for tool in tools or ()])
     name = choice.function.name if isinstance(choice, NamedTool) else None
     functions = [tool.function for tool in tools or () if name is None or tool.function.name == name]
     rest = rest_of_call(served.tools, functions, named=name is not None)
     return ToolPlan(served.tools, served.tools.forced(name), rest, any(function.strict for function in functions))
+
+
+def _free_plan(served: Served, format: ToolFormat, functions: Sequence[FunctionTool]) -> ToolPlan:
+    """The model chooses whether to call. A grammar costs masks, also for text: only who asks for `strict` gets one."""
+    if not any(function.strict for function in functions):
+        return ToolPlan(format)
+    added = needs_tokenizer(served, "a strict function").added_tokens
+    return ToolPlan(format, rest=text_or_calls(format, functions, added), strict=True)
 
 
 async def held_if_possible(plan: ToolPlan | None, answer: Callable[[ToolPlan | None], Awaitable[T]]) -> T:

@@ -18,6 +18,7 @@ _NAMES_TOOLS = re.compile(r"{[{%][^}]*\btools\b")
 _CUT_SHORT = re.compile(r'"name"\s*:\s*"(?P<name>[^"]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?P<rest>.*)', re.S)
 _NAMED_ARGS = re.compile(r"\s*(?P<name>[\w.-]+)\s*\[ARGS\]\s*")
 _DECODER = json.JSONDecoder()
+_BETWEEN = " \t\r\n;,"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +86,22 @@ def read_calls(text: str) -> list[Call] | None:
             if call is None:
                 return None
             calls.append(call)
-        rest = rest[end:].lstrip(" \t\r\n;,")
+        rest = rest[end:].lstrip(_BETWEEN)
     return calls or None
+
+
+def ends_in_string(text: str) -> bool:
+    """Whether the last JSON value of a text is cut within a string: a closing mark there is a part of that string."""
+    rest = text.strip()
+    while rest:
+        try:
+            _, end = _DECODER.raw_decode(rest)
+        except json.JSONDecodeError as error:
+            return error.msg.startswith("Unterminated string")
+        except RecursionError:
+            return False
+        rest = rest[end:].lstrip(_BETWEEN)
+    return False
 
 
 def cut_short(text: str) -> Call | None:

@@ -15,7 +15,7 @@ from treadle.transport.messages import Guided
 from .chat_bodies import FunctionTool
 from .tool_formats import ToolFormat
 
-_ANY = {"type": "object"}
+ANY_OBJECT = {"type": "object"}
 _WHITESPACE = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,64}"}
 """As everywhere in structured output: bounded, or a small model may go on with it for ever."""
 
@@ -28,13 +28,13 @@ def rest_of_call(format: ToolFormat, functions: Sequence[FunctionTool], named: b
     for place, function in enumerate(functions):
         name = [] if named else [json.dumps(f'{function.name}", "{format.key}": ')]
         starts.append(" ".join([*name, f"arguments_{place}", json.dumps(end)]))
-        rules.append(f"arguments_{place}: %json {json.dumps(_schema(function))}")
+        rules.append(f"arguments_{place}: %json {json.dumps(arguments_schema(function))}")
     return Guided(grammar="\n".join([f"start: {' | '.join(starts)}", *rules]))
 
 
-def _schema(function: FunctionTool) -> dict[str, Any]:
+def arguments_schema(function: FunctionTool) -> dict[str, Any]:
     """Arguments are an object, whatever the schema leaves open; strict ones have nothing that it does not name."""
-    schema = _ANY | (function.parameters or {})
+    schema = ANY_OBJECT | (function.parameters or {})
     if function.strict:
         schema = {"additionalProperties": False} | schema
     return schema if "x-guidance" in schema else schema | {"x-guidance": _WHITESPACE}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .tool_formats import Call, ToolFormat, cut_short, read_calls
+from .tool_formats import Call, ToolFormat, cut_short, ends_in_string, read_calls
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class ToolStream:
         self._gap = ""
         self._inside = False
         self._blank = True  # nothing has been written
+        self._ended = False
         self.called = 0
 
     def push(self, delta: str) -> Found:
@@ -43,6 +44,7 @@ class ToolStream:
 
     def finish(self) -> Found:
         """The text has ended."""
+        self._ended = True
         found = self.push("")
         if self._inside or self._is_bare():
             self._close(self._held, "", found)
@@ -56,13 +58,24 @@ class ToolStream:
         """Takes the next piece out of what is held; False when more has to come first."""
         if not self._inside:
             return not self._is_bare() and self._outside(found)
-        closes = self._format.closes
-        if not closes or closes not in self._held:
+        inside = self._up_to_the_end()
+        if inside is None:
             return False
-        inside, _, rest = self._held.partition(closes)
+        closes = self._format.closes
         self._close(inside, closes, found)
-        self._held, self._inside = rest, False
+        self._held, self._inside = self._held[len(inside) + len(closes) :], False
         return True
+
+    def _up_to_the_end(self) -> str | None:
+        """What stands before the mark that ends a call, None while there is none. A mark within a string of the
+        arguments ends nothing, unless nothing comes after it."""
+        closes = self._format.closes
+        first = place = self._held.find(closes) if closes else -1
+        while place >= 0 and not self._ended and ends_in_string(self._held[:place]):
+            place = self._held.find(closes, place + len(closes))
+        if place > first and read_calls(self._held[:place]) is None:
+            place = first  # it was no string after all
+        return self._held[:place] if place >= 0 else None
 
     def _outside(self, found: Found) -> bool:
         before, mark, after = self._held.partition(self._format.opens)
