@@ -20,7 +20,8 @@ def _mend_interpreter() -> None:
     """What Triton 3.6's interpreter gets wrong.
 
     It makes loop bounds of one-element arrays in a way that NumPy 2.4 refuses. It keeps bfloat16 as bits in uint16:
-    matrix products multiply those bits as integers, and conversions from float32 round toward zero.
+    matrix products multiply those bits as integers, and conversions from float32 round toward zero. At each call of a
+    function inside a kernel it patches the language again, though it is patched: a third of all its time.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -42,7 +43,18 @@ def _mend_interpreter() -> None:
         a, b = ((cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x) for x in (a, b))
         return dot(self, a, b, *rest)
 
+    def call_inside(self: Any, *args: Any, **kwargs: Any) -> Any:
+        languages = (seen for seen in self.fn.__globals__.values() if seen is tl or seen is tl.core)
+        if any(tl.core.is_builtin(language.load) for language in languages):
+            interpreter._patch_lang(self.fn)
+        inside = self.rewrite()
+        try:
+            return inside(*args, **kwargs)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
     interpreter._patch_lang_tensor = patched
+    interpreter.InterpretedFunction.__call__ = call_inside
     builder.cast_impl, builder.create_dot = narrowing_cast, wide_dot
 
 
