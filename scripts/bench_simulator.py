@@ -4,7 +4,7 @@
     bench_simulator.py [--lengths FILE] [--rate 110] [--seconds 30] [--runs 5] [--against TREE] [--json]
 
 Lengths are drawn from a file of JSON lines [input, output], or from a log-normal mixture like that of chats; requests
-arrive at --rate per second (about 90 saturate the rows) for --seconds, and are simulated to their end. cpu: seconds of
+arrive at --rate per second for --seconds (at 110 the queue grows), and are simulated to their end. cpu: seconds of
 user time, so other work on the machine counts little. speed: simulated seconds for each of them. step: µs of it.
 
 --against: another checkout of this repository, in alternation with this one, each run in a process of its own; the
