@@ -8,7 +8,8 @@ Each wave is `rows` requests at once with prompts of 64 random tokens, all diffe
 output, greedy: the free ones ignore the end of sequence, the guided ones fill an array of objects that must be longer
 than that. Waves come in the order free, guided, half (every second row is guided), and over again; a wave's rate is all
 its output tokens over the wall time from the first submission to the last token. The overhead is one minus the median
-rate over the median free rate. `schemas` are distinct, and all compiled before the first wave.
+rate over the median free rate. `schemas` are distinct, and all compiled before the first wave. The tokenizer's
+end of sequence must be no ordinary token: a guided row that samples it ends early.
 
 `masks` is the time from a step's tokens to its encoded masks (waiting for the thread included), which is hidden as long
 as it is shorter than a forward pass.
@@ -37,20 +38,37 @@ PROMPT_TOKENS = 64
 KINDS = ("free", "guided", "half")
 
 
-def schema(number: int) -> dict[str, Any]:
-    """An array of objects that nobody finishes."""
+def strings(number: int) -> dict[str, Any]:
+    """Objects of bounded strings, which cost llguidance most: no two places in them are the same to it."""
     item = {
-        "type": "object",
-        "properties": {
-            f"name_{number}": {"type": "string", "maxLength": 40},
-            "age": {"type": "integer", "minimum": 0, "maximum": 120},
-            "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 4},
-            "kind": {"enum": ["person", "company", f"other_{number}"]},
-        },
-        "required": [f"name_{number}", "age", "tags", "kind"],
-        "additionalProperties": False,
+        f"name_{number}": {"type": "string", "maxLength": 40},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 4},
+        "kind": {"enum": ["person", "company", f"other_{number}"]},
     }
-    return {"type": "array", "items": item, "minItems": 10_000, "x-guidance": {"whitespace_flexible": False}}
+    return _endless(item)
+
+
+def fields(number: int) -> dict[str, Any]:
+    """Objects of numbers, dates, choices and flags."""
+    item = {
+        "id": {"type": "integer", "minimum": 0, "maximum": 10_000_000},
+        "created": {"type": "string", "format": "date"},
+        "state": {"enum": ["open", "in progress", "closed", "rejected", f"other_{number}"]},
+        "price": {"type": "number", "minimum": 0, "maximum": 1000},
+        "paid": {"type": "boolean"},
+        "tags": {"type": "array", "items": {"enum": [f"tag {i} of {number}" for i in range(20)]}, "maxItems": 4},
+    }
+    return _endless(item)
+
+
+def _endless(item: dict[str, Any]) -> dict[str, Any]:
+    """An array of objects that nobody finishes."""
+    items = {"type": "object", "properties": item, "required": list(item), "additionalProperties": False}
+    return {"type": "array", "items": items, "minItems": 10_000, "x-guidance": {"whitespace_flexible": False}}
+
+
+SCHEMAS = {"strings": strings, "fields": fields}
 
 
 def _size(made: MadeMasks) -> int:
@@ -102,7 +120,7 @@ async def wave(llm: LLM, kind: str, rows: int, seed: int, options: argparse.Name
     for row, prompt in enumerate(prompts):
         guided = None
         if kind == "guided" or (kind == "half" and row % 2):
-            guided = Guided(json=schema(row % options.schemas))
+            guided = Guided(json=SCHEMAS[options.schema](row % options.schemas))
         params = SamplingParams(
             temperature=0.0, max_tokens=options.new_tokens, guided=guided, ignore_eos=guided is None
         )
@@ -162,6 +180,7 @@ def main() -> None:
     parser.add_argument("--random-weights", action="store_true", help="of a directory with config and tokenizer alone")
     parser.add_argument("--rows", type=lambda text: [int(n) for n in text.split(",")], default=[32])
     parser.add_argument("--new-tokens", type=int, default=96)
+    parser.add_argument("--schema", choices=SCHEMAS, default="strings", help="what objects are made of")
     parser.add_argument("--schemas", type=int, default=8, help="distinct ones")
     parser.add_argument("--largest-id", type=int, default=49_000, help="of a prompt's random tokens")
     parser.add_argument("--repetitions", type=int, default=5)
