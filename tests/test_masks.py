@@ -83,6 +83,8 @@ def test_masks_that_differ_by_a_token_are_told_apart(bit: int) -> None:
         {"rows": pack([0, 2])},
         {"rows": pack([0, -2])},
         {"kinds": pack([ONLY])},
+        {"kinds": pack([3, 3])},
+        {"kinds": pack([-1, -1])},
         {"counts": pack([-1, 0])},
         {"counts": pack([2, 0])},
         {"places": pack([4])},
@@ -103,6 +105,16 @@ def test_masks_that_do_not_fit_are_refused(change: dict[str, bytes]) -> None:
     decode_masks(masks, 2, 100)
     with pytest.raises(ProtocolError):
         decode_masks(msgspec.structs.replace(masks, **change), 2, 100)
+
+
+@pytest.mark.parametrize("places", [[5, 2], [2, 2]])
+def test_words_of_a_mask_ascend(places: list[int]) -> None:
+    allowed = np.zeros((1, 1000), bool)
+    allowed[0, [64, 160]] = True
+    masks = encode_masks(0, packed(allowed), np.zeros(1, bool))
+    assert masks.places == pack([2, 5])
+    with pytest.raises(ProtocolError):
+        decode_masks(msgspec.structs.replace(masks, places=pack(places)), 1, 1000)
 
 
 @pytest.mark.parametrize(("start", "columns"), [(0, 320), (0, 100), (100, 97), (33, 1), (64, 0), (300, 20)])

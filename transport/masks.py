@@ -65,17 +65,20 @@ def decode_masks(masks: Masks, rows: int, vocab_size: int) -> RowMasks:
         index.size != rows
         or kinds.size != counts.size
         or (index.size and not (index.min() >= ANYTHING and index.max() < kinds.size))
+        or (kinds.size and not (kinds.min() >= ONLY and kinds.max() <= BITS))
         or (counts.size and counts.min() < 0)
+        or counts[plain].any()
         or not counts.sum() == places.size == values.size
         or bits.size != int(plain.sum()) * width
         or len(masks.words) + len(masks.bits) != 4 * (values.size + bits.size)
         or (places.size and not (places.min() >= 0 and places.max() < width))
+        or (np.diff(where := np.repeat(np.arange(kinds.size) * width, counts) + places) <= 0).any()
     ):
         raise ProtocolError(f"masks of step {masks.step} that do not fit {rows} rows of {vocab_size} tokens")
     words = np.zeros((kinds.size, width), np.uint32)
     words[kinds == EXCEPT] = _ALL
     words[plain] = bits.reshape(-1, width)
-    words.reshape(-1)[np.repeat(np.arange(kinds.size) * width, counts) + places] = values
+    words.reshape(-1)[where] = values
     return RowMasks(index, words)
 
 
