@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import resource
+import signal
 import stat
 import threading
 from pathlib import Path
@@ -14,13 +15,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, ServiceClosed, ServiceStarting
 from treadle.scheduler import compaction, journal_file
 from treadle.scheduler import journal as journal_module
 from treadle.scheduler.journal import Journal, read_journal
 from treadle.scheduler.keeping import Keeping
+from treadle.scheduler.lifecycle import GroupLost
 from treadle.transport.codec import pack, unpack
-from treadle.transport.messages import Abort, Submit
+from treadle.transport.messages import Abort, InfoRequest, Refused, ServerInfo, Submit
 
 from .faultkit import PROMPTS, Collector, Faulty, faulty, params, undisturbed
 
@@ -84,6 +86,25 @@ async def test_a_torn_or_spoiled_end_is_left_out(tmp_path: Path) -> None:
         spoiled[at] ^= 1 << rng.randrange(8)
         path.write_bytes(spoiled)
         assert outputs(read_journal(path)[number])[0] == list(range(intact))
+
+
+class SlowReading:
+    """A journal that is read takes until `go_on`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = asyncio.Event()
+        self._may_end = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._real = journal_module.read_journal
+        monkeypatch.setattr(journal_module, "read_journal", self._read)
+
+    def go_on(self) -> None:
+        self._may_end.set()
+
+    def _read(self, path: Path) -> dict[int, Submit]:
+        self._loop.call_soon_threadsafe(self.begun.set)
+        assert self._may_end.wait(60), "the loop stood still"
+        return self._real(path)
 
 
 def send(f: Faulty, sink: Collector, key: str, i: int, have: list[int] | None = None) -> None:
@@ -255,28 +276,73 @@ async def test_a_journal_that_cannot_be_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("cancelled", [0, 1, 3])
 async def test_the_loop_goes_on_while_a_journal_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: int
 ) -> None:
-    """Whoever does not wait for it leaves it closed, for the next service."""
-    loop, turned, begun = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
-    real = journal_module.read_journal
-
-    def slow(path: Path) -> dict[int, Submit]:
-        loop.call_soon_threadsafe(begun.set)
-        loop.call_soon_threadsafe(turned.set)
-        assert turned.wait(20), "the loop stood still"
-        return real(path)
-
+    """Whoever does not wait for it leaves it closed, for the next service, however often it is told not to wait."""
+    reading = SlowReading(monkeypatch)
     (tmp_path / "journal").touch()
-    monkeypatch.setattr(journal_module, "read_journal", slow)
     opening = asyncio.create_task(Keeping.open(str(tmp_path / "journal"), 0.0, lambda name, index: None))
-    await begun.wait()
-    if cancelled:
+    await reading.begun.wait()
+    for _ in range(cancelled):
         opening.cancel()
+        await asyncio.sleep(0)  # it is told of each
+    reading.go_on()
+    if cancelled:
         with pytest.raises(asyncio.CancelledError):
             await opening
     else:
         await (await opening).close()
     await Journal(tmp_path / "journal", 0.0).close()
+
+
+@pytest.mark.asyncio
+async def test_a_rank_that_dies_while_the_journal_is_read_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks it for anything yet, and it is said only once; clients are told meanwhile to ask again."""
+    reading, died = SlowReading(monkeypatch), asyncio.Event()
+    (tmp_path / "journal").touch()
+    f = Faulty(tmp_path, [], 0.0, {"journal": str(tmp_path / "journal"), "tensor_parallel_size": 1})
+    starting = asyncio.create_task(f.service.start())
+    try:
+        await reading.begun.wait()
+        answer = f.service.answer(InfoRequest("q", "server"))
+        assert isinstance(answer, Refused) and answer.code == ServiceStarting.code
+        group = f.service._standing.group
+        assert group is not None
+        told = group._on_death
+        monkeypatch.setattr(group, "_on_death", lambda death: (told(death), died.set()))
+        os.kill(group.pids[0], signal.SIGKILL)
+        await died.wait()
+        reading.go_on()
+        await starting
+        assert [type(event) for event in f.events] == [GroupLost]
+        assert isinstance(f.service.answer(InfoRequest("q", "server")), ServerInfo)
+        send(f, f.sink, "a", 0)
+        await f.sink.ended("id-a")
+        assert f.sink.tokens["id-a"] == undisturbed(PROMPTS[0], params(0))
+    finally:
+        reading.go_on()
+        await f.service.close()
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_is_closed_while_it_starts_stays_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = SlowReading(monkeypatch)
+    (tmp_path / "journal").touch()
+    f = Faulty(tmp_path, [], 0.0, {"journal": str(tmp_path / "journal"), "tensor_parallel_size": 1})
+    starting = asyncio.create_task(f.service.start())
+    await reading.begun.wait()
+    await f.service.close()
+    reading.go_on()
+    with pytest.raises(ServiceClosed, match="while it started"):
+        await starting
+    assert f.service.health().state == "closed"
+    monkeypatch.undo()
+    await Journal(tmp_path / "journal", 0.0).close()
+    with pytest.raises(ServiceClosed):
+        await f.service.start()
