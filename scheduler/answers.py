@@ -130,7 +130,7 @@ class Answers:
     def _server(self, request_id: str) -> ServerInfo:
         """Raises ServiceStarting: before the engines are ready the limits are not known."""
         facts, core = self._standing.facts, self._standing.core
-        if core is None:
+        if core is None or self._standing.state == "starting":  # requests are not taken yet, either
             raise ServiceStarting("the service is starting")
         return ServerInfo(
             id=request_id,

@@ -2,7 +2,8 @@
 
 It happens on a thread. Reading a large journal takes Python seconds, and whoever holds its lock that long holds up
 every stream; so the thread sleeps after each millisecond of work, for as long. What is appended meanwhile is copied
-behind, in a few rounds that get shorter, and what is left then by whoever exchanges the files.
+behind, in a few rounds that get shorter, each of them synced. What is left then, which came during the last round, is
+copied by whoever exchanges the files: on the loop, so where it is much, the journal stays as it is.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from .journal_file import copy_from, unfinished, write_anew
+from .journal_file import copy_from, discard, unfinished, write_anew
 
 _WORK_SECONDS = 0.001
 _LAST_BYTES = 1 << 16
+_MOST_LAST_BYTES = 1 << 20  # a millisecond or less, into memory
 _MOST_ROUNDS = 4
 
 
@@ -36,7 +38,7 @@ class Anew:
 
 
 class Compaction:
-    """Of the journal at `path`, into `new`. `run` once."""
+    """Of the journal at `path`, into `new`. One `run` at a time."""
 
     def __init__(self, path: Path, new: Path) -> None:
         self._path = path
@@ -55,19 +57,18 @@ class Compaction:
         try:
             for _ in range(_MOST_ROUNDS):  # a slow disk may never come closer
                 self._check()
-                if (end := size()) - copied <= _LAST_BYTES:
-                    break
+                end = size()
                 await asyncio.to_thread(self._copy, file, copied, end)
                 length += end - copied
                 copied = end
+                if size() - copied <= _LAST_BYTES:
+                    break
+            if (left := size() - copied) > _MOST_LAST_BYTES:
+                raise OSError(f"{left} bytes came while the last of it was copied: the disk is too slow")
         except BaseException:
-            self.discard(file)
+            discard(self._new, file)
             raise
         return Anew(file, length, copied)
-
-    def discard(self, file: int) -> None:
-        os.close(file)
-        self._new.unlink(missing_ok=True)
 
     def _write(self, end: int) -> tuple[int, int]:
         self._due = time.perf_counter() + _WORK_SECONDS

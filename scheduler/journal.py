@@ -2,8 +2,9 @@
 
 What one turn of the loop brings is written by one `write` before anybody is told, so it survives the death of the
 process, whatever ends it. `fsync`, which it takes to survive the death of the machine, runs in a thread at most every
-`sync_seconds`: the last of them may be lost then, and the clients, who have their own tokens, make up for it. A torn
-end is cut off, and what has ended is left behind when a journal is opened and when it has become large.
+`sync_seconds`: the last of them may be lost then, and what came while one ran; the clients, who have their own tokens,
+make up for it. A torn end is cut off, and what has ended is left behind when a journal is opened and when it has become
+large.
 
 The file (`journal_file`) holds prompts and answers: its mode is 0600, and a lock keeps a second service away.
 """
@@ -11,6 +12,7 @@ The file (`journal_file`) holds prompts and answers: its mode is 0600, and a loc
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -29,6 +31,7 @@ from .journal_file import (
     Record,
     Tokens,
     copy_from,
+    discard,
     read_journal,
     sync_directory,
     write_all,
@@ -93,7 +96,8 @@ class Journal:
         """One write of all that has come since the last.
 
         Where the disk takes no more, the journal ends and the service goes on: what is in it stays good, and clients
-        that come back have more tokens than it.
+        that come back have more tokens than it. While it is written anew the disk may be full of that alone: what has
+        come waits then for the next flush, the last of them when that has ended.
         """
         self._put_tokens()
         if not self._buffer or self._failed:
@@ -102,7 +106,10 @@ class Journal:
         try:
             write_all(self._file, self._buffer)
         except OSError as error:
-            self._end(error)
+            if self._compacting is None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self._end(error)
+            else:
+                self._wait_for_room()
             return
         self._size += len(self._buffer)
         self._buffer.clear()
@@ -114,7 +121,7 @@ class Journal:
         """Whatever has not ended stays in the file, for the next service."""
         self.flush()
         self._compaction.stop()
-        if self._compacting is not None:
+        while self._compacting is not None and not self._compacting.done():  # what waited for it may begin another
             await asyncio.gather(self._compacting, return_exceptions=True)
         if self._syncing is not None:
             self._syncing.cancel()
@@ -123,6 +130,13 @@ class Journal:
             os.fsync(self._file)
         os.close(self._file)
         os.close(self._lock)
+
+    def _wait_for_room(self) -> None:
+        self._buffer = bytearray(self._buffer)  # the error still holds a view of the other, which cannot grow
+        try:
+            os.ftruncate(self._file, self._size)  # half a record
+        except OSError as error:
+            self._end(error)
 
     def _end(self, error: Exception) -> None:
         logger.error("journal %s: %s; nothing more is kept, and requests go on without it", self._path, error)
@@ -160,8 +174,12 @@ class Journal:
         """A new file with what is unfinished, in place of the old one."""
         try:
             file, size = write_anew(self._new, self.unfinished.items())
-            os.replace(self._new, self._path)
-            sync_directory(self._path.parent)
+            try:
+                os.replace(self._new, self._path)
+                sync_directory(self._path.parent)
+            except BaseException:
+                discard(self._new, file)
+                raise
         except OSError as error:
             raise ConfigError(f"journal {self._path}: {error.strerror}") from error
         return file, size
@@ -176,17 +194,21 @@ class Journal:
             pass
         except (OSError, ConfigError) as error:
             logger.warning("journal %s: what has ended is not left out yet: %s", self._path, error)
-        self._compact_at = _next_size(self._size)
-        self._compacting = None
+        finally:
+            self._compact_at = _next_size(self._size)
+            self._compacting = None
+            self.flush()  # what waited for room
 
     def _exchange(self, anew: Anew) -> None:
+        """What is copied here is in the new file, and not yet synced, as it may have been in the old one: it came while
+        the round before it was copied and synced, and is synced with what comes next."""
         try:
             if self._failed:
                 raise Stopped
             copy_from(self._path, anew.file, anew.copied, self._size)
             os.replace(self._new, self._path)
         except BaseException:
-            self._compaction.discard(anew.file)
+            discard(self._new, anew.file)
             raise
         os.close(self._file)
         self._file, self._size = anew.file, anew.size + self._size - anew.copied

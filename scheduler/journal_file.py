@@ -11,6 +11,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
@@ -159,10 +160,16 @@ def write_anew(path: Path, entries: Iterable[tuple[int, Submit]]) -> tuple[int, 
         write_all(file, buffer)
         os.fsync(file)
     except BaseException:
-        os.close(file)
-        path.unlink(missing_ok=True)
+        discard(path, file)
         raise
     return file, size + len(buffer)
+
+
+def discard(path: Path, file: int) -> None:
+    """A file that is not to take another's place. file: its descriptor."""
+    os.close(file)
+    with suppress(OSError):  # the next one writes over it
+        path.unlink(missing_ok=True)
 
 
 def copy_from(path: Path, file: int, begin: int, end: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from treadle.errors import ConfigError, TreadleError
+from treadle.errors import TreadleError
 from treadle.transport.messages import Submit
 
 from .core import Core
@@ -43,8 +43,11 @@ class Keeping:
         try:
             return cls(await asyncio.shield(opening), abort)
         except asyncio.CancelledError:
-            with suppress(ConfigError):  # nobody asks for it any more, and it must not stay open
-                await (await opening).close()
+            while not opening.done():  # nobody asks for it any more, however often they say so; it must not stay open
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([opening])
+            if opening.exception() is None:
+                await opening.result().close()
             raise
 
     def take_up(self, core: Core | RecordedCore, now: float) -> list[Request]:

@@ -18,6 +18,7 @@ from treadle.transport.messages import Masks, StepPlan, StepResult
 
 from .deadline import StepDeadline
 from .engine_group import Death
+from .loop_time import loop_time
 from .step import Step, sent
 
 _REMEMBERED = 64
@@ -71,7 +72,7 @@ class Pipeline:
     def send(self, plan: StepPlan) -> Step:
         """Its `frame` is what every rank has to get now."""
         frame = self._codec.encode(plan)
-        step = sent(plan, frame, _now())
+        step = sent(plan, frame, loop_time())
         self._steps.append(step)
         self.recent.append(step)
         return step
@@ -108,7 +109,7 @@ class Pipeline:
 
     def finish(self, step: Step) -> None:
         """The result was applied: progress."""
-        now = _now()
+        now = loop_time()
         step.took, step.frame = now - step.began_at, b""
         self._deadline.observe(step.tokens, step.took)
         if self._steps:
@@ -143,7 +144,7 @@ class Pipeline:
         oldest = self.oldest
         if oldest is None or not self._serving():
             return
-        if _now() < self._due(oldest):
+        if loop_time() < self._due(oldest):
             self.watch()
         elif not oldest.late:
             oldest.late = True
@@ -159,7 +160,3 @@ class Pipeline:
             "steps take longer, give them more with step_timeout (--step-timeout) or step_timeout_floor"
         )
         self._on_hang(Death(missing[0] if missing else -1, oldest.number, "hang", EngineFailed(text)), oldest)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -15,7 +15,7 @@ from time import perf_counter
 
 import msgspec
 
-from treadle.errors import EngineFailed, ProtocolError, RequestFailed
+from treadle.errors import EngineFailed, ProtocolError, RequestFailed, ServiceClosed
 from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
     Abort,
@@ -144,7 +144,11 @@ class Service:
     # ── life ──
 
     async def start(self) -> None:
-        """Starts the engine group and waits until it is ready. Raises ModelError, ConfigError, EngineStartFailed."""
+        """Starts the engine group and waits until it is ready.
+
+        Raises ModelError, ConfigError, EngineStartFailed, and ServiceClosed when it is closed meanwhile.
+        """
+        self._check_open()
         self._loop = asyncio.get_running_loop()
         self._runtime = RuntimeDir()
         standing = self._standing
@@ -155,13 +159,25 @@ class Service:
             configure = configure_message(self.facts, self.options, self._runtime.path)
             standing.supervisor = self._make_supervisor(configure, self._runtime)
             held = await standing.supervisor.start()
+            self._check_open()
             standing.core = self._make_core(core_config(self.facts, self.options, held, configure.max_model_len))
             await self._take_up_journal(standing.core)
-        except BaseException:
+            self._check_open()
+        except BaseException as error:
             await self.close()
+            if isinstance(error, asyncio.CancelledError) and not _cancelled():
+                self._check_open()  # it was the group's start that ended so, when somebody closed us
             raise
         standing.become("ready")
+        group = standing.group
+        if group is not None and group.death is not None:  # while the journal was read: it says so only once
+            self._on_death(group.death)
         self._steps.pump()
+        self._steps.arm_timers()
+
+    def _check_open(self) -> None:
+        if self._closing is not None:
+            raise ServiceClosed("the service was closed while it started")
 
     def _make_supervisor(self, configure: Configure, runtime: RuntimeDir) -> Supervisor:
         return Supervisor(
@@ -212,6 +228,9 @@ class Service:
         if not self.options.journal:
             return
         keeping = await Keeping.open(self.options.journal, self.options.journal_sync, self._abort)
+        if self._closing is not None:  # it did not know of this one
+            await keeping.close()
+        self._check_open()
         self._keeping = self._outbox.keeping = keeping
         if taken := self._keeping.take_up(core, self._loop.time()):
             logger.warning("%d requests of the journal go on", len(taken))
@@ -408,3 +427,9 @@ class Service:
 
 def _draw_seed() -> int:
     return secrets.randbits(64)
+
+
+def _cancelled() -> bool:
+    """Whether somebody asked for this task to end."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -15,6 +15,7 @@ from treadle.transport.messages import Masks, StepResult
 
 from .core import Core
 from .engine_group import Death, EngineGroup
+from .loop_time import loop_time
 from .observers import Observers
 from .outbox import Outbox
 from .pipeline import Pipeline
@@ -63,7 +64,7 @@ class StepLoop:
         if core is None or group is None or not standing.ready or standing.paused:
             return
         plan_at = perf_counter()
-        while (plan := core.plan(now := _now())) is not None:
+        while (plan := core.plan(now := loop_time())) is not None:
             started = core.started(plan) if plan.start else ()
             step = self._pipeline.send(plan)
             step.plan_at, step.ready_at = plan_at, perf_counter()
@@ -76,7 +77,7 @@ class StepLoop:
         if self._debug:
             core.check()
         if core.policy_errors != self._policy_log.told:
-            self._policy_log.tell(core.policy_errors, core.policy_error, _now())
+            self._policy_log.tell(core.policy_errors, core.policy_error, loop_time())
         self.arm_timers()
 
     def send_masks(self, group: EngineGroup | None, masks: Masks) -> None:
@@ -107,7 +108,7 @@ class StepLoop:
             error = EngineFailed(f"rank {rank} disagrees at step {step.number}")
             self._on_death(Death(rank, step.number, "disagreed", error), step)
             return
-        now, step.back_at = _now(), perf_counter()
+        now, step.back_at = loop_time(), perf_counter()
         seconds = self._pipeline.lasted(step, now)
         try:
             outputs = core.apply(step.results[0], now, seconds)
@@ -136,7 +137,7 @@ class StepLoop:
         """No step is on its way any more, and no row is anybody's: whoever had one waits for the next group."""
         self._pipeline.forget()
         if self._standing.core is not None:
-            outputs = self._standing.core.reset(_now())
+            outputs = self._standing.core.reset(loop_time())
             self._observers.lost()
             self._outbox.deliver(outputs)
 
@@ -165,7 +166,7 @@ class StepLoop:
             return  # a timer that comes too early finds nothing to do and sets the next
         if self._timer is not None:
             self._timer.cancel()
-        self._timer_at = max(deadline, _now())
+        self._timer_at = max(deadline, loop_time())
         self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._deadline_due)
 
     def close(self) -> None:
@@ -177,10 +178,6 @@ class StepLoop:
     def _deadline_due(self) -> None:
         self._timer = None
         if self._standing.core is not None:
-            self._outbox.deliver(self._standing.core.expire(_now()))
+            self._outbox.deliver(self._standing.core.expire(loop_time()))
             self.pump()
             self.arm_timers()
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()

@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import resource
+import signal
 import stat
 import threading
 from pathlib import Path
@@ -14,13 +15,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from treadle.errors import ConfigError
+from treadle.errors import ConfigError, ServiceClosed, ServiceStarting
 from treadle.scheduler import compaction, journal_file
 from treadle.scheduler import journal as journal_module
 from treadle.scheduler.journal import Journal, read_journal
 from treadle.scheduler.keeping import Keeping
+from treadle.scheduler.lifecycle import GroupLost
 from treadle.transport.codec import pack, unpack
-from treadle.transport.messages import Abort, Submit
+from treadle.transport.messages import Abort, InfoRequest, Refused, ServerInfo, Submit
 
 from .faultkit import PROMPTS, Collector, Faulty, faulty, params, undisturbed
 
@@ -84,6 +86,25 @@ async def test_a_torn_or_spoiled_end_is_left_out(tmp_path: Path) -> None:
         spoiled[at] ^= 1 << rng.randrange(8)
         path.write_bytes(spoiled)
         assert outputs(read_journal(path)[number])[0] == list(range(intact))
+
+
+class SlowReading:
+    """A journal that is read takes until `go_on`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = asyncio.Event()
+        self._may_end = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._real = journal_module.read_journal
+        monkeypatch.setattr(journal_module, "read_journal", self._read)
+
+    def go_on(self) -> None:
+        self._may_end.set()
+
+    def _read(self, path: Path) -> dict[int, Submit]:
+        self._loop.call_soon_threadsafe(self.begun.set)
+        assert self._may_end.wait(60), "the loop stood still"
+        return self._real(path)
 
 
 def send(f: Faulty, sink: Collector, key: str, i: int, have: list[int] | None = None) -> None:
@@ -244,6 +265,114 @@ async def test_a_journal_that_cannot_be_written_anew_goes_on(
     assert outputs(read_journal(path)[number]) == [[1, 2]]
 
 
+class FullDisk:
+    """A disk with room for a few bytes while a journal is written anew, which lasts until `give_up`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = asyncio.Event()
+        self._full = True
+        self._may_end = threading.Event()
+        self._loop = asyncio.get_running_loop()
+        self._real = journal_file.write_all
+        monkeypatch.setattr(journal_module, "write_all", self._write)
+        monkeypatch.setattr(compaction, "write_anew", self._write_anew)
+
+    def give_up(self) -> None:
+        self._may_end.set()
+
+    def _write(self, file: int, data: bytearray) -> None:
+        if self._full and self.begun.is_set():
+            with memoryview(data) as view:
+                os.write(file, view[:3])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self._real(file, data)
+
+    def _write_anew(self, *_: object) -> tuple[int, int]:
+        self._loop.call_soon_threadsafe(self.begun.set)
+        assert self._may_end.wait(60)
+        self._full = False
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_disk_that_is_full_of_the_second_file_ends_no_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, closed: bool
+) -> None:
+    """What comes meanwhile waits, and is written when the second is given up, though nothing comes after it."""
+    path, disk = tmp_path / "journal", FullDisk(monkeypatch)
+    journal = Journal(path, 0.0)
+    journal._compact_at = 0
+    number = journal.accept(submit("kept", 0))
+    journal.flush()
+    size = path.stat().st_size
+    await disk.begun.wait()
+    for token in range(3):
+        journal.token(number, 0, token)
+        journal.flush()
+        assert path.stat().st_size == size, "no half record"
+    disk.give_up()
+    if not closed:
+        assert journal._compacting is not None
+        await journal._compacting
+        assert outputs(read_journal(path)[number]) == [[0, 1, 2]]
+    await journal.close()
+    assert outputs(read_journal(path)[number]) == [[0, 1, 2]]
+    assert "nothing more is kept" not in caplog.text
+
+
+@pytest.mark.asyncio
+async def test_what_is_copied_on_the_loop_is_little_and_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that came before the last round is synced with it; a disk that never comes close enough keeps its file."""
+    path, new = tmp_path / "journal", tmp_path / "journal.new"
+    path.write_bytes(bytes(100))
+    size = [0]
+    monkeypatch.setattr(compaction, "write_anew", lambda *_: (os.open(new, os.O_RDWR | os.O_CREAT | os.O_APPEND), 0))
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def sync(file: int) -> None:
+        synced.append(os.fstat(file).st_size)
+        fsync(file)
+        size[0] += coming
+
+    monkeypatch.setattr(os, "fsync", sync)
+    run = compaction.Compaction(path, new).run
+    coming = 1
+    made = await run(lambda: size[0] + 10 * bool(new.exists()))
+    assert (made.copied, made.size, synced) == (10, 10, [10]), "however little it was"
+    journal_file.discard(new, made.file)
+    coming, size[0] = 20, 0
+    monkeypatch.setattr(compaction, "_LAST_BYTES", 15)
+    monkeypatch.setattr(compaction, "_MOST_LAST_BYTES", 19)
+    with pytest.raises(OSError, match="20 bytes came"):
+        await run(lambda: size[0])
+    assert synced[1:] == [0, 20, 40, 60] and not new.exists()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("at", ["replace", "fsync"])
+async def test_a_journal_that_cannot_take_its_place_leaves_nothing_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    path = tmp_path / "journal"
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        if at == "replace":
+            patched.setattr(os, "replace", fail)
+        else:
+            patched.setattr(journal_module, "sync_directory", fail)
+        with pytest.raises(ConfigError, match="Input/output error"):
+            Journal(path, 0.0)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert not (tmp_path / "journal.new").exists()
+    await Journal(path, 0.0).close()
+
+
 @pytest.mark.asyncio
 async def test_a_journal_that_cannot_be_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
@@ -255,28 +384,73 @@ async def test_a_journal_that_cannot_be_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("cancelled", [0, 1, 3])
 async def test_the_loop_goes_on_while_a_journal_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cancelled: int
 ) -> None:
-    """Whoever does not wait for it leaves it closed, for the next service."""
-    loop, turned, begun = asyncio.get_running_loop(), threading.Event(), asyncio.Event()
-    real = journal_module.read_journal
-
-    def slow(path: Path) -> dict[int, Submit]:
-        loop.call_soon_threadsafe(begun.set)
-        loop.call_soon_threadsafe(turned.set)
-        assert turned.wait(20), "the loop stood still"
-        return real(path)
-
+    """Whoever does not wait for it leaves it closed, for the next service, however often it is told not to wait."""
+    reading = SlowReading(monkeypatch)
     (tmp_path / "journal").touch()
-    monkeypatch.setattr(journal_module, "read_journal", slow)
     opening = asyncio.create_task(Keeping.open(str(tmp_path / "journal"), 0.0, lambda name, index: None))
-    await begun.wait()
-    if cancelled:
+    await reading.begun.wait()
+    for _ in range(cancelled):
         opening.cancel()
+        await asyncio.sleep(0)  # it is told of each
+    reading.go_on()
+    if cancelled:
         with pytest.raises(asyncio.CancelledError):
             await opening
     else:
         await (await opening).close()
     await Journal(tmp_path / "journal", 0.0).close()
+
+
+@pytest.mark.asyncio
+async def test_a_rank_that_dies_while_the_journal_is_read_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody asks it for anything yet, and it is said only once; clients are told meanwhile to ask again."""
+    reading, died = SlowReading(monkeypatch), asyncio.Event()
+    (tmp_path / "journal").touch()
+    f = Faulty(tmp_path, [], 0.0, {"journal": str(tmp_path / "journal"), "tensor_parallel_size": 1})
+    starting = asyncio.create_task(f.service.start())
+    try:
+        await reading.begun.wait()
+        answer = f.service.answer(InfoRequest("q", "server"))
+        assert isinstance(answer, Refused) and answer.code == ServiceStarting.code
+        group = f.service._standing.group
+        assert group is not None
+        told = group._on_death
+        monkeypatch.setattr(group, "_on_death", lambda death: (told(death), died.set()))
+        os.kill(group.pids[0], signal.SIGKILL)
+        await died.wait()
+        reading.go_on()
+        await starting
+        assert [type(event) for event in f.events] == [GroupLost]
+        assert isinstance(f.service.answer(InfoRequest("q", "server")), ServerInfo)
+        send(f, f.sink, "a", 0)
+        await f.sink.ended("id-a")
+        assert f.sink.tokens["id-a"] == undisturbed(PROMPTS[0], params(0))
+    finally:
+        reading.go_on()
+        await f.service.close()
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_is_closed_while_it_starts_stays_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading = SlowReading(monkeypatch)
+    (tmp_path / "journal").touch()
+    f = Faulty(tmp_path, [], 0.0, {"journal": str(tmp_path / "journal"), "tensor_parallel_size": 1})
+    starting = asyncio.create_task(f.service.start())
+    await reading.begun.wait()
+    await f.service.close()
+    reading.go_on()
+    with pytest.raises(ServiceClosed, match="while it started"):
+        await starting
+    assert f.service.health().state == "closed"
+    monkeypatch.undo()
+    await Journal(tmp_path / "journal", 0.0).close()
+    with pytest.raises(ServiceClosed):
+        await f.service.start()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import pytest_asyncio
@@ -20,6 +22,7 @@ from treadle.transport.channel import Channel
 from treadle.transport.codec import pack, service_codec
 from treadle.transport.endpoints import bind_server
 from treadle.transport.messages import (
+    Delta,
     Drain,
     InfoRequest,
     Message,
@@ -33,6 +36,8 @@ from treadle.transport.messages import (
 )
 from treadle.transport.sockets import service_socket
 
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
 
 class Oracle:
     """The wire's end of a server, which says and forgets what the test has it say and forget."""
@@ -41,6 +46,7 @@ class Oracle:
         self.incarnation, self.received = "first", 0
         self.pongs, self.answers = True, False
         self.refuses: TreadleError | None = None
+        self.full: Overloaded | None = None
         self._codec = service_codec()
         self._heard: list[Message] = []
         self._news = asyncio.Event()
@@ -51,9 +57,12 @@ class Oracle:
 
     def _receive(self, frames: list[bytes]) -> None:
         message = self._codec.decode(frames[1])
-        self.received += 1
         self._heard.append(message)
         self._news.set()
+        if self.full is not None:
+            self._say(frames[0], refusal("", self.full))
+            return
+        self.received += 1
         if isinstance(message, Ping) and self.pongs:
             self._say(frames[0], Pong(message.nonce, self.incarnation, self.received))
         elif self.refuses is not None:
@@ -62,17 +71,22 @@ class Oracle:
             self._say(frames[0], Stats(id=message.id, step=7))
 
     def _say(self, identity: bytes, message: Message) -> None:
-        self._channel.send([identity, self._codec.encode(message)])
+        with suppress(zmq.ZMQError):  # its last ping: it is closed
+            self._channel.send([identity, self._codec.encode(message)])
 
     def restart(self) -> None:
         self.incarnation, self.received = "second", 0
         self.pongs = self.answers = True
+        self.full = None
+        self._heard.clear()
 
-    async def heard(self, kind: type[Message]) -> None:
+    async def heard(self, kind: type[AnyMessage], times: int = 1) -> list[AnyMessage]:
+        """Waits for that many, since the last restart, and returns them."""
         async with asyncio.timeout(10):
-            while not any(isinstance(message, kind) for message in self._heard):
+            while len(found := [message for message in self._heard if isinstance(message, kind)]) < times:
                 self._news.clear()
                 await self._news.wait()
+        return found
 
     def close(self) -> None:
         self._channel.close()
@@ -150,3 +164,47 @@ async def test_a_refusal_of_nobody_knows_what_ends_what_is_open(
         with pytest.raises(type(error), match=str(error)):
             async with asyncio.timeout(10):
                 await order
+
+
+@pytest_asyncio.fixture
+async def lasting(place: tuple[Oracle, RemoteBackend]) -> AsyncIterator[tuple[RemoteBackend, Stream]]:
+    """Another backend at the same place, whose streams resume, and one of them. The oracle says no Pong."""
+    place[0].pongs = False
+    backend = RemoteBackend(place[1]._endpoint, None, 30.0, 30.0, resume_timeout=30.0)
+    await backend.start()
+    message = Submit(id="a", tokens=pack([1]), params=SamplingParams())
+    stream = Stream(message, "a", None, None, (), backend.abort)
+    backend.submit(message, stream)
+    yield backend, stream
+    await backend.close()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("known", [True, False])
+async def test_a_stream_that_resumes_waits_until_a_full_server_has_room_for_its_client(
+    place: tuple[Oracle, RemoteBackend], lasting: tuple[RemoteBackend, Stream], known: bool
+) -> None:
+    """It was dropped, while a network was away perhaps, and others came. known: the server had answered before."""
+    oracle, stream = place[0], lasting[1]
+    oracle.pongs = known
+    (first,) = await oracle.heard(Submit)
+    await oracle.heard(Ping, 2)
+    stream.feed(Delta("a", 0, [5]))
+    oracle.full = Overloaded("10,000 clients", 15.0)
+    await oracle.heard(Ping, 7)
+    assert not stream.ended
+    oracle.restart()
+    (again,) = await oracle.heard(Submit)
+    assert (again.key, again.outputs) == (first.key, [pack([5])]) and again.id != first.id
+
+
+@pytest.mark.asyncio
+async def test_it_does_not_wait_for_ever(
+    place: tuple[Oracle, RemoteBackend], lasting: tuple[RemoteBackend, Stream]
+) -> None:
+    oracle, (backend, stream) = place[0], lasting
+    oracle.full = Overloaded("10,000 clients", 15.0)
+    backend._full_since = -1e6
+    async with asyncio.timeout(10):
+        with pytest.raises(Overloaded, match="10,000 clients"):
+            await stream.final()

@@ -10,6 +10,7 @@ import os
 import shutil
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _PREFIX = "treadle-"
@@ -20,13 +21,31 @@ def make(base: Path) -> tuple[Path, int]:
     """A directory in `base` that is in use until the descriptor is closed. Raises OSError."""
     while True:
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))
-        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:  # somebody clears up, and took it for left behind in this moment
-            os.close(lock)
-        else:
+            lock = _claim(path / _LOCK)
+        except OSError:
+            with suppress(OSError):  # not by rmtree, which needs a descriptor: there may be none
+                (path / _LOCK).unlink(missing_ok=True)
+                path.rmdir()
+            raise
+        if lock is not None:
             return path, lock
+
+
+def _claim(path: Path) -> int | None:
+    """Makes the lock and holds it. None: somebody clears up, and took the directory for left behind in this moment."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), path.lstat()):  # else it is removed, and we hold what nobody finds
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(lock)
+        raise
+    os.close(lock)
+    return None
 
 
 def clear(base: Path) -> None:

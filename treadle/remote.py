@@ -101,6 +101,7 @@ class RemoteBackend:
         self._channel: Channel | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._incarnation = ""
+        self._full_since: float | None = None
         self._last_heard = self._ping_due = 0.0
         self._pinger: asyncio.TimerHandle | None = None
         self._doubt: asyncio.Task[None] | None = None
@@ -225,6 +226,7 @@ class RemoteBackend:
             self._count(message.number)
             self._streams.receive(message)
         elif isinstance(message, Pong):
+            self._full_since = None
             self._met(message.incarnation)
             self._compare(message.nonce - message.received)
         elif isinstance(message, Refused):
@@ -242,10 +244,25 @@ class RemoteBackend:
             self._refuse(message)
         else:
             error = from_wire(message.code, f"{self._endpoint}: {message.message}", message.retry_after)
-            if not isinstance(error, Overloaded):  # that one has no room for one client more
-                error = ProtocolError(f"{self._endpoint} could not read a message: {message.message}")
+            if isinstance(error, Overloaded):
+                self._full(error)
+                return
+            error = ProtocolError(f"{self._endpoint} could not read a message: {message.message}")
             self._streams.fail_all(error)
             self._fail_answers(error)  # it may have been any of them
+
+    def _full(self, error: Overloaded) -> None:
+        """The server has no room for one client more, which we are to it: it has dropped us, or is another.
+
+        Streams that resume wait. Each ping asks again, and the first that is answered says that nothing of ours is
+        there, as after a restart.
+        """
+        now = self._loop.time()
+        if self._full_since is None:
+            self._full_since = now
+        if now - self._full_since >= self._resume_timeout:
+            self._streams.fail_all(error)
+        self._fail_answers(error)
 
     def _met(self, incarnation: str) -> None:
         if self._incarnation and incarnation != self._incarnation:
