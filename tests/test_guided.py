@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -393,6 +393,53 @@ async def test_grammars_that_do_not_end_hold_up_nobody_until_there_are_too_many(
     await good("2")
     assert len(compiled) == 6
     made.close()
+
+
+@pytest.mark.asyncio
+async def test_who_waited_for_the_grammars_of_others_is_told_so() -> None:
+    """Its turn comes when another has had its time, and its own wait ends before it has had its own."""
+    gate = _Gate()
+
+    class Slow(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            return gate.wait()
+
+    made = guide.Guide(lambda: Slow(10), 30.0)
+    await made._load()
+    async with asyncio.timeout(10):
+        others = [asyncio.create_task(made.compile(Guided(choice=[name]))) for name in "12"]
+        await _until(lambda: len(made._compilers._working) == 2)
+        made._seconds = 0.1
+        waited = asyncio.create_task(made.compile(Guided(choice=["3"])))
+        await _until(lambda: len(made._compilers._waiting) == 1)
+        made._compilers._overdue(next(iter(made._compilers._working)))
+        assert not made._compilers._waiting, "it has begun"
+        with pytest.raises(Overloaded, match="others were being compiled"):
+            await waited
+        gate.set()
+        await asyncio.gather(*others, return_exceptions=True)
+    made.close()
+
+
+@pytest.mark.asyncio
+async def test_where_the_system_gives_no_thread_the_next_grammar_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made = guide.Guide(lambda: TrieMatching(10), 30.0)
+    await made._load()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        wanted = (made.compile(Guided(choice=[name])) for name in "123")
+        refused = await asyncio.gather(*wanted, return_exceptions=True)
+    assert [type(error) for error in refused] == [Overloaded] * 3 and "can't start new thread" in str(refused[0])
+    assert await made.compile(Guided(choice=["1"])) is not None
+    made.close()
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0)
 
 
 def test_a_program_does_not_wait_for_a_grammar_when_it_ends() -> None:

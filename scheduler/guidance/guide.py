@@ -64,7 +64,7 @@ class Guide:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.shield(job.future)
         except TimeoutError:
-            if job.begun:
+            if job.late:  # its own timer was set first
                 raise self._too_long() from None
             raise Overloaded(f"guided: others were being compiled for {self._seconds:g} s", _RETRY_SECONDS) from None
 
