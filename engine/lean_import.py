@@ -28,7 +28,7 @@ class _Later(ModuleType):
             raise AttributeError(name)
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
-        return vars(importlib.import_module(self.__name__))[name]
+        return getattr(importlib.import_module(self.__name__), name)
 
 
 @contextmanager

@@ -235,7 +235,7 @@ class Service:
         if taken := self._keeping.take_up(core, self._loop.time()):
             logger.warning("%d requests of the journal go on", len(taken))
             self._orphan_timer = self._loop.call_later(_ORPHAN_SECONDS, self._keeping.drop_orphans)
-        await self._guided.take_up(taken)
+        await self._guided.take_up(taken, _ORPHAN_SECONDS / 2)  # the other half is for those who come back
 
     async def drain(self, grace: float) -> bool:
         """Takes nothing new and waits until everything has ended, at most `grace` seconds; whether it has.

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.scheduler.guidance.matching import Advance
 from treadle.scheduler.guidance.multiples import check_grammar_multiples, check_multiples
 from treadle.scheduler.guidance.spelling import plain_decoder
+from treadle.scheduler.request import Request
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
 from treadle.transport.masks import words_for
@@ -395,6 +396,53 @@ async def test_grammars_that_do_not_end_hold_up_nobody_until_there_are_too_many(
     made.close()
 
 
+@pytest.mark.asyncio
+async def test_who_waited_for_the_grammars_of_others_is_told_so() -> None:
+    """Its turn comes when another has had its time, and its own wait ends before it has had its own."""
+    gate = _Gate()
+
+    class Slow(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            return gate.wait()
+
+    made = guide.Guide(lambda: Slow(10), 30.0)
+    await made._load()
+    async with asyncio.timeout(10):
+        others = [asyncio.create_task(made.compile(Guided(choice=[name]))) for name in "12"]
+        await _until(lambda: len(made._compilers._working) == 2)
+        made._seconds = 0.1
+        waited = asyncio.create_task(made.compile(Guided(choice=["3"])))
+        await _until(lambda: len(made._compilers._waiting) == 1)
+        made._compilers._overdue(next(iter(made._compilers._working)))
+        assert not made._compilers._waiting, "it has begun"
+        with pytest.raises(Overloaded, match="others were being compiled"):
+            await waited
+        gate.set()
+        await asyncio.gather(*others, return_exceptions=True)
+    made.close()
+
+
+@pytest.mark.asyncio
+async def test_where_the_system_gives_no_thread_the_next_grammar_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made = guide.Guide(lambda: TrieMatching(10), 30.0)
+    await made._load()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        wanted = (made.compile(Guided(choice=[name])) for name in "123")
+        refused = await asyncio.gather(*wanted, return_exceptions=True)
+    assert [type(error) for error in refused] == [Overloaded] * 3 and "can't start new thread" in str(refused[0])
+    assert await made.compile(Guided(choice=["1"])) is not None
+    made.close()
+
+
+async def _until(holds: Callable[[], bool]) -> None:
+    while not holds():
+        await asyncio.sleep(0)
+
+
 def test_a_program_does_not_wait_for_a_grammar_when_it_ends() -> None:
     program = """
 import asyncio, threading
@@ -446,6 +494,17 @@ def test_divisors_whose_automaton_would_take_all_memory_are_refused(schema: str,
     check_grammar_multiples("start: %json")
 
 
+def test_a_schema_in_a_grammar_is_seen_whatever_stands_before_it() -> None:
+    hidden = r"""start: /%json \{"k":"/ | %json {"}":1,"x-guidance":{"lenient":true},"multipleOf":9999991}"""
+    for grammar in (hidden, 'start: "%json {" %json\n{"multipleOf": 9999991}'):
+        with pytest.raises(InvalidParameter, match="multipleOf"):
+            check_grammar_multiples(grammar)
+    many = "start: a" + "\na: %json {}" * 256
+    check_grammar_multiples(many)
+    with pytest.raises(InvalidParameter, match=r"more than 256 schemas"):
+        check_grammar_multiples(many + "%json {}")
+
+
 @pytest.mark.asyncio
 async def test_grammars_of_a_journal_are_compiled_side_by_side() -> None:
     """As many as there are threads: a compilation that waits for another one comes to its end."""
@@ -459,11 +518,44 @@ async def test_grammars_of_a_journal_are_compiled_side_by_side() -> None:
             return super().compile(guided)
 
     failed: list[str] = []
+    desk = _desk(Together(10), failed)
+    requests = _of_a_journal([*(SamplingParams(guided=Guided(choice=[str(i)])) for i in range(6)), SamplingParams()])
+    await desk.take_up(requests, 0.0)
+    assert failed == ["3 0 guided: no grammar"]
+    assert desk._guide is not None and len(desk._guide._rows) == 5
+    desk.close()
 
+
+@pytest.mark.asyncio
+async def test_a_journals_requests_come_again_where_all_threads_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a grammar that several of them have is compiled once; of those that have ended nothing is left."""
+    compiled: list[str] = []
+
+    class Counting(TrieMatching):
+        def compile(self, guided: Guided) -> Any:
+            compiled.append(guided.source[1])
+            return super().compile(guided)
+
+    monkeypatch.setattr(guide, "_MAX_COMPILING", 1)
+    monkeypatch.setattr(guide, "_RETRY_SECONDS", 0.0)
+    for patience, refused in ((30.0, 0), (0.0, 1)):
+        compiled.clear()
+        failed: list[str] = []
+        desk = _desk(Counting(10), failed)
+        requests = _of_a_journal(SamplingParams(n=2, guided=Guided(choice=[choice])) for choice in "12111")
+        requests[-1].sequences[1].finish = "stop"
+        await desk.take_up(requests, patience)
+        assert len(failed) == 2 * refused and all("are being compiled" in why for why in failed)
+        assert sorted(compiled) == ['["1"]', '["2"]'][: 2 - refused]
+        assert desk._guide is not None and len(desk._guide._rows) == 2 * (5 - refused) - 1
+        desk.close()
+
+
+def _desk(matching: TrieMatching, failed: list[str]) -> GuidedRequests:
     def nothing(*_: object) -> None: ...
 
-    desk = GuidedRequests(
-        lambda: Together(10),
+    return GuidedRequests(
+        lambda: matching,
         30.0,
         10,
         enter=nothing,
@@ -474,13 +566,8 @@ async def test_grammars_of_a_journal_are_compiled_side_by_side() -> None:
         idle=nothing,
         refused=nothing,
     )
+
+
+def _of_a_journal(wanted: Iterable[SamplingParams]) -> list[Request]:
     core = Core(CoreConfig(num_blocks=20, vocab_size=10, max_model_len=64), lambda: 0)
-    wanted = [SamplingParams(guided=Guided(choice=[str(i)])) for i in range(6)]
-    requests = [
-        core.add(Submit(id=str(i), tokens=pack([1]), params=one), 0.0)
-        for i, one in enumerate([*wanted, SamplingParams()])
-    ]
-    await desk.take_up(requests)
-    assert failed == ["3 0 guided: no grammar"]
-    assert desk._guide is not None and len(desk._guide._rows) == 5
-    desk.close()
+    return [core.add(Submit(id=str(i), tokens=pack([1]), params=one), 0.0) for i, one in enumerate(wanted)]

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treadle.errors import EngineFailed, Overloaded, ServerLost
-from treadle.http import HttpServer
-from treadle.http.tool_formats import HERMES, LLAMA, MISTRAL, Call, ToolFormat, detect_format
-from treadle.http.tool_stream import ToolStream
+from treadle.http import HttpServer, tool_stream
+from treadle.http.tool_formats import HERMES, LLAMA, MISTRAL, Call, ToolFormat, detect_format, ends_in_string
+from treadle.http.tool_stream import Found, ToolStream
 
 from .httpkit import Scripted, async_client
 from .toolkit import TEMPLATE, TOOLS, Templated, is_valid, what_a_free_choice_gives
@@ -33,6 +33,9 @@ WEATHER: dict[str, Any] = {
 ASK: Any = {"model": "scripted", "messages": [{"role": "user", "content": "Weather in Rome?"}], "tools": [WEATHER]}
 ROME = Call("weather", '{"town": "Rome"}')
 HERMES_ROME = '<tool_call>\n{"name": "weather", "arguments": {"town": "Rome"}}\n</tool_call>'
+
+
+BROKEN = '<tool_call>{"name": "a</tool_call>'
 
 
 def taken(format: ToolFormat, pieces: list[str], forced: str = "") -> tuple[str, list[Call]]:
@@ -52,7 +55,9 @@ CASES = [
     (HERMES, '<tool_call>{"name": "a"', '<tool_call>{"name": "a"', []),
     (HERMES, '<tool_call>{"name": "a", "arguments": {}}', "", [Call("a", "{}")]),
     (HERMES, '<tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}</tool_call>.', ".", [MARKED]),
-    (HERMES, f'<tool_call>{{"name": "a</tool_call>\n{HERMES_ROME}', '<tool_call>{"name": "a</tool_call>', [ROME]),
+    (HERMES, '<tool_call>{"name": "a", "arguments": {"x": "</tool_call>"}}', "", [MARKED]),
+    (HERMES, f"{BROKEN}\n{HERMES_ROME}", BROKEN, [ROME]),
+    (HERMES, f"{BROKEN} and on", f"{BROKEN} and on", []),
     (HERMES, "  plain ", "  plain ", []),
     (HERMES, "a <tool_call>b</tool_call> ", "a <tool_call>b</tool_call> ", []),
     (HERMES, f"{HERMES_ROME}\n Done. ", "\n Done.", [ROME]),
@@ -85,6 +90,29 @@ def test_text_that_is_no_call_comes_through_whole(text: str, size: int, format: 
     pieces = [text[i : i + size] for i in range(0, len(text), size)]
     plain, calls = taken(format, pieces)
     assert plain == text or calls
+
+
+def test_each_closing_mark_in_a_string_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[int] = []
+
+    def judge(text: str) -> bool:
+        judged.append(len(text))
+        return ends_in_string(text)
+
+    monkeypatch.setattr(tool_stream, "ends_in_string", judge)
+    marks = "</tool_call>" * 99
+    text = f'<tool_call>{{"name": "a", "arguments": {{"x": "{marks}{"and on " * 99}"}}}}</tool_call>.'
+    assert taken(HERMES, list(text)) == (".", [Call("a", f'{{"x": "{marks}{"and on " * 99}"}}')])
+    assert len(judged) == 100 and judged == sorted(judged)
+
+
+@pytest.mark.parametrize("size", [1, 1_000, 100_000])
+def test_text_after_a_broken_call_is_not_held_for_ever(size: int) -> None:
+    stream = ToolStream(HERMES)
+    text = BROKEN + "x" * 16_384
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    assert "".join(stream.push(piece).text for piece in pieces) == text
+    assert stream.push(f"{HERMES_ROME} on") == Found(" on", [ROME])
 
 
 @pytest.mark.parametrize("format", [HERMES, MISTRAL, LLAMA])

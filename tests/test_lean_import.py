@@ -5,8 +5,11 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+from pathlib import Path
 
-from treadle.engine.lean_import import lean_torch
+import pytest
+
+from treadle.engine.lean_import import _Later, lean_torch
 
 PROGRAM = """
 import gc, sys
@@ -38,3 +41,15 @@ def test_nothing_is_put_off_that_is_there() -> None:
         assert sys.modules == before
     finally:
         gc.unfreeze()
+
+
+def test_what_is_put_off_answers_as_the_module_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names that a module makes on demand, and those that it has not."""
+    (tmp_path / "made_later.py").write_text(
+        "def __getattr__(name):\n    if name == 'there':\n        return 5\n    raise AttributeError(name)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    later = _Later("made_later")
+    monkeypatch.setitem(sys.modules, "made_later", later)
+    assert later.there == 5
+    assert not hasattr(later, "missing")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 
@@ -152,8 +154,14 @@ def test_the_simulated_replica_does_what_plans_say(seed: int) -> None:
 def test_events_at_one_time_have_an_order() -> None:
     """At 1 the first request ends, so the second leaves the queue, in which then is room for the third."""
     workload = work((0.0, 4, 1), (0.5, 4, 1), (1.0, 4, 1))
-    first, _, result = run(workload, max_num_seqs=1, max_waiting_requests=1, pipeline_depth=1)
+    narrow = partial(run, max_num_seqs=1, max_waiting_requests=1, pipeline_depth=1)
+    first, _, result = narrow(workload)
     assert (first, result.ends) == ([1.0, 2.0, 3.0], {"length": 3})
+    # A token that comes at the deadline comes too late, and whoever waits until then makes room for an arrival.
+    first, finish, result = narrow(work((0.0, 4, 2), (0.0, 4, 1), timeout=[2.0, 0]))
+    assert (first, finish, result.ends) == ([1.0, 3.0], [-1.0, 3.0], {"deadline": 1, "length": 1})
+    first, _, result = narrow(work((0.0, 4, 3), (0.5, 4, 1), (1.5, 4, 1), timeout=[0, 1.0, 0]))
+    assert (first, result.ends) == ([1.0, -1.0, 4.0], {"length": 2, "deadline": 1})
 
 
 def test_histogram_is_exact_to_two_percent() -> None:

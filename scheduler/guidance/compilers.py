@@ -27,11 +27,10 @@ _RETRY_SECONDS = 10.0
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """begun: a thread works on it. late: it has had its time, and its thread still works."""
+    """late: it has had its time, and its thread still works."""
 
     work: Callable[[], Grammar]
     future: asyncio.Future[Grammar]
-    begun: bool = False
     late: bool = False
 
 
@@ -74,11 +73,16 @@ class Compilers:
             self._left.add(job)
             logger.warning("a grammar is not compiled after %g s; %d such go on", self._seconds, len(self._left))
         while self._waiting and len(self._working) < self._at_once and not self._closed:
-            job = self._waiting.popleft()
-            job.begun = True
-            self._working.add(job)
-            self._loop.call_later(self._seconds, self._overdue, job)
+            self._start(self._waiting.popleft())
+
+    def _start(self, job: Job) -> None:
+        try:
             threading.Thread(target=self._run, args=[job], name="treadle-grammar", daemon=True).start()
+        except RuntimeError as error:  # the system gives no more threads
+            job.future.set_exception(Overloaded(f"guided: no thread to compile a grammar: {error}", _RETRY_SECONDS))
+            return
+        self._working.add(job)
+        self._loop.call_later(self._seconds, self._overdue, job)
 
     def _overdue(self, job: Job) -> None:
         if job in self._working:

@@ -105,27 +105,41 @@ class GuidedRequests:
             sink.refuse(refusal(message.id, error))
             self._idle()
 
-    async def take_up(self, requests: Iterable[Request]) -> None:
+    async def take_up(self, requests: Iterable[Request], patience: float) -> None:
         """Those that were accepted by the service before this one: no step runs before their grammars are there.
 
-        As many at once as are compiled at once, so that none is refused because it waits for the others.
+        As many at once as are compiled at once, so that none is refused because it waits for the others. patience:
+        seconds in which they come again where all is taken even so; after that they fail.
         """
+        until = asyncio.get_running_loop().time() + patience
         rest = iter([(request, guided) for request in requests if (guided := request.params.guided) is not None])
 
         async def work() -> None:
             for request, guided in rest:
-                await self._take_up(request, guided)
+                await self._take_up(request, guided, until)
 
         await asyncio.gather(*(work() for _ in range(AT_ONCE)))
 
-    async def _take_up(self, request: Request, guided: Guided) -> None:
+    async def _take_up(self, request: Request, guided: Guided, until: float) -> None:
         try:
-            grammar = await self._own_guide().compile(guided)
+            grammar = await self._compile_by(until, guided)
         except TreadleError as error:
             for index in range(request.params.n):
                 self._fail(request.id, index, f"guided: {error}")
         else:
             self.begin(request, grammar)
+
+    async def _compile_by(self, until: float, guided: Guided) -> Grammar:
+        """Raises what `Guide.compile` does; Overloaded only when the time is over."""
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return await self._own_guide().compile(guided)
+            except Overloaded as error:
+                left = until - loop.time()
+                if left <= 0:
+                    raise
+                await asyncio.sleep(min(error.retry_after, left))
 
     def abort(self, message: Abort, sink: Sink) -> bool:
         """Whether the request was waiting for its grammar; then this is all that there is to do."""

@@ -56,7 +56,11 @@ class Guide:
         return self._cache.get(guided.source)
 
     async def compile(self, guided: Guided) -> Grammar:
-        """Raises InvalidRequest and its kinds, and Overloaded when too many are being compiled."""
+        """One that was compiled before is there at once. Raises InvalidRequest and its kinds, and Overloaded when too
+        many are being compiled."""
+        cached = self.cached(guided)
+        if cached is not None:
+            return cached
         job = self._compile(guided, await self._load())
         if job.late:
             raise self._too_long()
@@ -64,7 +68,7 @@ class Guide:
             async with asyncio.timeout(self._seconds):
                 return await asyncio.shield(job.future)
         except TimeoutError:
-            if job.begun:
+            if job.late:  # its own timer was set first
                 raise self._too_long() from None
             raise Overloaded(f"guided: others were being compiled for {self._seconds:g} s", _RETRY_SECONDS) from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import TypeAlias
@@ -16,16 +17,38 @@ from typing import TypeAlias
 from treadle.errors import InvalidParameter
 
 _MOST = 200_000
-_KEYWORD = "%json"
+_MOST_SCHEMAS = 256
+_SCHEMA = re.compile(r"%json\s*(?={)")
+_DECODER = json.JSONDecoder(parse_float=Decimal)
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | Decimal | bool | None"
 
 
 def check_multiples(schema: str) -> None:
     """Raises InvalidParameter for a JSON schema whose `multipleOf` is too costly. What is not JSON passes."""
     try:
-        root: Json = json.loads(schema, parse_float=Decimal)
+        root: Json = _DECODER.decode(schema)
     except (ValueError, RecursionError):
         return
+    _check(root)
+
+
+def check_grammar_multiples(grammar: str) -> None:
+    """The same for each schema (`%json {…}`) in a Lark grammar. Raises InvalidParameter for too many of them, too.
+
+    What looks like a schema may begin in a text, an expression or a comment, and then hold the beginning of a true one.
+    So each is read from its own beginning, wherever another one ends, and that is why their number is limited.
+    """
+    for number, found in enumerate(_SCHEMA.finditer(grammar)):
+        if number == _MOST_SCHEMAS:
+            raise InvalidParameter(f"guided.grammar: more than {_MOST_SCHEMAS} schemas (%json)")
+        try:
+            root, _ = _DECODER.raw_decode(grammar, found.end())
+        except (ValueError, RecursionError):
+            continue
+        _check(root)
+
+
+def _check(root: Json) -> None:
     together = 1
     for divisor in _divisors(root):
         together = math.lcm(together, divisor)
@@ -34,21 +57,6 @@ def check_multiples(schema: str) -> None:
                 f"guided: multipleOf whose least common multiple is above {_MOST}, the decimal point and trailing "
                 "zeros not counted"
             )
-
-
-def check_grammar_multiples(grammar: str) -> None:
-    """The same for each schema (`%json {…}`) in a Lark grammar."""
-    at = grammar.find(_KEYWORD)
-    while at >= 0:
-        begin = grammar.find("{", at)
-        if begin < 0:
-            return
-        try:
-            _, end = json.JSONDecoder().raw_decode(grammar, begin)
-        except (ValueError, RecursionError):
-            end = begin
-        check_multiples(grammar[begin:end])
-        at = grammar.find(_KEYWORD, max(end, at + len(_KEYWORD)))
 
 
 def _divisors(root: Json) -> Iterator[int]:

@@ -71,7 +71,8 @@ class GuidedRows:
 
     def begin(self, request: Request, grammar: Grammar) -> None:
         for sequence in request.sequences:
-            self._places[sequence] = _Place(grammar)
+            if not sequence.finish:  # of a journal's request some may have ended, or all while its grammar was compiled
+                self._places[sequence] = _Place(grammar)
 
     def forget(self, sequence: Sequence) -> None:
         """The sequence has ended. One that was never guided is no error."""

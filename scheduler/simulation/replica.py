@@ -108,8 +108,9 @@ class Replica:
         self._timeline = Timeline()
 
     def run(self) -> ReplicaResult:
-        """What happens at one instant happens in this order: a result makes room before an arrival asks for it, and
-        whoever has ended by then misses no deadline."""
+        """What happens at one instant happens in this order: deadlines, a result, an arrival. So a token that comes at
+        its deadline comes too late, as in a service (`Core.apply` ends the overdue first), and whoever arrives finds
+        the room that the others left."""
         now = 0.0
         timeline = self._timeline
         while True:
@@ -125,11 +126,11 @@ class Replica:
                 timeline.add(now, self._moment())
             if result == now:
                 self._apply(now)
-            elif arrival == now:
-                self._arrive(now)
-            else:
+            elif due == now:
                 self._end(self.core.expire(now), now)
                 self._pump(now)
+            else:
+                self._arrive(now)
 
     # ── what happens ──
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from .tool_formats import Call, ToolFormat, cut_short, ends_in_string, read_calls
 
+_LONGEST_STRING = 16_384
+"""Characters after a closing mark that stands in a string, in which the call has to end; or it was no string."""
+
 
 @dataclass(slots=True)
 class Found:
@@ -32,6 +35,8 @@ class ToolStream:
         self._inside = False
         self._blank = True  # nothing has been written
         self._ended = False
+        self._first = -1  # the first closing mark that stood in a string
+        self._judged = 0  # up to here no other closing mark begins
         self.called = 0
 
     def push(self, delta: str) -> Found:
@@ -64,18 +69,39 @@ class ToolStream:
         closes = self._format.closes
         self._close(inside, closes, found)
         self._held, self._inside = self._held[len(inside) + len(closes) :], False
+        self._first, self._judged = -1, 0
         return True
 
     def _up_to_the_end(self) -> str | None:
-        """What stands before the mark that ends a call, None while there is none. A mark within a string of the
-        arguments ends nothing, unless nothing comes after it."""
+        """What stands before the mark that ends a call, None while there is none.
+
+        A mark within a string of the arguments ends nothing, if the call ends at a later one or with the text.
+        """
+        place, known = self._first_outside_strings(), self._first >= 0
+        if place >= 0:
+            whole = not known or read_calls(self._held[:place]) is not None
+            return self._held[: place if whole else self._first]
+        if known and (len(self._held) >= self._bound() or (self._ended and read_calls(self._held) is None)):
+            return self._held[: self._first]  # it was no string after all
+        return None
+
+    def _first_outside_strings(self) -> int:
+        """Where the closing mark is that stands in no string, -1 for none; each is judged once."""
         closes = self._format.closes
-        first = place = self._held.find(closes) if closes else -1
-        while place >= 0 and not self._ended and ends_in_string(self._held[:place]):
-            place = self._held.find(closes, place + len(closes))
-        if place > first and read_calls(self._held[:place]) is None:
-            place = first  # it was no string after all
-        return self._held[:place] if place >= 0 else None
+        if not closes:
+            return -1
+        while (place := self._held.find(closes, self._judged, self._bound())) >= 0:
+            if not ends_in_string(self._held[:place]):
+                return place
+            if self._first < 0:
+                self._first = place
+            self._judged = place + len(closes)
+        self._judged = max(self._judged, len(self._held) - len(closes) + 1)
+        return -1
+
+    def _bound(self) -> int:
+        """How far a call is looked for, the same however the text is cut."""
+        return len(self._held) if self._first < 0 else self._first + _LONGEST_STRING
 
     def _outside(self, found: Found) -> bool:
         before, mark, after = self._held.partition(self._format.opens)
