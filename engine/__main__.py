@@ -18,7 +18,6 @@ import zmq
 
 from treadle.engine import lifeline
 from treadle.engine.early import Start, begin, wants_gpu
-from treadle.engine.lean_import import lean_torch
 from treadle.engine.native import load_native
 from treadle.engine.phases import Phases, process_age
 from treadle.transport.codec import rank_codec
@@ -54,8 +53,7 @@ def main() -> int:
     native = not options.no_native and not on_gpu
     if native:
         compiling.start()
-    with lean_torch(put_off=not on_gpu):
-        from treadle.engine.worker import serve
+    from treadle.engine.worker import serve
 
     phases.end("imports")
     if native:
