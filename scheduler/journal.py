@@ -201,7 +201,8 @@ class Journal:
 
     def _exchange(self, anew: Anew) -> None:
         """What is copied here is in the new file, and not yet synced, as it may have been in the old one: it came while
-        the round before it was copied and synced, and is synced with what comes next."""
+        the round before it was copied and synced, and is synced with what comes next.
+        """
         try:
             if self._failed:
                 raise Stopped

@@ -70,7 +70,7 @@ def test_where_it_cannot_be_locked_nothing_is_left(tmp_path: Path, monkeypatch: 
     open_before = descriptors()
     with monkeypatch.context() as patched:
         if at == "open":
-            patched.setattr(leftovers.os, "open", fail)
+            patched.setattr(os, "open", fail)
         else:
             patched.setattr(fcntl, "flock", fail)
         with pytest.raises(OSError, match="Too many open files"):

@@ -19,7 +19,7 @@ from treadle.scheduler.deadline import StepDeadline
 from treadle.scheduler.lifecycle import GaveUp, GroupLost, GroupReady, backoff
 
 from .conftest import alive, eventually
-from .faultkit import PROMPTS, faulty, params, undisturbed
+from .faultkit import PROMPTS, Faulty, faulty, params, undisturbed
 
 DEEDS = [
     ("raise", "raised", "RuntimeError: something broke"),
@@ -285,3 +285,17 @@ def test_a_deadline_is_learned_per_size_and_again_for_another_group() -> None:
 def test_backoff_grows_and_stays() -> None:
     delays = [backoff(attempt) for attempt in range(10)]
     assert delays[0] == 0.0 and delays == sorted(delays) and delays[-1] == delays[-2]
+
+
+@pytest.mark.asyncio
+async def test_a_service_that_is_closed_while_its_ranks_load_says_so(tmp_path: Path) -> None:
+    """Whoever waits for its start was not cancelled, and is not told so."""
+    f = Faulty(tmp_path, [], 0.0, {})
+    starting = asyncio.create_task(f.service.start())
+    await asyncio.sleep(0)  # the ranks are processes now, and not more
+    ranks = [psutil.Process(pid) for pid in f.service.spare_pids]
+    assert len(ranks) == 2
+    await f.service.close()
+    with pytest.raises(ServiceClosed, match="while it started"):
+        await starting
+    assert f.service.health().state == "closed" and not any(rank.is_running() for rank in ranks)
