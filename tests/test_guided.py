@@ -551,6 +551,20 @@ async def test_a_journals_requests_come_again_where_all_threads_are_taken(monkey
         desk.close()
 
 
+@pytest.mark.asyncio
+async def test_a_service_that_is_closed_fails_nobody_of_its_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guide, "_MAX_COMPILING", 0)
+    failed: list[str] = []
+    desk = _desk(TrieMatching(10), failed)
+    requests = _of_a_journal([SamplingParams(guided=Guided(choice=["1"]))])
+    taking_up = asyncio.create_task(desk.take_up(requests, 30.0))
+    await _until(lambda: desk._guide is not None and desk._guide._ready is not None)
+    desk.close()
+    with pytest.raises(asyncio.CancelledError):
+        await taking_up
+    assert not failed
+
+
 def _desk(matching: TrieMatching, failed: list[str]) -> GuidedRequests:
     def nothing(*_: object) -> None: ...
 

@@ -58,6 +58,7 @@ class GuidedRequests:
         self._refused = refused
         self._guide: Guide | None = None
         self._compiling: dict[tuple[Sink, str], asyncio.Task[None]] = {}
+        self._taking_up: asyncio.Future[list[None]] | None = None
         self._closed = False
 
     def close(self) -> None:
@@ -65,6 +66,8 @@ class GuidedRequests:
         self._closed = True
         for task in self._compiling.values():
             task.cancel()
+        if self._taking_up is not None:
+            self._taking_up.cancel()
         if self._guide is not None:
             self._guide.close()
 
@@ -109,7 +112,8 @@ class GuidedRequests:
         """Those that were accepted by the service before this one: no step runs before their grammars are there.
 
         As many at once as are compiled at once, so that none is refused because it waits for the others. patience:
-        seconds in which they come again where all is taken even so; after that they fail.
+        seconds in which they come again where all is taken even so; after that they fail. It ends with CancelledError,
+        and nobody fails, when this is closed.
         """
         until = asyncio.get_running_loop().time() + patience
         rest = iter([(request, guided) for request in requests if (guided := request.params.guided) is not None])
@@ -118,7 +122,8 @@ class GuidedRequests:
             for request, guided in rest:
                 await self._take_up(request, guided, until)
 
-        await asyncio.gather(*(work() for _ in range(AT_ONCE)))
+        self._taking_up = asyncio.gather(*(work() for _ in range(AT_ONCE)))
+        await self._taking_up
 
     async def _take_up(self, request: Request, guided: Guided, until: float) -> None:
         try:
