@@ -22,53 +22,20 @@ import asyncio
 import json
 import os
 import platform
-import random
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from guided_waves import PROMPT_TOKENS, SCHEMAS, prompts
+
 from treadle import LLM, Guided, SamplingParams
 from treadle.scheduler.guidance.guide import Guide
 from treadle.scheduler.guidance.pending import MasksDue
 from treadle.scheduler.guidance.rows import MadeMasks
 
-PROMPT_TOKENS = 64
 KINDS = ("free", "guided", "half")
-
-
-def strings(number: int) -> dict[str, Any]:
-    """Objects of bounded strings, which cost llguidance most: no two places in them are the same to it."""
-    item = {
-        f"name_{number}": {"type": "string", "maxLength": 40},
-        "age": {"type": "integer", "minimum": 0, "maximum": 120},
-        "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 4},
-        "kind": {"enum": ["person", "company", f"other_{number}"]},
-    }
-    return _endless(item)
-
-
-def fields(number: int) -> dict[str, Any]:
-    """Objects of numbers, dates, choices and flags."""
-    item = {
-        "id": {"type": "integer", "minimum": 0, "maximum": 10_000_000},
-        "created": {"type": "string", "format": "date"},
-        "state": {"enum": ["open", "in progress", "closed", "rejected", f"other_{number}"]},
-        "price": {"type": "number", "minimum": 0, "maximum": 1000},
-        "paid": {"type": "boolean"},
-        "tags": {"type": "array", "items": {"enum": [f"tag {i} of {number}" for i in range(20)]}, "maxItems": 4},
-    }
-    return _endless(item)
-
-
-def _endless(item: dict[str, Any]) -> dict[str, Any]:
-    """An array of objects that nobody finishes."""
-    items = {"type": "object", "properties": item, "required": list(item), "additionalProperties": False}
-    return {"type": "array", "items": items, "minItems": 10_000, "x-guidance": {"whitespace_flexible": False}}
-
-
-SCHEMAS = {"strings": strings, "fields": fields}
 
 
 def _size(made: MadeMasks) -> int:
@@ -113,11 +80,10 @@ class MaskTimes:
 
 async def wave(llm: LLM, kind: str, rows: int, seed: int, options: argparse.Namespace) -> float:
     """Output tokens per second."""
-    source = random.Random(seed)
-    prompts = [[source.randrange(1000, options.largest_id) for _ in range(PROMPT_TOKENS)] for _ in range(rows)]
+    tokens = prompts(seed, rows, options.largest_id)
     began = time.perf_counter()
     streams = []
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(tokens):
         guided = None
         if kind == "guided" or (kind == "half" and row % 2):
             guided = Guided(json=SCHEMAS[options.schema](row % options.schemas))
@@ -127,10 +93,10 @@ async def wave(llm: LLM, kind: str, rows: int, seed: int, options: argparse.Name
         streams.append(llm.generate(prompt, params))
     outputs = await asyncio.gather(*(stream.final() for stream in streams))
     seconds = time.perf_counter() - began
-    tokens = sum(len(output.token_ids) for output in outputs)
-    if tokens != rows * options.new_tokens:
-        raise SystemExit(f"{tokens} tokens instead of {rows * options.new_tokens}: not a comparison")
-    return tokens / seconds
+    count = sum(len(output.token_ids) for output in outputs)
+    if count != rows * options.new_tokens:
+        raise SystemExit(f"{count} tokens instead of {rows * options.new_tokens}: not a comparison")
+    return count / seconds
 
 
 async def measure(options: argparse.Namespace) -> dict[str, Any]:
