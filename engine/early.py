@@ -33,7 +33,9 @@ class Compiler:
     """A process that fills Triton's cache with the kernels of this rank, beside whatever the rank does."""
 
     def __init__(self, frame: bytes) -> None:
-        self._process = subprocess.Popen([sys.executable, "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", _MODULE], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         if self._process.stdin is not None:
             self._process.stdin.write(frame)
             self._process.stdin.close()

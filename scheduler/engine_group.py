@@ -46,7 +46,7 @@ from .watchdog import process_state
 
 logger = logging.getLogger("treadle")
 loading = logging.getLogger(LOGGER)
-ENGINE_COMMAND = (sys.executable, "-m", "treadle.engine")
+ENGINE_COMMAND = (sys.executable, "-P", "-m", "treadle.engine")
 _LOG_TAIL = 2_000
 _LAST_WORDS_SECONDS = 0.05
 _TERM_SECONDS = 0.2

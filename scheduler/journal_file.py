@@ -1,6 +1,7 @@
 """The file of a journal: records of requests, their tokens and their ends, and reading back what is unfinished.
 
-A record is a length, a CRC-32 of the rest, and a msgpack struct.
+It begins with a mark, by which another's file is known and left alone. A record is a length, a CRC-32 of the rest, and
+a msgpack struct.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from treadle.transport.codec import pack, unpack
 from treadle.transport.messages import Submit
 
 logger = logging.getLogger("treadle")
+_MARK = b"treadle journal 1\n"
 _HEAD = struct.Struct("<II")
 _MAX_RECORD = 64 << 20
 _READ_AT_ONCE = 1 << 16
@@ -111,7 +113,10 @@ def _bodies(path: Path, end: int | None) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb", _READ_AT_ONCE) as file:
             size = os.fstat(file.fileno()).st_size if end is None else end
-            at = 0
+            mark = file.read(len(_MARK))
+            if not _MARK.startswith(mark):
+                raise ConfigError(f"journal {path}: it is there and is no journal of this version; name another file")
+            at = len(mark)
             while at + _HEAD.size <= size:
                 length, crc = _HEAD.unpack(file.read(_HEAD.size))
                 body = file.read(length) if length <= min(_MAX_RECORD, size - at - _HEAD.size) else b""
@@ -148,7 +153,7 @@ def write_anew(path: Path, entries: Iterable[tuple[int, Submit]]) -> tuple[int, 
 
     It is on disk then. Where it cannot be written, nothing is left.
     """
-    encoder, buffer, size = Encoder(), bytearray(), 0
+    encoder, buffer, size = Encoder(), bytearray(_MARK), 0
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         for number, submit in entries:

@@ -63,6 +63,8 @@ setup() {
         { grep -iE '^ *error: ' "$log" | grep -v subprocess-exited | tail -n 5; } >&2 || tail -n 15 "$log" >&2
         fail "installing failed: $(why "$log" "$code" "$("$python" --version 2>&1)"). The log is $log; nothing was changed outside .venv, so just run this again"
     fi
+    # The clone's own directory is named treadle, too. Beside it Python would take that for the package, but for this link.
+    ln -sfn "$root/treadle" "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/treadle"
     rm -f .venv/.treadle-*-"${extra:-base}"
     touch "$stamp"
 }

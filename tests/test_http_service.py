@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from treadle import LLM, SamplingParams
 from treadle.errors import ConfigError, EndpointInUse, EngineFailed
 from treadle.http import GatewaySettings, HttpServer
-from treadle.http.child import reachable
+from treadle.http.child import GatewayChild, reachable
 from treadle.http.settings import listen, read_key_file
 from treadle.transport.endpoints import write_keys
 from treadle.transport.messages import ServiceMetrics, Stats
@@ -48,6 +48,25 @@ def gateway(*arguments: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     finally:
         process.kill()
         process.wait()
+
+
+class Broken(GatewayChild):
+    """Ends at once, every time."""
+
+    spawned = 0
+
+    def _spawn(self, lifeline: int, reporting: int) -> subprocess.Popen[bytes]:
+        self.spawned += 1
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(7)"])
+
+
+@pytest.mark.asyncio
+async def test_a_gateway_that_never_comes_up_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treadle.http.child._AGAIN_SECONDS", 0.0)
+    child = Broken("127.0.0.1:0", "ipc:///nobody", None, GatewaySettings())
+    with pytest.raises(ConfigError, match="code 7, 3 times in a row"):
+        await child.run()
+    assert child.spawned == 3
 
 
 def status(url: str) -> int:

@@ -88,6 +88,28 @@ async def test_a_torn_or_spoiled_end_is_left_out(tmp_path: Path) -> None:
         assert outputs(read_journal(path)[number])[0] == list(range(intact))
 
 
+@pytest.mark.parametrize("content", [b"my notes", b"treadle journal 2\n", bytes(100)])
+def test_a_file_of_something_else_is_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "notes"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is no journal of this version"):
+        Journal(path, 0.0)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.asyncio
+async def test_a_journal_that_was_hardly_begun_is_an_empty_one(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    await Journal(path, 0.0).close()
+    whole = path.read_bytes()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        journal = Journal(path, 0.0)
+        assert not journal.unfinished
+        await journal.close()
+        assert path.read_bytes() == whole
+
+
 class SlowReading:
     """A journal that is read takes until `go_on`."""
 

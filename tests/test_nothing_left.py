@@ -106,6 +106,20 @@ def test_a_server_leaves_nothing(tiny: Path, tmp_path: Path, number: signal.Sign
             assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 0)])
+def test_a_server_that_is_ended_while_it_starts(tiny: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+    command = [sys.executable, "-m", "treadle", "serve", str(tiny), "--endpoint", f"ipc://{tmp_path}/run/s.ipc"]
+    (tmp_path / "run").mkdir(mode=0o700)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        eventually(lambda: psutil.Process(process.pid).children(), "an engine process starts")
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert (process.returncode, said) == (code, "")
+
+
 def test_a_stopped_rank_is_no_way_to_stay(tiny: Path, tmp_path: Path) -> None:
     """SIGSTOP makes a process deaf to everything but SIGKILL; closing must still end it."""
     with serving(tmp_path / "server", tiny, "--tensor-parallel-size", "2", "--stop-timeout", "0.5") as server:

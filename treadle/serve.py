@@ -58,7 +58,7 @@ class ServeSettings:
 
 
 def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
-    """Serves until SIGINT, SIGTERM or a Drain. Returns the exit code; raises TreadleError when it cannot start."""
+    """Serves until it is told to end. Returns the exit code; raises TreadleError when it cannot start."""
     path = ipc_path(settings.endpoint)
     if settings.parent is not None:
         lifeline.watch(settings.parent[0], [path.parent] if path is not None else [])
@@ -75,8 +75,11 @@ def run(settings: ServeSettings, announce: Callable[[str], None]) -> int:
 async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> int:
     loop = asyncio.get_running_loop()
     end = _End(settings.drain_timeout if settings.parent is None else 0.0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, end.signal)
+    heeded = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        heeded.append(signal.SIGHUP)
+    for number in heeded:
+        loop.add_signal_handler(number, end.signal, number)
     if settings.allowed is not None and ipc_path(settings.endpoint) is not None:
         raise ConfigError(f"--allow is for tcp: {settings.endpoint} is closed to other users anyway")
     check_server(settings.endpoint, settings.keys)  # a bad endpoint should be said before a model is fetched
@@ -86,7 +89,7 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
         stopping = tasks.start(end.asked.wait())
         locating = tasks.start(asyncio.to_thread(locate, settings.model))
         if await tasks.first(locating, stopping) is stopping:
-            return 0
+            return end.early_code
         return await _serve_model(settings, locating.result(), end, stopping, tasks, announce, http)
     finally:
         await tasks.end()
@@ -99,7 +102,7 @@ async def _serve_model(
     stopping: asyncio.Task[Any],
     tasks: _Tasks,
     announce: Callable[[str], None],
-    http: GatewayChild | None,
+    http: _Gateway | None,
 ) -> int:
     path = ipc_path(settings.endpoint)
     reading = tasks.start(asyncio.to_thread(_tokenizer_info, located.path))
@@ -133,14 +136,18 @@ async def _serve_model(
     try:
         starting = tasks.start(service.start())
         if await tasks.first(starting, stopping) is stopping:
-            return 0
+            return end.early_code
         starting.result()
         await reading
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, service.dump, "SIGUSR1")
         announce(settings.endpoint)
         _report(settings, StartReport())
-        if http is not None and await tasks.first(tasks.start(http.ready.wait()), stopping) is not stopping:
-            announce(http.url)
+        if http is not None:
+            coming = tasks.start(http.child.ready.wait())
+            if (first := await tasks.first(stopping, coming, http.running)) is coming:
+                announce(http.child.url)
+            elif first is http.running:
+                http.running.result()
         return await _serve_until_the_end(service, end, stopping, tasks)
     finally:
         server.close()
@@ -159,19 +166,26 @@ async def _serve_until_the_end(service: Service, end: _End, stopping: asyncio.Ta
     return 1 if failed.done() else 0
 
 
-def _start_gateway(settings: ServeSettings, tasks: _Tasks) -> GatewayChild | None:
+def _start_gateway(settings: ServeSettings, tasks: _Tasks) -> _Gateway | None:
     """Its address is taken, or refused, before a model is loaded."""
     if settings.http is None:
         return None
     key = settings.keys.public if settings.keys is not None else None
     child = GatewayChild(settings.http, settings.endpoint, key, settings.gateway)
-    tasks.start(child.run())
-    return child
+    return _Gateway(child, tasks.start(child.run()))
 
 
 def _tokenizer_info(path: Path) -> TokenizerInfo | None:
     tokenizer = load_tokenizer(path)
     return tokenizer.to_info() if tokenizer is not None else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Gateway:
+    """running: ends by itself only with an error."""
+
+    child: GatewayChild
+    running: asyncio.Task[None]
 
 
 class _End:
@@ -182,9 +196,16 @@ class _End:
         self.asked = asyncio.Event()
         self.hurry = asyncio.Event()
         self._signals = 0
+        self._interrupted = False
 
-    def signal(self) -> None:
+    @property
+    def early_code(self) -> int:
+        """The exit code of a server that had not begun to serve."""
+        return 130 if self._interrupted else 0
+
+    def signal(self, number: int) -> None:
         self._signals += 1
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.asked.set()
         if self._signals > 1:
             self.hurry.set()

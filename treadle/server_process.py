@@ -46,7 +46,7 @@ class ServerProcess:
         endpoint = self._runtime.endpoint("service.ipc")
         read_end, self._lifeline = os.pipe()
         report_read, report_write = os.pipe()
-        command = [sys.executable, "-m", "treadle", "serve", self._model, "--endpoint", endpoint]
+        command = [sys.executable, "-P", "-m", "treadle", "serve", self._model, "--endpoint", endpoint]
         command += [
             "--parent",
             str(read_end),

@@ -23,7 +23,7 @@ _FLAGS = (
 )
 # Newer compilers know the machine by -march on x86 and by -mcpu elsewhere; without either, the code is portable.
 _TUNING = (("-march=native",), ("-mcpu=native",), ())
-_COMPILE_TIMEOUT = 120.0
+_COMPILE_TIMEOUT = 600.0
 _ONCE = threading.Lock()
 
 

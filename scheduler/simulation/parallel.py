@@ -110,7 +110,7 @@ class _Worker:
     """A process that simulates. It ends when its standard input does, so it cannot outlive us."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-m", "treadle.scheduler.simulation"]
+        command = [sys.executable, "-P", "-m", "treadle.scheduler.simulation"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._decoder = msgspec.msgpack.Decoder(Came | Done | Refusal)
 

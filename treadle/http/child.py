@@ -15,12 +15,16 @@ import sys
 
 import msgspec
 
+from treadle.errors import ConfigError
+
 from .auth import ApiKeys
 from .extra import check_extra
 from .settings import GatewaySettings, check_settings, listen, url_of
 
 logger = logging.getLogger("treadle")
 _AGAIN_SECONDS = 1.0
+_MOST_SECONDS = 30.0
+_MOST_STARTS = 3
 _KILL_SECONDS = 3.0
 
 
@@ -28,7 +32,7 @@ class GatewayChild:
     """Holds the socket, so that the address is taken (or refused) before a model is loaded.
 
     endpoint: to connect to. server_key: public, for tcp. `ready` is set when a gateway has reached the service. A
-    process that ends by itself is started again. Raises ConfigError and EndpointInUse here.
+    process that ends by itself is started again, after pauses that grow. Raises ConfigError and EndpointInUse here.
     """
 
     def __init__(self, address: str, endpoint: str, server_key: str | None, settings: GatewaySettings) -> None:
@@ -43,12 +47,15 @@ class GatewayChild:
         self.url = url_of(self._listener)
 
     async def run(self) -> None:
-        """Keeps a gateway running until cancelled; then ends it."""
+        """Keeps a gateway running until cancelled; then ends it. Raises TreadleError when none has ever come up."""
         lifeline, held = os.pipe()  # nobody writes: it closes when we end, however we end
         report, reporting = os.pipe()
-        asyncio.get_running_loop().add_reader(report, self._reported, report)
+        loop = asyncio.get_running_loop()
+        loop.add_reader(report, self._reported, report)
+        pause, starts = _AGAIN_SECONDS, 0
         try:
             while True:
+                starts, began = starts + 1, loop.time()
                 try:
                     process = self._spawn(lifeline, reporting)
                 except OSError as error:  # too many processes or descriptors: later perhaps
@@ -59,10 +66,13 @@ class GatewayChild:
                     await _ended(process.pid)
                 finally:
                     await asyncio.shield(self._end(process))
+                if starts == _MOST_STARTS and not self.ready.is_set():
+                    raise ConfigError(f"the HTTP gateway ended with code {process.returncode}, {starts} times in a row")
+                pause = _AGAIN_SECONDS if loop.time() - began > _MOST_SECONDS else min(2 * pause, _MOST_SECONDS)
                 logger.error("the HTTP gateway ended with code %d; starting it again", process.returncode)
-                await asyncio.sleep(_AGAIN_SECONDS)
+                await asyncio.sleep(pause)
         finally:
-            asyncio.get_running_loop().remove_reader(report)
+            loop.remove_reader(report)
             self._listener.close()
             for descriptor in (lifeline, held, report, reporting):
                 os.close(descriptor)
@@ -73,7 +83,7 @@ class GatewayChild:
 
     def _spawn(self, lifeline: int, reporting: int) -> subprocess.Popen[bytes]:
         descriptors = [lifeline, reporting, self._listener.fileno()]
-        command = [sys.executable, "-m", "treadle", "gateway", self._endpoint]
+        command = [sys.executable, "-P", "-m", "treadle", "gateway", self._endpoint]
         command += ["--child", *map(str, descriptors), "--options", msgspec.json.encode(self._settings).decode()]
         if self._server_key is not None:
             command.append(f"--server-key={self._server_key}")
