@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -53,8 +54,11 @@ def main() -> int:
     native = not options.no_native and not on_gpu
     if native:
         compiling.start()
+    gc.disable()  # torch makes objects by the hundred thousand: each collection looks through them, and frees nothing
     from treadle.engine.worker import serve
 
+    gc.freeze()
+    gc.enable()
     phases.end("imports")
     if native:
         compiling.join()

@@ -6,12 +6,13 @@ that a test that looks for leftovers sees nobody else's.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import psutil
@@ -86,6 +87,17 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
     if os.environ.get("PYTEST_XDIST_WORKER") or config.option.basetemp is None:
         config.option.basetemp = OWN / "t"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """The imports of all files make objects by the million, and nothing of it is garbage, then or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
