@@ -6,14 +6,20 @@ A `treadle serve` with `--rows` rows and a short queue. First its capacity: as m
 one after the other. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly
 spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is refused does not come again. Compared is
 the time of accepted requests from the call to the last token; a refusal is timed from the call to the error. Exit code
-0 when the median and the 99th percentile of 10x are at most 20% above those of 1x, the 99th percentile of refusals is
-under 50 ms, nothing else went wrong, and the server's memory did not grow.
+0 when the median and the 99th percentile of 10x are at most 20% above those of 1x, every refusal is under 50 ms,
+nothing else went wrong, and the server's memory did not grow.
+
+The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. Of each refusal that
+took longer the report says who was late (`holdups.py`): the host, where this is a virtual machine that stood still; the
+load or the server, which waited for a core or worked. `refusals_over_50_ms_of_our_own` leaves out the host's time; the
+exit code does not.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import random
@@ -29,6 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+from holdups import held_up, look
 
 from treadle import Client, SamplingParams
 from treadle.errors import Overloaded, TreadleError
@@ -42,12 +49,16 @@ _AGAIN_SECONDS = 0.02
 
 @dataclass
 class Phase:
-    """What happened to the requests of one phase. Times in seconds; memory: of the server, bytes."""
+    """What happened to the requests of one phase. Times in seconds; memory: of the server, bytes.
+
+    slow: what `held_up` says of the refusals that took too long.
+    """
 
     offered: int = 0
     latency: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
     refusal: list[float] = field(default_factory=list)
+    slow: list[dict[str, float]] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -63,6 +74,7 @@ class Phase:
             "latency_ms": spread(self.latency),
             "ttft_ms": spread(self.first),
             "refusal_ms": spread(self.refusal),
+            "slow_refusals": self.slow,
             "server_rss_mb": [round(size / 1e6, 1) for size in (self.memory[0], max(self.memory), self.memory[-1])],
         }
 
@@ -84,6 +96,7 @@ class Load:
         self._options = options
         self._clients = clients
         self._server = server
+        self._pids = {"load": os.getpid(), "server": server.pid}
         self._random = random.Random(options.seed)
         self._running: set[asyncio.Task[bool]] = set()
 
@@ -126,11 +139,14 @@ class Load:
         phase.offered += 1
         prompt = [self._random.randrange(client.server.vocab_size) for _ in range(self._options.prompt)]
         params = SamplingParams(temperature=0.0, max_tokens=self._options.tokens, ignore_eos=True)
+        before = look(self._pids)
         began = time.perf_counter()
         try:
             output = await client.generate(prompt, params).final()
         except Overloaded:
             phase.refusal.append(time.perf_counter() - began)
+            if phase.refusal[-1] * 1e3 >= _MOST_REFUSAL_MS:
+                phase.slow.append(held_up(before, look(self._pids)))
         except TreadleError as error:
             phase.errors[type(error).__name__] += 1
         else:
@@ -167,6 +183,8 @@ async def measure(options: argparse.Namespace, endpoint: str, server: psutil.Pro
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Client(endpoint)) for _ in range(options.clients)]
         load = Load(options, clients, server)
+        gc.freeze()
+        gc.disable()  # a pause of the load must not count as one of the server
         await load.capacity(options.warm_seconds)
         capacity = await load.capacity(options.capacity_seconds)
         rate = len(capacity.latency) / capacity.seconds
@@ -193,16 +211,17 @@ def judged(once: Phase, many: Phase) -> dict[str, object]:
     good = (
         max(ratios["p50"], ratios["p99"]) <= _MOST_LATENCY
         and bool(refused)
-        and refused["p99"] < _MOST_REFUSAL_MS
+        and refused["max"] < _MOST_REFUSAL_MS
         and not many.errors
         and not once.errors
         and grown < _MOST_GROWTH_MB
     )
-    over = sum(seconds * 1e3 >= _MOST_REFUSAL_MS for seconds in many.refusal)
+    ours = [slow for slow in many.slow if slow["ms"] - slow["stolen_ms"] >= _MOST_REFUSAL_MS]
     return {
         "good": good,
         "latency_ratio": ratios,
-        "refusals_over_50_ms": over,
+        "refusals_over_50_ms": len(many.slow),
+        "refusals_over_50_ms_of_our_own": len(ours),
         "server_rss_grown_mb": round(grown, 1),
     }
 

@@ -29,6 +29,7 @@ from .http.settings import GatewaySettings
 from .loop_thread import new_event_loop
 from .notify import Notifier
 from .server_process import StartReport
+from .settling import settle
 
 logger = logging.getLogger("treadle")
 T = TypeVar("T")
@@ -140,6 +141,7 @@ async def _serve_model(
         starting.result()
         await reading
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, service.dump, "SIGUSR1")
+        settle()
         announce(settings.endpoint)
         _report(settings, StartReport())
         if http is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from treadle.client import Client
 from treadle.loop_thread import new_event_loop
 from treadle.notify import Notifier
+from treadle.settling import settle
 
 from .link import Link
 from .server import HttpServer
@@ -61,6 +62,7 @@ async def _serve(command: GatewayCommand, announce: Callable[[str], None]) -> in
             reached = loop.create_task(link.reached.wait())
             await asyncio.wait({stopping, reached}, return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
+                settle()
                 announce(server.url)
                 notifier.ready()
             alive = loop.create_task(notifier.keep_alive())
