@@ -31,7 +31,7 @@ _SPARE_DELAY = 1.0
 class Supervisor:
     """All methods run on the loop's thread. `group`: the one that serves, None while there is none.
 
-    attempts: restarts since the last finished step, which the owner sets to 0. phase: what a replacement is at.
+    attempts: restarts since the last finished step, which the owner sets to 0.
     on_result, on_death: of the serving group. on_spare_lost: what happened to the other one.
     """
 
@@ -49,7 +49,7 @@ class Supervisor:
         self.configure = configure
         self.group: EngineGroup | None = None
         self.attempts = 0
-        self.phase = ""
+        self._phase = "loading"
         self._runtime = runtime
         self._options = options
         self._command = command
@@ -80,21 +80,21 @@ class Supervisor:
         """Ends the serving group and gives another; None when it serves, else why the last attempt failed."""
         lost, self.group = self.group, None
         if lost is not None:
-            self.phase = "ending the lost group"
+            self._phase = "ending the lost group"
             await self._bury(lost)
         while self.attempts < self._options.max_restarts:
             delay = backoff(self.attempts)
             self.attempts += 1
-            self.phase = f"waiting {delay:g} s" if delay else "loading"
+            self._phase = f"waiting {delay:g} s: {_first_line(error)}" if delay else "loading"
             await asyncio.sleep(delay)
-            self.phase = "loading"
+            self._phase = "loading"
             try:
                 self.group = await self._next()
             except TreadleError as failed:
                 logger.error("engine group did not start: %s", failed)
                 error = failed
                 continue
-            self.phase = ""
+            self._phase = ""
             self._order_spare(_SPARE_DELAY)
             return None
         return error
@@ -127,6 +127,15 @@ class Supervisor:
         await asyncio.gather(*self._endings, return_exceptions=True)
         await asyncio.gather(*(group.stop(self._options.stop_timeout) for group in self._living))
         self._living.clear()
+
+    @property
+    def progress(self) -> str:
+        """What the group is at that is to serve; "" while one does."""
+        if self.group is not None:
+            return ""
+        newest = max(self._living, key=lambda group: group.number, default=None)
+        loads = self._phase == "loading" and newest is not None and newest.heard
+        return f"loading: {newest.stages}" if loads and newest is not None else self._phase
 
     @property
     def spare_pids(self) -> list[int]:
@@ -270,3 +279,7 @@ def _seen(task: asyncio.Task[EngineGroup]) -> None:
     """Whoever needs the spare asks for its error; nobody else has to."""
     if not task.cancelled():
         task.exception()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
