@@ -94,7 +94,7 @@ class Supervisor:
                 logger.error("engine group did not start: %s", failed)
                 error = failed
                 continue
-            self._phase = ""
+            self._phase, self._spare_losses = "", 0
             self._order_spare(_SPARE_DELAY)
             return None
         return error
@@ -223,7 +223,7 @@ class Supervisor:
         if self._options.standby and self._spare is None and not self._closed:
             self._hurry.clear()
             self._spare = asyncio.get_running_loop().create_task(self._load_spare(delay), name="treadle-spare")
-            self._spare.add_done_callback(_seen)
+            self._spare.add_done_callback(self._spare_loaded)
 
     async def _load_spare(self, delay: float) -> EngineGroup:
         """Not at once: who serves now has to catch up first, unless it is lost too."""
@@ -233,6 +233,21 @@ class Supervisor:
         group = await self.make()
         logger.info("engine group %d stands by", group.number)
         return group
+
+    def _spare_loaded(self, task: asyncio.Task[EngineGroup]) -> None:
+        """Or it was not, and nobody waits for it: whoever does, asks for its error."""
+        if task.cancelled() or (error := task.exception()) is None or task is not self._spare or self._closed:
+            return
+        logger.error("the spare engine group did not start: %s", error)
+        self._replace_spare()
+
+    def _replace_spare(self) -> None:
+        """It is lost. One that is lost again and again costs processors and says nothing new: there is a limit."""
+        self._spare, self._spare_losses = None, self._spare_losses + 1
+        if self._spare_losses <= self._options.max_restarts:
+            self._order_spare(_SPARE_DELAY)
+        else:
+            logger.error("no spare engine group is loaded any more until the one that serves is replaced")
 
     async def _forget_spare(self) -> None:
         spare, self._spare = self._spare, None
@@ -263,9 +278,7 @@ class Supervisor:
         for group in [group for group in self._living if group.number == number]:
             self._end_aside(group)
             if self._is_spare(group):
-                self._spare, self._spare_losses = None, self._spare_losses + 1
-                if self._spare_losses <= self._options.max_restarts:
-                    self._order_spare(_SPARE_DELAY)
+                self._replace_spare()
 
     def _is_spare(self, group: EngineGroup) -> bool:
         return self._stands_by(self._spare) and self._spare is not None and self._spare.result() is group
@@ -273,12 +286,6 @@ class Supervisor:
     @staticmethod
     def _stands_by(spare: asyncio.Task[EngineGroup] | None) -> bool:
         return spare is not None and spare.done() and not spare.cancelled() and spare.exception() is None
-
-
-def _seen(task: asyncio.Task[EngineGroup]) -> None:
-    """Whoever needs the spare asks for its error; nobody else has to."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _first_line(error: Exception) -> str:

@@ -9,9 +9,100 @@ from pathlib import Path
 
 import pytest
 
-from treadle.errors import EngineStartFailed
+from treadle.errors import EngineStartFailed, ServiceClosed
+from treadle.scheduler import supervisor
+from treadle.scheduler.lifecycle import GroupLost
+from treadle.scheduler.service import Service
 
-from .faultkit import Faulty
+from .conftest import alive
+from .faultkit import FACTS, PROMPTS, Faulty, faulty, params, undisturbed
+
+
+async def until_it_is(service: Service, spare: str) -> None:
+    async with asyncio.timeout(30):
+        while service.health().spare != spare:
+            await asyncio.sleep(0.01)
+
+
+async def only_steps_hold_it_up(f: Faulty) -> int:
+    """The other weights are loaded, and what is in flight has not landed. Returns the process that holds them."""
+    async with asyncio.timeout(30):
+        while not f.service._standing.paused:
+            await asyncio.sleep(0.005)
+    (other,) = f.service.spare_pids
+    return other
+
+
+@pytest.mark.asyncio
+async def test_a_spare_that_dies_while_it_loads_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As often as one that was ready, and then once more for each group that serves."""
+    monkeypatch.setattr(supervisor, "_SPARE_DELAY", 0.0)
+    lines = ("0 0 kill 2", "0 0 kill 3", "0 10 exit 1")
+    async with faulty(tmp_path, *lines, pace=0.005, tensor_parallel_size=1, standby=True, max_restarts=1) as f:
+        await until_it_is(f.service, "lost")
+        assert "no spare engine group is loaded any more" in caplog.text
+        assert "the spare engine group did not start: engine rank 0 ended with signal SIGKILL; it was" in caplog.text
+        f.submit_all()
+        await f.all_ended()
+        assert f.exact() and f.service.stats().recoveries == 1
+        await until_it_is(f.service, "ready")
+
+
+@pytest.mark.asyncio
+async def test_other_weights_that_die_before_they_serve_change_nothing(tmp_path: Path) -> None:
+    """They are loaded, and wait for the steps in flight: the old ranks go on as if nothing had been."""
+    async with faulty(tmp_path, "0 3 stop 1", tensor_parallel_size=1, step_timeout=60.0) as f:
+        before = f.service.engine_pids
+        f.submit("0", PROMPTS[0], params(0))
+        changing = asyncio.create_task(f.service.change_weights(FACTS))
+        os.kill(await only_steps_hold_it_up(f), signal.SIGKILL)
+        async with asyncio.timeout(30):
+            while not f.events:
+                await asyncio.sleep(0.01)
+        os.kill(before[0], signal.SIGCONT)
+        with pytest.raises(EngineStartFailed, match="SIGKILL"):
+            await changing
+        await f.sink.ended("0")
+        assert f.sink.tokens["0"] == undisturbed(PROMPTS[0], params(0))
+        assert f.service.engine_pids == before
+        assert [event.serving for event in f.events if isinstance(event, GroupLost)] == [False]
+
+
+@pytest.mark.asyncio
+async def test_both_groups_of_a_change_die(tmp_path: Path) -> None:
+    """The one that serves while the other loads, and then the other."""
+    async with faulty(tmp_path, "0 3 exit 1", "0 0 stop 2", pace=0.02, tensor_parallel_size=1) as f:
+        changing = asyncio.create_task(f.service.change_weights(FACTS))
+        async with asyncio.timeout(30):
+            while not (other := f.service.spare_pids):
+                await asyncio.sleep(0)
+        f.submit("0", PROMPTS[0], params(0))
+        await f.sink.begun("0", 10)  # of the third group
+        os.kill(other[0], signal.SIGKILL)
+        with pytest.raises(EngineStartFailed, match="SIGKILL"):
+            await changing
+        await f.sink.ended("0")
+        assert f.sink.tokens["0"] == undisturbed(PROMPTS[0], params(0))
+        assert f.service.stats().recoveries == 1 and not alive(other)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("loaded", [False, True])
+async def test_a_service_that_is_closed_while_its_weights_change_says_so(tmp_path: Path, loaded: bool) -> None:
+    faults = "0 3 hang 1" if loaded else "0 0 hang 2"
+    async with faulty(tmp_path, faults, tensor_parallel_size=1, step_timeout=60.0, stop_timeout=0.1) as f:
+        f.submit("0", PROMPTS[0], params(0))
+        changing = asyncio.create_task(f.service.change_weights(FACTS))
+        if loaded:
+            await only_steps_hold_it_up(f)
+        else:
+            while not f.service.spare_pids:
+                await asyncio.sleep(0)
+        await f.service.close()
+        with pytest.raises(ServiceClosed):
+            await asyncio.wait_for(changing, 10)
 
 
 @pytest.mark.asyncio
