@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
+from treadle import Client, SamplingParams
+from treadle.commands import run
 from treadle.errors import EngineStartFailed, ServiceClosed
 from treadle.scheduler import supervisor
 from treadle.scheduler.lifecycle import GroupLost
 from treadle.scheduler.service import Service
 
-from .conftest import alive
+from .conftest import alive, eventually
 from .faultkit import FACTS, PROMPTS, Faulty, faulty, params, undisturbed
 
 
@@ -119,3 +127,88 @@ async def test_health_and_log_name_the_rank_and_what_it_was_at(
     with pytest.raises(EngineStartFailed, match="rank 1 ended with signal SIGKILL; it was starting its program"):
         await starting
     assert not f.service.spare_pids
+
+
+class RogueServer:
+    """A server process whose ranks misbehave to order; `ready` waits until it says so."""
+
+    def __init__(self, model: Path, runtime: Path, *faults: str, **options: object) -> None:
+        self._runtime = runtime
+        self.endpoint = f"ipc://{runtime}/s.ipc"
+        (runtime / "faults").write_text("\n".join(faults))
+        self._kept = set(runtime.iterdir())
+        command = [sys.executable, "-m", "tests.rogue_server", str(model), self.endpoint, str(runtime / "faults")]
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime)}
+        self.process = subprocess.Popen([*command, json.dumps(options)], stdout=subprocess.PIPE, env=environment)
+
+    def ready(self) -> None:
+        assert self.process.stdout is not None and b"ready" in self.process.stdout.readline()
+
+    def ranks(self, number: int) -> list[int]:
+        """Waits until there are so many."""
+        process = psutil.Process(self.process.pid)
+        eventually(lambda: len(process.children()) == number, "the ranks are processes")
+        return [child.pid for child in process.children()]
+
+    def left(self) -> list[str]:
+        return [str(path) for path in set(self._runtime.iterdir()) - self._kept if not path.name.startswith("faults.")]
+
+
+@contextmanager
+def rogue_server(model: Path, runtime: Path, *faults: str, **options: object) -> Iterator[RogueServer]:
+    server = RogueServer(model, runtime, *faults, **options)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.wait()
+
+
+def test_a_server_that_loads_says_so_and_can_be_drained(
+    tiny: Path, runtime: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with rogue_server(tiny, runtime, "0 0 hang") as server:
+        ranks = server.ranks(1)
+        eventually(lambda: run(["health", "--endpoint", server.endpoint]) == 6, "it is starting")
+        assert '"starting"' in capsys.readouterr().out
+        assert run(["drain", "--endpoint", server.endpoint]) == 0
+        assert server.process.wait(20) == 0
+        assert not alive(ranks) and not server.left()
+
+
+def test_a_server_killed_while_a_spare_and_other_weights_load_leaves_nothing(tiny: Path, runtime: Path) -> None:
+    with rogue_server(tiny, runtime, "0 0 hang 2", "0 -1 hang 3", standby=True) as server:
+        server.ready()
+
+        async def change() -> None:
+            async with Client(server.endpoint) as client:
+                changing = asyncio.create_task(client.reload(str(tiny)))
+                ranks = await asyncio.to_thread(server.ranks, 3)
+                server.process.kill()
+                await asyncio.to_thread(eventually, lambda: not alive(ranks), "the ranks end")
+                changing.cancel()
+
+        asyncio.run(change())
+        server.process.wait()
+        eventually(lambda: not server.left(), "no file is left")
+
+
+@pytest.mark.asyncio
+async def test_a_server_that_stands_still_in_a_drain_has_not_ended(
+    tiny: Path, runtime: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with rogue_server(tiny, runtime, pace=0.3) as server:
+        await asyncio.to_thread(server.ready)
+        ranks = server.ranks(1)
+        async with Client(server.endpoint) as client:
+            stream = client.generate("a", SamplingParams(max_tokens=200, ignore_eos=True))
+            await anext(stream)
+            command = ["drain", "--endpoint", server.endpoint, "--connect-timeout", "1"]
+            draining = asyncio.create_task(asyncio.to_thread(run, command))
+            async with asyncio.timeout(20):
+                while (await client.health()).state != "draining":
+                    await asyncio.sleep(0.01)
+            server.process.send_signal(signal.SIGSTOP)
+            assert await draining == 2 and "no answer within 1 s" in capsys.readouterr().err
+            server.process.kill()
+            await asyncio.to_thread(eventually, lambda: not alive(ranks) and not server.left(), "nothing is left")
