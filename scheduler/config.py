@@ -29,7 +29,7 @@ class CoreConfig:
     None for most throughput. watermark: share of the blocks that admission leaves free while anything runs.
     reserve_output: what admission keeps for outputs to come: "estimate", "none" or "full" (`reservation.py`).
     max_engine_failures: a request in flight at that many engine deaths, with no token in between, fails. The first only
-    makes it a suspect, and after the second it is tried alone, so 3 is the least that never fails an innocent one.
+    makes it a suspect, and after the second it is tried alone: 3 is the least at which only who ran alone fails.
     swap_blocks: of host memory that hold what the device has given up (`swapping.py`), 0 is none. preemption: "auto",
     "recompute" or "swap". swap_out_seconds, swap_in_seconds: per block, as the ranks have measured.
     """

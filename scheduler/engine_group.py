@@ -130,6 +130,22 @@ class EngineGroup:
         """What each rank holds, once the group is ready."""
         return held(self._ready.values())
 
+    @property
+    def stages(self) -> str:
+        """What each rank is at that is not ready."""
+        missing = [rank for rank in range(self._configure.world_size) if rank not in self._ready]
+        return ", ".join(f"rank {rank}: {self._stage(rank)}" for rank in missing)
+
+    @property
+    def heard(self) -> bool:
+        """Some rank has said hello."""
+        return bool(self._known)
+
+    def _stage(self, rank: int) -> str:
+        if rank in self._ready:
+            return "waiting for the others"
+        return self._progress.stage(rank) if rank in self._known else "starting its program"
+
     async def start(self, timeout: float) -> list[Ready]:
         """Starts all ranks and waits until each is ready. Raises the rank's own error, or EngineStartFailed."""
         for rank in range(self._configure.world_size):
@@ -139,8 +155,8 @@ class EngineGroup:
         except TimeoutError:
             missing = sorted(set(range(self._configure.world_size)) - set(self._ready))
             raise EngineStartFailed(
-                f"engine ranks {missing} were not ready within {timeout:g} s; where loading takes longer, give them "
-                "more with start_timeout (--start-timeout)"
+                f"engine ranks {missing} were not ready within {timeout:g} s ({self.stages}); where loading takes "
+                "longer, give them more with start_timeout (--start-timeout)"
             ) from None
         ready = [self._ready[rank] for rank in range(self._configure.world_size)]
         if len({(r.fingerprint, r.num_blocks, r.swap_blocks) for r in ready}) != 1:
@@ -270,7 +286,8 @@ class EngineGroup:
     def _report_exit(self, rank: int, how: str) -> None:
         if not self._stopping:
             tail = self._log(rank).read_bytes()[-_LOG_TAIL:].decode(errors="replace") if self.death is None else ""
-            self._die(rank, -1, "exit", EngineStartFailed(f"engine rank {rank} ended with {how}\n{tail}".rstrip()))
+            text = f"engine rank {rank} ended with {how}{self._was_at(rank)}\n{tail}"
+            self._die(rank, -1, "exit", EngineStartFailed(text.rstrip()))
 
     def _disconnected(self, _: list[bytes]) -> None:
         """Some peer's connection is gone; a rank does not connect again. If it was a process that ended, that is
@@ -288,7 +305,7 @@ class EngineGroup:
         """A process that is ending cannot be reached either; how it ended says more, and is known in a moment."""
 
         def report() -> None:
-            self._die(rank, -1, "unreachable", EngineFailed(text))
+            self._die(rank, -1, "unreachable", EngineFailed(text + self._was_at(rank)))
 
         self._loop.call_later(2 * _LAST_WORDS_SECONDS, report)
 
@@ -347,6 +364,10 @@ class EngineGroup:
             self._all_ready.exception()  # marks it as seen: start() may have been cancelled
         else:
             self._on_death(self.death)
+
+    def _was_at(self, rank: int) -> str:
+        """For the end of a sentence that says what happened to a rank: where, if that was before all were ready."""
+        return "" if self._all_ready.done() else f"; it was {self._stage(rank)}"
 
     def _stacks(self, rank: int) -> Path:
         return self._runtime.path / f"engine-{self.number}-rank-{rank}.stacks"

@@ -32,6 +32,8 @@ def judge(
     )
     if state == "recovering" and lost is not None and supervisor is not None:
         return _degraded(health, lost, supervisor, now - lost_at)
+    if state == "starting" and supervisor is not None:
+        return msgspec.structs.replace(health, progress=supervisor.progress)
     if state in ("ready", "draining") and oldest is not None and oldest.late:
         return _stuck(health, oldest, missing, now)
     return health
@@ -60,6 +62,6 @@ def _degraded(health: Health, lost: GroupLost, supervisor: Supervisor, seconds: 
         doing=lost.doing,
         cause=lost.cause,
         seconds=seconds,
-        progress=supervisor.phase,
+        progress=supervisor.progress,
         attempt=supervisor.attempts,
     )

@@ -39,6 +39,15 @@ class LoadingProgress:
             level, self._next = logging.INFO, now + _EVERY
         logger.log(level, "%s", progress_line(done, total, now - self._began), extra={"share": done / max(total, 1)})
 
+    def stage(self, rank: int) -> str:
+        """What a rank that has said hello and is not ready is at, as far as it has said."""
+        told = self._ranks.get(rank)
+        if told is None or not told.done:
+            return "importing and meeting the others"
+        if told.done < told.total:
+            return f"reading weights ({100 * told.done // told.total}%)"
+        return "getting ready, with its weights read"
+
 
 def progress_line(done: int, total: int, seconds: float) -> str:
     """ "weights: 3.2 of 16.1 GB (20%), 2.1 GB/s, 6 s left"; at the end how long it took. Sizes in bytes."""

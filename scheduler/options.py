@@ -36,6 +36,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("stop_timeout", 0.0, 3_600),
     ("grammar_timeout", 0.01, 3_600),
     ("max_restarts", 0, 1_000),
+    ("max_engine_failures", 1, 1_000),
     ("gpu_memory_utilization", 0.01, 1.0),
     ("swap_space", 0.0, float(1 << 14)),
     ("swap_blocks", 0, 1 << 30),
@@ -67,6 +68,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     of blocks, which goes first; 0 is none (docs/swap.md). preemption: "auto" swaps where it costs less than computing
     again, "recompute" never, "swap" always.
     max_restarts: of the engine group without a finished step in between, before the service gives up.
+    max_engine_failures: deaths of the engine group in a row that a request may be in flight at before it fails.
     random_weights: benchmarks only; the answers mean nothing. weights_seed: of random weights. debug: poisons freed
     memory and checks the core after every step. event_log: file that gets every input and decision of the core, ""
     for none; it holds token ids (docs/simulator.md).
@@ -107,6 +109,7 @@ class ServiceOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     stop_timeout: float = 5.0
     grammar_timeout: float = 10.0
     max_restarts: int = 5
+    max_engine_failures: int = 3
     standby: bool = False
     journal: str = ""
     journal_sync: float = 0.1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 
 from treadle.errors import InvalidRequest, ServiceClosed
@@ -40,15 +42,26 @@ class Reload:
         self._changing = True
         try:
             configure = msgspec.structs.replace(supervisor.configure, model=facts.path)
-            await self._adopt(supervisor, await supervisor.make(configure), configure, facts)
+            await self._adopt(supervisor, await self._load(supervisor, configure), configure, facts)
         finally:
             self._changing = False
+
+    async def _load(self, supervisor: Supervisor, configure: Configure) -> EngineGroup:
+        try:
+            return await supervisor.make(configure)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise ServiceClosed("the service was closed while other weights were loaded") from None
 
     async def _adopt(self, supervisor: Supervisor, group: EngineGroup, configure: Configure, facts: ModelFacts) -> None:
         self._standing.paused = True
         try:
             if await self._steps.steady() != "ready":
-                raise ServiceClosed(f"the service is {self._standing.state}: {self._standing.detail}")
+                raise ServiceClosed(f"the service is {self._standing.state}: {self._standing.detail}".rstrip(": "))
+            if group.death is not None:  # before anything is forgotten: the old ranks know all rows, and go on
+                raise group.death.error
             self._steps.forget()
             await supervisor.adopt(group, configure)
             self._standing.facts = facts

@@ -227,6 +227,7 @@ class Service:
         """What the service before this one had accepted goes on; for a while without its readers."""
         if not self.options.journal:
             return
+        self._standing.become("starting", f"reading the journal {self.options.journal}")
         keeping = await Keeping.open(self.options.journal, self.options.journal_sync, self._abort)
         if self._closing is not None:  # it did not know of this one
             await keeping.close()

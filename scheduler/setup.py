@@ -99,6 +99,7 @@ def core_config(facts: ModelFacts, options: ServiceOptions, held: Held, max_mode
         watermark=options.watermark,
         reserve_output=options.reserve_output,
         eos_token_ids=facts.eos_token_ids,
+        max_engine_failures=options.max_engine_failures,
         swap_blocks=held.swap_blocks,
         preemption=options.preemption,
         swap_out_seconds=held.swap_out_seconds,

@@ -144,8 +144,8 @@ class StepLoop:
     # ── who waits for it ──
 
     async def steady(self) -> str:
-        """Waits until no step is in flight and no group is being replaced. Returns the state then."""
-        while self._pipeline or self._standing.state == "recovering":
+        """Waits until no step will land any more and no group is being replaced. Returns the state then."""
+        while self._standing.state == "recovering" or (self._pipeline and self._standing.ready):
             self._landed.clear()
             await self._landed.wait()
         return self._standing.state
@@ -170,7 +170,8 @@ class StepLoop:
         self._timer = asyncio.get_running_loop().call_at(self._timer_at, self._deadline_due)
 
     def close(self) -> None:
-        """No timer fires any more."""
+        """No timer fires any more, and nobody waits for a step."""
+        self._landed.set()
         self._pipeline.unwatch()
         if self._timer is not None:
             self._timer.cancel()

@@ -31,7 +31,7 @@ _SPARE_DELAY = 1.0
 class Supervisor:
     """All methods run on the loop's thread. `group`: the one that serves, None while there is none.
 
-    attempts: restarts since the last finished step, which the owner sets to 0. phase: what a replacement is at.
+    attempts: restarts since the last finished step, which the owner sets to 0.
     on_result, on_death: of the serving group. on_spare_lost: what happened to the other one.
     """
 
@@ -49,7 +49,7 @@ class Supervisor:
         self.configure = configure
         self.group: EngineGroup | None = None
         self.attempts = 0
-        self.phase = ""
+        self._phase = "loading"
         self._runtime = runtime
         self._options = options
         self._command = command
@@ -80,21 +80,21 @@ class Supervisor:
         """Ends the serving group and gives another; None when it serves, else why the last attempt failed."""
         lost, self.group = self.group, None
         if lost is not None:
-            self.phase = "ending the lost group"
+            self._phase = "ending the lost group"
             await self._bury(lost)
         while self.attempts < self._options.max_restarts:
             delay = backoff(self.attempts)
             self.attempts += 1
-            self.phase = f"waiting {delay:g} s" if delay else "loading"
+            self._phase = f"waiting {delay:g} s: {_first_line(error)}" if delay else "loading"
             await asyncio.sleep(delay)
-            self.phase = "loading"
+            self._phase = "loading"
             try:
                 self.group = await self._next()
             except TreadleError as failed:
                 logger.error("engine group did not start: %s", failed)
                 error = failed
                 continue
-            self.phase = ""
+            self._phase, self._spare_losses = "", 0
             self._order_spare(_SPARE_DELAY)
             return None
         return error
@@ -127,6 +127,15 @@ class Supervisor:
         await asyncio.gather(*self._endings, return_exceptions=True)
         await asyncio.gather(*(group.stop(self._options.stop_timeout) for group in self._living))
         self._living.clear()
+
+    @property
+    def progress(self) -> str:
+        """What the group is at that is to serve; "" while one does."""
+        if self.group is not None:
+            return ""
+        newest = max(self._living, key=lambda group: group.number, default=None)
+        loads = self._phase == "loading" and newest is not None and newest.heard
+        return f"loading: {newest.stages}" if loads and newest is not None else self._phase
 
     @property
     def spare_pids(self) -> list[int]:
@@ -214,7 +223,7 @@ class Supervisor:
         if self._options.standby and self._spare is None and not self._closed:
             self._hurry.clear()
             self._spare = asyncio.get_running_loop().create_task(self._load_spare(delay), name="treadle-spare")
-            self._spare.add_done_callback(_seen)
+            self._spare.add_done_callback(self._spare_loaded)
 
     async def _load_spare(self, delay: float) -> EngineGroup:
         """Not at once: who serves now has to catch up first, unless it is lost too."""
@@ -224,6 +233,21 @@ class Supervisor:
         group = await self.make()
         logger.info("engine group %d stands by", group.number)
         return group
+
+    def _spare_loaded(self, task: asyncio.Task[EngineGroup]) -> None:
+        """Or it was not, and nobody waits for it: whoever does, asks for its error."""
+        if task.cancelled() or (error := task.exception()) is None or task is not self._spare or self._closed:
+            return
+        logger.error("the spare engine group did not start: %s", error)
+        self._replace_spare()
+
+    def _replace_spare(self) -> None:
+        """It is lost. One that is lost again and again costs processors and says nothing new: there is a limit."""
+        self._spare, self._spare_losses = None, self._spare_losses + 1
+        if self._spare_losses <= self._options.max_restarts:
+            self._order_spare(_SPARE_DELAY)
+        else:
+            logger.error("no spare engine group is loaded any more until the one that serves is replaced")
 
     async def _forget_spare(self) -> None:
         spare, self._spare = self._spare, None
@@ -254,9 +278,7 @@ class Supervisor:
         for group in [group for group in self._living if group.number == number]:
             self._end_aside(group)
             if self._is_spare(group):
-                self._spare, self._spare_losses = None, self._spare_losses + 1
-                if self._spare_losses <= self._options.max_restarts:
-                    self._order_spare(_SPARE_DELAY)
+                self._replace_spare()
 
     def _is_spare(self, group: EngineGroup) -> bool:
         return self._stands_by(self._spare) and self._spare is not None and self._spare.result() is group
@@ -266,7 +288,5 @@ class Supervisor:
         return spare is not None and spare.done() and not spare.cancelled() and spare.exception() is None
 
 
-def _seen(task: asyncio.Task[EngineGroup]) -> None:
-    """Whoever needs the spare asks for its error; nobody else has to."""
-    if not task.cancelled():
-        task.exception()
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

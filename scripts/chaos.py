@@ -117,6 +117,7 @@ class Place:
         runtime.mkdir(exist_ok=True)
         command = [sys.executable, __file__, "--serve", self.endpoint, "--model", self._options.model]
         command += ["--ranks", str(self._options.ranks)] + ["--standby"] * self._options.standby
+        command += ["--max-engine-failures", str(self._options.max_engine_failures)]
         with (self.directory / "server.log").open("ab") as log:
             environment = {**os.environ, "XDG_RUNTIME_DIR": str(runtime), "TMPDIR": str(runtime)}
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment)
@@ -437,6 +438,7 @@ def serve(options: argparse.Namespace) -> int:
         step_timeout_floor=2.0,
         start_timeout=120.0,
         max_restarts=6,
+        max_engine_failures=options.max_engine_failures,
         standby=options.standby,
         debug=True,
         dump_dir=os.environ["XDG_RUNTIME_DIR"],
@@ -457,6 +459,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--least", type=int, default=1, help="faults of every kind, however long it takes")
     parser.add_argument("--standby", action="store_true")
     parser.add_argument("--server-kills", action="store_true", help="kill the server itself, too; clients resume")
+    parser.add_argument("--max-engine-failures", type=int, default=3, help="of the server; below 3 innocents are lost")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", default="", help=argparse.SUPPRESS)

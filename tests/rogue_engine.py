@@ -1,8 +1,8 @@
 """A rank without a model that misbehaves to order: `FakeEngine` behind the arguments and the protocol of a real rank.
 
 Run by `EngineGroup` as `python -m tests.rogue_engine --vocab N --faults FILE …`. The file has lines
-`RANK STEPS DEED [GROUP]`: this rank does the deed at its STEPS-th step. Each line is done once, by whichever group
-comes first where none is named.
+`RANK STEPS DEED [GROUP]`: this rank does the deed at its STEPS-th step; 0 is while it loads, -1 before it says hello.
+Each line is done once, by whichever group comes first where none is named.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from treadle.transport.messages import (
     Configure,
     Failure,
     Hello,
+    Loading,
     Ping,
     Ready,
     RowFault,
@@ -36,6 +37,7 @@ from treadle.transport.messages import (
 )
 from treadle.transport.sockets import rank_socket
 
+BIRTH = -1
 LOADING = 0
 
 
@@ -65,12 +67,19 @@ class Rogue:
     def send(self, message: msgspec.Struct) -> None:
         self.socket.send(self.codec.encode(message))
 
+    def be_born(self) -> None:
+        end_oneself(self.deed(BIRTH))
+        self.send(Hello(PROTOCOL_VERSION, self.rank, os.getpid(), os.environ.pop("TREADLE_GROUP_TOKEN", "")))
+
     def run(self) -> int:
         configure = self.codec.decode(self.socket.recv())
         assert isinstance(configure, Configure)
-        if self.deed(LOADING) == "bad-weights":
+        self.send(Loading(self.rank, 0, 100))
+        deed = self.deed(LOADING)
+        if deed == "bad-weights":
             self.fail(-1, CorruptWeights.code, "CorruptWeights: model.safetensors ends too early")
             return 1
+        end_oneself(deed)
         self.send(self.ready(configure))
         engine = FakeEngine(config_of(configure, self.vocab), configure.world_size)
         steps = 0
@@ -102,12 +111,7 @@ class Rogue:
             return 1
         if deed == "exit":
             return 7
-        if deed == "abort":
-            os.abort()
-        if deed == "stop":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if deed == "hang":
-            time.sleep(600)
+        end_oneself(deed)
         if deed == "close":
             self.socket.close(0)
             time.sleep(600)
@@ -151,6 +155,18 @@ class Rogue:
         )
 
 
+def end_oneself(deed: str) -> None:
+    """If that is the deed."""
+    if deed == "abort":
+        os.abort()
+    if deed == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if deed == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if deed == "hang":
+        time.sleep(600)
+
+
 def timed(result: StepResult, began: float, forwarded: float, ended: float) -> StepResult:
     """The pace is what it calls its forward pass."""
     first, middle, last = (round(at * 1e6) for at in (began, forwarded, ended))
@@ -190,7 +206,7 @@ def main() -> int:
     socket.connect(options.endpoint)
     group = options.endpoint.rpartition("-")[2].removesuffix(".ipc")
     rogue = Rogue(socket, options.rank, group, options.faults, options.vocab, options.pace)
-    rogue.send(Hello(PROTOCOL_VERSION, options.rank, os.getpid(), os.environ.pop("TREADLE_GROUP_TOKEN", "")))
+    rogue.be_born()
     return rogue.run()
 
 

@@ -86,9 +86,9 @@ class Client(Frontend):
             raise ServiceClosed("this Client was not started")
         return await self._made.control(message)
 
-    async def start(self) -> None:
-        self._must_be_new()
-        self._made = backend = RemoteBackend(
+    def backend(self) -> RemoteBackend:
+        """Another connection with these options, not started: to a server whether it is ready or not."""
+        return RemoteBackend(
             self._endpoint,
             self._server_key,
             self._connect_timeout,
@@ -96,6 +96,10 @@ class Client(Frontend):
             self._resume_timeout,
             self._keys,
         )
+
+    async def start(self) -> None:
+        self._must_be_new()
+        self._made = backend = self.backend()
         await backend.start()
         info = await backend.info("server")
         if not isinstance(info, ServerInfo) or info.version != PROTOCOL_VERSION:

@@ -45,6 +45,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "stop_timeout": "seconds to end in order, before engines are killed",
     "grammar_timeout": "seconds that the grammar of a guided request may take to compile",
     "max_restarts": "of the engines, without a finished step in between, before giving up",
+    "max_engine_failures": "deaths of the engines in a row, with a request in flight, at which that request fails",
     "standby": "keep a second, loaded set of engines for a quick recovery; takes the memory twice",
     "journal": "file in which accepted requests survive the server; it holds prompts and answers",
     "journal_sync": "least seconds between two fsyncs of the journal",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,10 +14,12 @@ import msgspec
 from treadle.errors import ConfigError, Overloaded, ServiceError
 from treadle.transport.allow_list import read_allow_list
 from treadle.transport.endpoints import default_endpoint, read_keys, write_keys
-from treadle.transport.messages import Health
+from treadle.transport.messages import Drain, Health, ServiceMessage
 
+from .connecting import is_gone
 from .exit_codes import HEALTH
 from .reaching import MODEL, Commands, add_command, add_connection, check_grace, connect, endpoint_of
+from .remote import RemoteBackend
 from .top.extra import check_extra
 
 _DRAIN_LOOK_SECONDS = 0.1
@@ -62,9 +67,24 @@ def add_keys_command(commands: Commands) -> None:
     keys.set_defaults(run=_keys)
 
 
+@asynccontextmanager
+async def _reached(options: argparse.Namespace) -> AsyncIterator[RemoteBackend]:
+    """The server as it is; a `Client` waits until it is ready."""
+    backend = connect(options).backend()
+    try:
+        await backend.start()
+        yield backend
+    finally:
+        await backend.close()
+
+
 async def _info(options: argparse.Namespace, kind: str) -> int:
-    async with connect(options) as client:
-        answer = await (client.stats() if kind == "stats" else client.health())
+    if kind == "stats":
+        async with connect(options) as client:
+            answer: ServiceMessage = await client.stats()
+    else:
+        async with _reached(options) as server:
+            answer = await server.info(kind)
     shown = {name: value for name, value in msgspec.structs.asdict(answer).items() if name != "id"}
     print(msgspec.json.format(msgspec.json.encode(shown)).decode())
     return HEALTH.get(answer.state, HEALTH["failed"]) if isinstance(answer, Health) else 0
@@ -82,14 +102,25 @@ def _top(options: argparse.Namespace) -> int:
 
 async def _drain(options: argparse.Namespace) -> int:
     grace = check_grace(options.grace, "--grace")
-    async with connect(options) as client:
-        await client.drain(grace or 1e-3)
-        while True:  # its end is what we wait for
+    async with _reached(options) as server:
+        await server.control(Drain(uuid.uuid4().hex, grace))
+        drained = _service(server)
+        while _service(server) == drained:  # another that comes to its place is not what we wait for
             try:
-                await client.health()
-            except (ServiceError, Overloaded):
-                return 0
+                await server.info("health")
+            except Overloaded:
+                break
+            except ServiceError:
+                if await is_gone(endpoint_of(options)):
+                    break
+                raise  # it is silent, which is no end
             await asyncio.sleep(_DRAIN_LOOK_SECONDS)
+    return 0
+
+
+def _service(server: RemoteBackend) -> str:
+    """Its incarnation, whichever our session there."""
+    return server.incarnation.partition("-")[0]
 
 
 async def _reload(options: argparse.Namespace) -> int:

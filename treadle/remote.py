@@ -73,6 +73,7 @@ class RemoteBackend:
     seconds, silence and nobody who listens, an answer from another incarnation of the server, or messages that were
     lost on the way, ends the open streams with ServerLost. New requests then go to whoever answers.
 
+    incarnation: of the server and of our session there, "" before it has said so.
     resume_timeout: with more than 0 seconds, open streams are kept so long instead, and sent again, with the tokens
     that they have, to whoever answers. The seed is then the client's, so the tokens are those of one undisturbed run.
     """
@@ -100,7 +101,7 @@ class RemoteBackend:
         self._asked: dict[str, _Asked] = {}
         self._channel: Channel | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
-        self._incarnation = ""
+        self.incarnation = ""
         self._full_since: float | None = None
         self._last_heard = self._ping_due = 0.0
         self._pinger: asyncio.TimerHandle | None = None
@@ -265,10 +266,10 @@ class RemoteBackend:
         self._fail_answers(error)
 
     def _met(self, incarnation: str) -> None:
-        if self._incarnation and incarnation != self._incarnation:
+        if self.incarnation and incarnation != self.incarnation:
             self._unreceived = None
             self._lost("the server was restarted or had lost this client; open requests are gone")
-        self._incarnation = incarnation
+        self.incarnation = incarnation
 
     def _count(self, number: int) -> None:
         """Deltas are numbered; a session begins with 1, and its Pong says the rest."""

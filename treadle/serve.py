@@ -165,7 +165,7 @@ async def _serve_until_the_end(service: Service, end: _End, stopping: asyncio.Ta
     if await tasks.first(stopping, failed) is not failed:
         notifier.stopping()
         await tasks.first(tasks.start(service.drain(end.grace)), tasks.start(end.hurry.wait()), failed)
-    return 1 if failed.done() else 0
+    return 1 if service.failed.is_set() else 0
 
 
 def _start_gateway(settings: ServeSettings, tasks: _Tasks) -> _Gateway | None:

@@ -80,6 +80,7 @@ class ServerProcess:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGCONT)  # where it was stopped, it hears the first only now
             try:
                 await asyncio.to_thread(process.wait, _STOP_SECONDS)
             except subprocess.TimeoutExpired:
