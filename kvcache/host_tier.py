@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
-from .block_pool import BlockId, Label
+from .block_pool import BlockId
 from .invariant import require
 
 Copies = tuple[list[int], list[int]]
@@ -19,7 +19,7 @@ class HostTier:
     exactly one place:
 
     - blank: content worthless;
-    - kept: labelled, for somebody may want its content; given up oldest first when a place is needed;
+    - kept: published, for somebody may want its content; given up oldest first when a place is needed;
     - leaving: given up since the last plan. The plan in the making may still copy from it, so it is blank only after
       `take_copies`.
 
@@ -29,10 +29,10 @@ class HostTier:
     the one that reads it, and a device block by the very plan that copies it out. Within a plan no block is written
     twice: a place whose copy out is in the plan being made is not given up for another.
 
-    on_evict: is told what is given up while it still has its label. saved, fetched, evictions: blocks so far.
+    on_evict: is told what is given up. saved, fetched, evictions: blocks so far.
     """
 
-    def __init__(self, first: int, total: int, on_evict: Callable[[BlockId, Label], object]) -> None:
+    def __init__(self, first: int, total: int, on_evict: Callable[[BlockId], object]) -> None:
         self.first = first
         self.total = total
         self.saved = self.fetched = self.evictions = 0
@@ -42,10 +42,10 @@ class HostTier:
     def clear(self) -> None:
         """The ranks are gone, and their host memory with them."""
         self._blank = [BlockId(place) for place in range(self.first + self.total - 1, self.first - 1, -1)]
-        self.kept: OrderedDict[BlockId, Label] = OrderedDict()
+        self.kept: OrderedDict[BlockId, None] = OrderedDict()
         self._leaving: list[BlockId] = []
-        self._out: dict[BlockId, BlockId] = {}
-        self._in: dict[BlockId, BlockId] = {}
+        self._out: dict[BlockId, int] = {}
+        self._in: dict[int, BlockId] = {}
 
     @property
     def pending(self) -> tuple[int, int]:
@@ -54,23 +54,22 @@ class HostTier:
 
     # ── what moves ──
 
-    def save(self, block: BlockId, label: Label) -> BlockId | None:
+    def save(self, block: int) -> BlockId | None:
         """A place for what the device block holds, which its owner may overwrite from this plan on; None when full."""
         place = self._place()
         if place is None:
             return None
-        self.kept[place] = label
+        self.kept[place] = None
         self._out[place] = block
         self.saved += 1
         return place
 
-    def hold(self, place: BlockId) -> Label:
+    def hold(self, place: BlockId) -> None:
         """Its content is about to be fetched: it is not given up for others meanwhile. `arrive` must follow."""
-        label = self.kept.pop(place)
+        del self.kept[place]
         self._leaving.append(place)
-        return label
 
-    def arrive(self, place: BlockId, block: BlockId) -> None:
+    def arrive(self, place: BlockId, block: int) -> None:
         """The content of a held place goes to this device block, which the caller owns."""
         self._in[block] = place
         self.fetched += 1
@@ -109,6 +108,7 @@ class HostTier:
         oldest = next(iter(self.kept), None)
         if oldest is None or oldest in self._out:
             return None
-        self._on_evict(oldest, self.kept.pop(oldest))
+        del self.kept[oldest]
+        self._on_evict(oldest)
         self.evictions += 1
         return oldest

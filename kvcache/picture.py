@@ -23,8 +23,8 @@ def picture(pool: BlockPool, cells: int = 1024) -> tuple[bytes, int]:
     stride = -(-per_cell // _SAMPLE)
     per_cell += -per_cell % stride
     looked = slice(1, None, stride)
-    owned = np.array(pool.refs[looked], np.int32) > 0
-    cached = np.array([label is not None for label in pool.labels[looked]], np.bool_) & ~owned
+    owned = pool.refs[looked] > 0
+    cached = pool.published[looked] & ~owned
     size = per_cell // stride
     return ((_shares(owned, size) << 4) | _shares(cached, size)).tobytes(), per_cell
 

@@ -1,40 +1,43 @@
-"""Automatic prefix cache: a trie over full blocks of tokens, one dict per published block.
+"""Automatic prefix cache: a trie over full blocks of tokens, whose nodes are runs of blocks.
 
-The dict of a block says which blocks follow it, by the bytes of their tokens. It is a new one whenever the block is
-published with new content, so it stands for the *whole* prefix although each step of a walk looks at one block of
-tokens. A dict compares keys after it has compared hashes, so the tokens themselves are verified all the way up, and a
-collision costs a comparison instead of serving another request's state. First blocks of sequences are in one dict, by
-cache salt and tokens: requests with different salts cannot meet, and salts leave nothing behind when their blocks are
-evicted. (docs/decisions/002-prefix-cache-trie.md has the alternatives.)
+A run (`run.py`) is a stretch of blocks that nothing branches off between: its tokens in one buffer, its blocks in
+another. What a prompt has in common with it is one comparison of memory, and blocks are published, found and evicted a
+run at a time. Where two sequences part, the run is split. Tokens are compared all the way, so there is no hash that
+could serve another request's state. First runs of sequences are in one dict, by cache salt and tokens: requests with
+different salts cannot meet, and salts leave nothing behind when their blocks are evicted.
+(docs/decisions/002-prefix-cache-trie.md has the alternatives.)
 
-What the device gives up may move to host memory (`host_tier.py`). The trie then names a host block in its place, with
-the same node, so all that hangs behind it is still found.
+What the device gives up may move to host memory (`host_tier.py`). The run then names a host block in its place, so all
+that is behind it is still found.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .block_pool import BlockId, BlockPool, Label
+from .block_pool import BlockId, BlockPool, Blocks
 from .host_tier import HostTier
-from .invariant import require
+from .invariant import CoreInvariantError, require
+from .run import TOKEN_BYTES, Home, Key, Run
 
-Node = dict[Label, BlockId]
-"""The blocks that follow a block. Numbers of host blocks begin where those of the device end."""
+Parent = tuple[Run, int] | str
+"""Where a block hangs: a run and how many blocks are before it, or the salt for the first block.
 
-Parent = Node | str
-"""Where a block hangs: the node of the block before it, or the salt for the first block."""
+It stays true when runs are split: what is before the start of a run is in those before it. Behind the end of a run that
+is closed there is nothing any more; what hangs there is not published.
+"""
 
-TOKEN_BYTES = 4
+NO_BLOCKS: Blocks = np.zeros(0, np.int64)
 
 
 class PrefixCache:
     """Finds and publishes blocks of a pool by content. It owns no block: references are taken and given in the pool.
 
-    A published block has its key as its label in the pool, the node that it is in as its `_home`, and a node of its
-    own, `_nodes[block]`. Those behind an evicted block keep its node alive and cannot be reached any more.
+    Of a published block `_runs` says in which run it is, and `_depths` how many blocks are before it in its sequence.
+    Numbers of host blocks begin where those of the device end.
 
     host: the second tier, of `host_blocks` blocks. saving: whether blocks that are evicted now move there; those that
     `want` has named do in any case.
@@ -42,194 +45,296 @@ class PrefixCache:
 
     def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
         self._width = block_size * TOKEN_BYTES
-        self._block_type = np.dtype((np.void, self._width))
         self._device = num_blocks
-        self._first: Node = {}
-        self._homes: list[Node] = [{}] * (num_blocks + host_blocks)
-        self._nodes: list[Node] = [{}] * (num_blocks + host_blocks)
-        self._wanted: set[BlockId] = set()
+        self._first: Home = {}
+        self._runs: list[Run | None] = [None] * (num_blocks + host_blocks)
+        self._depths = np.zeros(num_blocks + host_blocks, np.int64)
+        self._counted = np.arange(num_blocks + host_blocks, dtype=np.int64)
+        self._wanted: set[int] = set()
         self.saving = False
         self.pool = BlockPool(num_blocks, on_evict=self._give_up, on_withdraw=self._forget)
         self.host = HostTier(num_blocks, host_blocks, on_evict=self._forget_host)
 
     def __len__(self) -> int:
         """Published blocks: owned, cached, or in host memory."""
-        return sum(label is not None for label in self.pool.labels) + len(self.host.kept)
+        return int(np.count_nonzero(self.pool.published)) + len(self.host.kept)
 
     def clear(self) -> None:
         """The memory behind the blocks is gone: forget everything, owners included."""
         self._first.clear()
+        self._runs = [None] * len(self._runs)
         self._wanted.clear()
         self.pool.clear()
         self.host.clear()
 
-    def match(self, salt: str, tokens: bytes, max_blocks: int) -> tuple[list[BlockId], Parent]:
+    def match(self, salt: str, tokens: bytes, max_blocks: int) -> tuple[Blocks, Parent]:
         """The longest published prefix of `tokens` (int32 bytes), at most `max_blocks` blocks, and where it ends.
 
         The blocks are not referenced yet: `pool.share` those of the device before anything else is allocated, and
         `fetch` the others.
         """
-        block = self._first.get((salt, tokens[: self._width])) if max_blocks else None
-        if block is None:
-            return [], salt
-        nodes = self._nodes
-        blocks, node = [block], nodes[block]
-        append = blocks.append
-        try:
-            for content in self.split(tokens, max_blocks)[1:]:
-                block = node[content]
-                append(block)
-                node = nodes[block]
-        except KeyError:
-            return blocks, node
-        return blocks, node
+        width = self._width
+        run = self._first.get((salt, tokens[:width])) if max_blocks else None
+        parent: Parent = salt
+        blocks, depth = array("q"), 0
+        while run is not None:
+            size = len(run.blocks)
+            most = min(size, max_blocks - depth)
+            equal = run.equal(0, tokens, depth, most, width)
+            blocks += run.blocks[:equal]
+            depth += equal
+            if equal:
+                parent = run, depth
+            if equal < size or depth == max_blocks or not run.after:
+                break
+            run = run.after.get(tokens[depth * width : (depth + 1) * width])
+        return np.frombuffer(blocks, np.int64) if blocks else NO_BLOCKS, parent
 
-    def publish(self, parent: Parent, contents: Sequence[bytes], blocks: Sequence[BlockId]) -> Parent:
+    def publish(self, parent: Parent, tokens: bytes, blocks: Blocks) -> Parent:
         """Makes consecutive full blocks findable below `parent`; returns the parent for what follows.
 
-        contents: the tokens of each, int32 bytes. The caller owns a reference on each block and keeps it. Content that
+        tokens: of all of them, int32 bytes. The caller owns a reference on each block and keeps it. Content that
         is published already stays where it is: the caller's copy remains private, and what follows hangs on the
         published one, so that equal texts meet again in one path. Where the published one is in host memory, the
-        caller's takes its place.
+        caller's takes its place. Below a parent that has been evicted all remain private.
         """
-        if not blocks:
-            return parent
-        keys: list[Label] = [*contents]
-        if isinstance(parent, str):
-            node, keys[0] = self._first, (parent, contents[0])
-        else:
-            node = parent
-        nodes, homes, labels = self._nodes, self._homes, self.pool.labels
-        pairs = zip(keys, blocks, strict=True)
-        for key, block in pairs:
-            there = node.setdefault(key, block)
-            if there == block:
+        width, count = self._width, blocks.size
+        run, depth = self._resolve(parent)
+        done = 0
+        while done < count:
+            if run is not None and depth < run.end:
+                index = depth - run.start
+                equal = run.equal(index, tokens, done, min(count - done, len(run.blocks) - index), width)
+                self._come_back(run, index, blocks[done : done + equal])
+                done, depth = done + equal, depth + equal
+                if done < count and depth < run.end:
+                    run = self._split(run, depth - run.start)
+                continue
+            if run is not None and depth > run.end:
                 break
-            if there >= self._device:
-                self._come_back(node, key, there, block)
-            node = nodes[there]
-        else:
-            return node
-        labels[block], homes[block] = key, node
-        for key, following in pairs:  # nothing can be there behind a new block
-            nodes[block] = node = {key: following}
-            labels[following], homes[following] = key, node
-            block = following
-        nodes[block] = node = {}
-        return node
+            content = tokens[done * width : (done + 1) * width]
+            key: Key = (parent, content) if isinstance(parent, str) and run is None else content
+            home = self._first if run is None else run.after
+            following = None if home is None else home.get(key)
+            if following is None:
+                run = self._add(run, key, tokens[done * width :], blocks[done:])
+                return run, run.end
+            run = following
+        return parent if run is None else (run, depth)
 
     def publish_each(
-        self, parents: Sequence[Parent], contents: Sequence[bytes], blocks: Sequence[BlockId]
+        self, parents: Sequence[Parent], contents: Sequence[bytes], blocks: Blocks, depths: Blocks
     ) -> list[Parent]:
-        """`publish` for blocks of different sequences, one each; returns what follows hangs on, one each."""
-        first, nodes, homes, labels = self._first, self._nodes, self._homes, self.pool.labels
+        """`publish` for blocks of different sequences, one each; returns what follows hangs on, one each.
+
+        depths: how many blocks are before each in its sequence.
+        """
         following: list[Parent] = []
-        for parent, content, block in zip(parents, contents, blocks, strict=True):
-            node, key = (first, (parent, content)) if isinstance(parent, str) else (parent, content)
-            there = node.setdefault(key, block)
-            if there == block:
-                labels[block] = key
-                homes[block] = node
-                nodes[block] = {}
-            elif there >= self._device:
-                self._come_back(node, key, there, block)
-            following.append(nodes[there])
+        others: list[int] = []
+        runs = self._runs
+        for parent, content, block in zip(parents, contents, blocks.tolist(), strict=True):
+            if not isinstance(parent, str):
+                run, depth = parent
+                if depth == run.end and run.after is None:
+                    run.late += (content, block)
+                    run.end = depth = depth + 1
+                    runs[block] = run
+                    following.append((run, depth))
+                    continue
+            others.append(len(following))
+            following.append(self.publish(parent, content, blocks[len(following) : len(following) + 1]))
+        fresh = [np.delete(blocks, others), np.delete(depths, others)] if others else [blocks, depths]
+        self._depths[fresh[0]] = fresh[1]
+        self.pool.published[fresh[0]] = True
         return following
+
+    def content(self, block: int) -> Key | None:
+        """The tokens under which a block is found, with the salt if it begins sequences; None if it is not found."""
+        run = self._runs[block]
+        if run is None or not (self.pool.published[block] if block < self._device else block in self.host.kept):
+            return None
+        at = (self._depths.item(block) - run.start) * self._width
+        tokens = bytes(run.tokens[at : at + self._width])
+        return tokens if self._depths[block] or isinstance(run.key, bytes) else (run.key[0], tokens)
 
     # ── the second tier ──
 
-    def in_host(self, blocks: Sequence[BlockId]) -> int:
+    def in_host(self, blocks: Blocks) -> int:
         """How many of a hit's blocks are in host memory."""
-        return sum(block >= self._device for block in blocks) if self.host.kept else 0
+        return int(np.count_nonzero(blocks >= self._device)) if self.host.kept else 0
 
-    def on_device(self, hit: Sequence[BlockId]) -> list[BlockId]:
+    def on_device(self, hit: Blocks) -> Blocks:
         """The leading blocks of a hit up to the first that is in host memory."""
-        first = next((i for i, block in enumerate(hit) if block >= self._device), len(hit))
-        return list(hit[:first])
+        away = hit >= self._device
+        return hit[: away.argmax()] if away.any() else hit
 
-    def end_of(self, hit: Sequence[BlockId], salt: str) -> Parent:
+    def end_of(self, hit: Blocks, salt: str) -> Parent:
         """Where what follows the blocks of a hit hangs."""
-        return self._nodes[hit[-1]] if hit else salt
+        if not hit.size:
+            return salt
+        last = hit.item(-1)
+        return self._run_of(last), self._depths.item(last) + 1
 
-    def want(self, blocks: Sequence[BlockId]) -> None:
+    def want(self, blocks: Blocks) -> None:
         """Published blocks that are to move to host memory, and not to be lost, when they are evicted."""
-        self._wanted.update(blocks)
+        self._wanted.update(blocks.tolist())
 
-    def fetch(self, hit: Sequence[BlockId], fresh: int) -> list[BlockId] | None:
+    def fetch(self, hit: Blocks, fresh: int) -> Blocks | None:
         """The block table of a hit and `fresh` blocks behind it; None, and nothing taken, if too few are available.
 
         Blocks in host memory are replaced by device blocks to which the plan in the making copies them. The caller has
         shared the others, and owns one reference on each block of the table.
         """
-        host, device = self.host, self._device
-        away = [block for block in hit if block >= device]
-        if len(away) + fresh > self.pool.available:
+        away = hit >= self._device
+        places = [BlockId(place) for place in hit[away].tolist()]
+        if len(places) + fresh > self.pool.available:
             return None
-        labels = [host.hold(place) for place in away]  # before anything is evicted, which may need places
-        blocks = self.pool.allocate(len(away) + fresh) or []
-        for place, label, block in zip(away, labels, blocks, strict=False):
-            self._settle(self._homes[place], label, place, block)
-            host.arrive(place, block)
-        back = iter(blocks)
-        table = [next(back) if block >= device else block for block in hit]
-        return table + blocks[len(away) :]
+        for place in places:  # before anything is evicted, which may need places
+            self.host.hold(place)
+        blocks = self.pool.allocate(len(places) + fresh)
+        if blocks is None:
+            return None
+        for place, block in zip(places, blocks.tolist(), strict=False):
+            self._settle(place, block)
+            self.host.arrive(place, block)
+        table = np.concatenate((hit, blocks[len(places) :]))
+        table[: hit.size][away] = blocks[: len(places)]
+        return table
 
-    def _come_back(self, home: Node, label: Label, place: BlockId, block: BlockId) -> None:
-        """Somebody has computed again what is in host memory."""
-        self._settle(home, label, place, block)
-        self.host.drop(place)
+    def _come_back(self, run: Run, index: int, blocks: Blocks) -> None:
+        """Somebody has computed again what may be in host memory."""
+        if not self.host.kept:
+            return
+        for place, block in zip(run.blocks[index : index + blocks.size], blocks.tolist(), strict=True):
+            if place >= self._device:
+                self._settle(place, block)
+                self.host.drop(BlockId(place))
 
-    def _settle(self, home: Node, label: Label, place: BlockId, block: BlockId) -> None:
+    def _settle(self, place: int, block: int) -> None:
         """A device block stands in the trie where a host block stood."""
-        home[label] = block
-        self.pool.labels[block] = label
-        self._homes[block] = home
-        self._nodes[block] = self._nodes[place]
+        self._replace(place, block)
+        self.pool.published[block] = True
 
-    def _give_up(self, blocks: Sequence[BlockId]) -> None:
+    def _replace(self, old: int, new: int) -> None:
+        run = self._run_of(old)
+        depth = self._depths.item(old)
+        run.blocks[depth - run.start] = new
+        self._runs[new], self._depths[new] = run, depth
+
+    def _give_up(self, blocks: Blocks) -> None:
         """The device needs the blocks for others: their content moves to host memory, or is forgotten."""
         if not self.host.total or not (self.saving or self._wanted):
             self._forget(blocks)
             return
-        homes, nodes, labels = self._homes, self._nodes, self.pool.labels
-        for block in blocks:
-            label = labels[block]
-            place = None
-            if label is not None and (self.saving or block in self._wanted):
-                place = self.host.save(block, label)
-            if label is None or place is None:
-                self._forget([block])
+        for index, block in enumerate(blocks.tolist()):
+            place = self.host.save(block) if self.saving or block in self._wanted else None
+            if place is None:
+                self._forget(blocks[index : index + 1])
                 continue
-            homes[block][label] = place
-            homes[place], nodes[place] = homes[block], nodes[block]
+            self._replace(block, place)
             self._wanted.discard(block)
 
-    def _forget_host(self, place: BlockId, label: Label) -> None:
-        del self._homes[place][label]
+    def _forget_host(self, place: BlockId) -> None:
+        self._cut(self._run_of(place), self._depths.item(place))
+
+    # ── runs ──
+
+    def _run_of(self, block: int) -> Run:
+        """Of a published one."""
+        run = self._runs[block]
+        if run is None:
+            raise CoreInvariantError(f"block {block} is published and in no run")
+        return run
+
+    def _resolve(self, parent: Parent) -> tuple[Run | None, int]:
+        """The run in which a place is, and how many blocks are before it; None for the beginning of sequences."""
+        if isinstance(parent, str):
+            return None, 0
+        run, depth = parent
+        while depth <= run.start and run.before is not None:
+            run = run.before
+        return run, depth
+
+    def _add(self, run: Run | None, key: Key, tokens: bytes, blocks: Blocks) -> Run:
+        """New blocks behind the end of a run, or at the beginning of sequences."""
+        start = 0 if run is None else run.end
+        if run is None:
+            run = Run(start, key, self._first, None, tokens, array("q", blocks.tobytes()))
+        elif run.after is None:
+            run.lengthen(tokens, blocks.tobytes())
+        else:
+            run = Run(start, key, run.after, run, tokens, array("q", blocks.tobytes()))
+        self._enter(run, blocks.tolist())
+        self._depths[blocks] = self._counted[start : start + blocks.size]
+        self.pool.published[blocks] = True
+        return run
+
+    def _split(self, run: Run, index: int) -> Run:
+        head = run.split(index, self._width)
+        self._enter(head, head.blocks)
+        return head
+
+    def _enter(self, run: Run, blocks: Iterable[int]) -> None:
+        runs = self._runs
+        for block in blocks:
+            runs[block] = run
+
+    def _forget(self, blocks: Blocks) -> None:
+        """Takes them out of the trie. Nearly always they are the ends of runs, from the last block on."""
+        gone, at = array("q", blocks.tobytes()), 0
+        while at < len(gone):
+            run = self._run_of(gone[at])
+            count = _ending(run.blocks, gone, at)
+            if count:
+                run.shorten(count, self._width)
+            else:
+                self._cut(run, self._depths.item(gone[at]))
+            at += max(count, 1)
+        if self._wanted:
+            self._wanted.difference_update(gone)
+
+    def _cut(self, run: Run, depth: int) -> None:
+        """Takes a block out of a run. What is behind it stays published, but nothing leads there any more."""
+        index = depth - run.start
+        behind = len(run.blocks) - index - 1
+        if behind:
+            rest = run.tail(index, self._width)
+            self._enter(rest, rest.blocks)
+        run.shorten(behind + 1, self._width)
 
     def check(self) -> None:
-        """Raises CoreInvariantError unless labels and trie say the same."""
+        """Raises CoreInvariantError unless pool, host memory and runs say the same."""
         self.pool.check()
         self.host.check()
-        labels = {block: label for block, label in enumerate(self.pool.labels) if label is not None} | self.host.kept
-        published = [BlockId(block) for block in labels]
+        published = [*self.pool.published.nonzero()[0].tolist(), *self.host.kept]
         require(self._wanted <= set(published), "a block is wanted that holds nothing")
-        homes = {id(home): home for home in [self._first, *(self._homes[block] for block in published)]}
-        found = {block: (key, id(home)) for home in homes.values() for key, block in home.items()}
-        expected = {block: (labels[block], id(self._homes[block])) for block in published}
-        require(found == expected, "labels of the pool and nodes of the trie differ")
-        first = [block for block in published if isinstance(labels[block], tuple)]
-        require(all(self._homes[block] is self._first for block in first), "a salt inside of a sequence")
-        require(len({id(self._nodes[block]) for block in published}) == len(published), "two blocks share a node")
+        runs = {id(run): run for run in map(self._run_of, published)}
+        named = [block for run in runs.values() for block in run.blocks]
+        require(sorted(named) == sorted(published), "runs name other blocks than those that are published")
+        for run in runs.values():
+            self._check_run(run)
+        reached = list(self._first.values())
+        for run in reached:
+            require(id(run) in runs, "a run that holds nothing can be found")
+            following = list((run.after or {}).values())
+            require(all(r.before is run and r.start == run.end for r in following), "a run follows another one")
+            reached += following
 
-    def _forget(self, blocks: Sequence[BlockId]) -> None:
-        homes, labels = self._homes, self.pool.labels
-        for block in blocks:
-            del homes[block][labels[block]]  # type: ignore[arg-type]  # what can be evicted has a label
-        if self._wanted:
-            self._wanted.difference_update(blocks)
+    def _check_run(self, run: Run) -> None:
+        width, first = self._width, bytes(run.tokens[: self._width])
+        key = first if run.start else (run.key[0], first)
+        require(len(run.tokens) == width * len(run.blocks), "tokens and blocks of a run differ")
+        require(run.key == key and run.home.get(run.key) is run, "a run is found by other tokens than its own")
+        require(all(run is self._runs[block] for block in run.blocks), "a block is in two runs")
+        require(self._depths[run.blocks].tolist() == [*range(run.start, run.end)], "a block is at another depth")
 
-    def split(self, tokens: bytes, count: int) -> list[bytes]:
-        """The first `count` blocks of int32 bytes. numpy's void type cuts four times faster than slices."""
-        parts: list[bytes] = np.frombuffer(tokens, self._block_type, count).tolist()
-        return parts
+
+def _ending(blocks: array[int], gone: array[int], at: int) -> int:
+    """How many of `gone` from `at` on are the last of `blocks`, from the end."""
+    most = min(len(blocks), len(gone) - at)
+    if gone[at : at + most] == blocks[: -most - 1 : -1]:
+        return most
+    count = 0
+    while count < most and gone[at + count] == blocks[-1 - count]:
+        count += 1
+    return count

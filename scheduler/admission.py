@@ -29,6 +29,7 @@ class Admission:
         self._config = config
         self._draw_seed = draw_seed
         self._eos = frozenset(token for token in config.eos_token_ids if 0 <= token < config.vocab_size)
+        self._capacity = config.capacity
         self._arrivals = 0
         self._rate = Rate()
         self._rates: OrderedDict[str, Rate] = OrderedDict()
@@ -61,10 +62,10 @@ class Admission:
             raise InvalidRequest(f"a request with the id {submit.id!r} is running; ids must be unique")
         if not tokens.size:
             raise InvalidRequest("the prompt is empty; it must have at least one token")
-        if tokens.size >= config.capacity:
+        if tokens.size >= self._capacity:
             raise PromptTooLong(
-                f"the prompt has {tokens.size} tokens; at most {config.capacity - 1} are allowed, "
-                f"so that one token of output fits into {config.capacity}"
+                f"the prompt has {tokens.size} tokens; at most {self._capacity - 1} are allowed, "
+                f"so that one token of output fits into {self._capacity}"
             )
         ids = tokens.view(np.uint32)  # a negative id is a very great unsigned one
         if ids.item(ids.argmax()) >= config.vocab_size:  # three times as fast as max()
@@ -91,7 +92,7 @@ class Admission:
             raise InvalidRequest(f"outputs: {output.size} tokens where at most {most} can be")
 
     def _limit(self, length: int, params: SamplingParams) -> int:
-        room = self._config.capacity - length
+        room = self._capacity - length
         return length + (room if params.max_tokens is None else min(params.max_tokens, room))
 
     def _check_load(self, submit: Submit, length: int, now: float, waiting: Waiting) -> None:

@@ -79,8 +79,8 @@ def _check_order(running: Running, waiting: Waiting) -> None:
 def _check_blocks(running: Running) -> None:
     """Every reference count is the number of block tables that name the block."""
     running.cache.check()
-    tables = Counter(block for s in running.sequences() for block in running.rows.blocks_of(s.row))
-    refs = {block: count for block, count in enumerate(running.cache.pool.refs) if count}
+    tables = Counter(block for s in running.sequences() for block in running.rows.blocks_of(s.row).tolist())
+    refs = {block: count for block, count in enumerate(running.cache.pool.refs.tolist()) if count}
     require(tables == refs, "reference counts differ from block tables")
 
 
@@ -94,20 +94,20 @@ def _check_row(config: CoreConfig, running: Running, sequence: Sequence) -> None
     require(known <= frontier <= limit, f"{name}: planned past its limit")
     require(computed < frontier, f"{name}: computed a token that nobody can know")
     require(computed <= nblocks * config.block_size, f"{name}: computed tokens have no block")
-    blocks = rows.blocks_of(row)
+    blocks = rows.blocks_of(row).tolist()
     require(0 not in blocks and len(set(blocks)) == nblocks, f"{name}: null or repeated block in its table")
-    pool, size = running.cache.pool, config.block_size
+    size = config.block_size
     if not config.prefix_cache:
         require(not len(running.cache), "published although the prefix cache is off")
         return
     due = min(known, computed) // size
     require(int(rows.publish_at[row]) // size - 1 <= due, f"{name}: published what it has not planned")
     for index, block in enumerate(blocks):
-        label = pool.labels[block]
-        if label is not None:
+        published = running.cache.content(block)
+        if published is not None:
             content = rows.tokens[row, index * size : (index + 1) * size].tobytes()
             own = content if index else (sequence.request.salt, content)
-            require(index < due and label == own, f"{name}: block {block} is published as something else")
+            require(index < due and published == own, f"{name}: block {block} is published as something else")
 
 
 def _check_in_flight(running: Running, waiting: Waiting, flights: Ordered[Flight]) -> None:

@@ -31,6 +31,9 @@ from .running import Running
 from .trials import Trials
 from .waiting import Waiting
 
+_NO_ROWS: Rows1D = np.zeros(0, np.intp)
+_NO_NEEDS: Int64 = np.zeros(0, np.int64)
+
 
 class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     """A plan on its way: what is needed to understand its result.
@@ -91,6 +94,10 @@ class _Batch:
         chunks = np.array(self.chunk_rows, np.intp)
         return np.concatenate((self.decode, chunks)) if self.decode.size else chunks
 
+    def packed_rows(self, rows: Rows1D) -> bytes:
+        """`rows()` for the wire; a list is packed faster than an array."""
+        return pack(rows if self.decode.size else self.chunk_rows)
+
     def counts(self) -> bytes:
         return pack(self.chunk_counts) if self.chunk_counts else b""
 
@@ -125,14 +132,14 @@ class Planner:
         self._guard.broken = False
         self._running.swapping.begin()
         arrays = self._running.rows
-        needs = arrays.frontier - arrays.computed
+        needs = arrays.frontier - arrays.computed if arrays.count else _NO_NEEDS
         decode, growing, context = self._decode(needs, now)
         blocks = self._running.grow(growing)
         arrays.advance(decode)
         batch = _Batch(self._budget, decode, context, self._host)
         if preemptions != self.preemptions:
             needs = arrays.frontier - arrays.computed
-        prefills = (needs > 1).nonzero()[0]
+        prefills = (needs > 1).nonzero()[0] if needs.size else _NO_ROWS
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
         if prefills.size or admits:
             self._limit(batch, now)
@@ -149,7 +156,7 @@ class Planner:
             batch.starts,
             pack(growing) if growing.size else b"",
             pack(blocks) if growing.size else b"",
-            pack(rows),
+            batch.packed_rows(rows),
             self._ones[: 4 * decode.size] + batch.counts(),
         )
         self._running.released.clear()
@@ -165,10 +172,12 @@ class Planner:
 
     def _decode(self, needs: Int64, now: float) -> tuple[Rows1D, Rows1D, int]:
         """Rows that compute one token and sample the next, those among them that need one more block for it, and the
-        K/V positions that they read. needs: of each row, tokens that it needs computed.
+        K/V positions that they read. needs: of each row, tokens that it needs computed; empty when nothing runs.
 
         They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
         """
+        if not needs.size:
+            return _NO_ROWS, _NO_ROWS, 0
         rows = self._running.rows
         decode = ((needs == 1) & (rows.frontier < rows.limit)).nonzero()[0]
         if not decode.size:

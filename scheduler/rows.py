@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from treadle.kvcache import BlockId, Parent
+from treadle.kvcache import Blocks, Parent
 from treadle.transport.codec import Int32
 
 from .request import Sequence
@@ -36,7 +36,7 @@ def span(rows: Rows1D) -> Rows1D | slice:
 
 
 class Rows:
-    """The arrays. tokens: int32 [rows, max_blocks * block_size], table: int32 [rows, max_blocks], the others one number
+    """The arrays. tokens: int32 [rows, max_blocks * block_size], table: [rows, max_blocks], the others one number
     per row. blocks: the same tokens, [rows, max_blocks], a block's at a time.
 
     limit: tokens at which the row ends. nblocks: entries of its block table. publish_at: committed tokens at which
@@ -50,7 +50,7 @@ class Rows:
     def __init__(self, max_rows: int, max_blocks: int, block_size: int) -> None:
         self.tokens: Int32 = np.zeros((max_rows, max_blocks * block_size), np.int32)
         self.blocks = self.tokens.view(np.dtype((np.void, block_size * self.tokens.itemsize)))
-        self.table: Int32 = np.zeros((max_rows, max_blocks), np.int32)
+        self.table: Blocks = np.zeros((max_rows, max_blocks), np.int64)
         self.known: Int64 = np.zeros(max_rows, np.int64)
         self.frontier: Int64 = np.zeros(max_rows, np.int64)
         self.computed: Int64 = np.zeros(max_rows, np.int64)
@@ -72,7 +72,7 @@ class Rows:
         """Rows in use."""
         return len(self.admission) - len(self.free)
 
-    def occupy(self, sequence: Sequence, admission: int, blocks: Int32, computed: int) -> int:
+    def occupy(self, sequence: Sequence, admission: int, blocks: Blocks, computed: int) -> int:
         """Gives the sequence a free row that holds its tokens and block table; returns the row."""
         row = self.free.pop()
         tokens = np.frombuffer(sequence.tokens, np.int32)
@@ -105,11 +105,11 @@ class Rows:
         self.owner[row] = None
         self.free.append(row)
 
-    def blocks_of(self, row: int) -> list[BlockId]:
-        blocks: list[BlockId] = self.table[row, : self.nblocks[row]].tolist()
-        return blocks
+    def blocks_of(self, row: int) -> Blocks:
+        """Its block table, as long as nobody changes it."""
+        return self.table[row, : self.nblocks.item(row)]
 
-    def append_blocks(self, rows: Rows1D, blocks: Int32) -> None:
+    def append_blocks(self, rows: Rows1D, blocks: Blocks) -> None:
         self.table[rows, self.nblocks[rows]] = blocks
         self.nblocks[rows] += 1
         self.entries += rows.size

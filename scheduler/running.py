@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from treadle.kvcache import BlockId, Parent, PrefixCache, blocks_for_tokens
-from treadle.transport.codec import Int32, pack, unpack
+from treadle.kvcache import NO_BLOCKS, Blocks, Parent, PrefixCache, blocks_for_tokens
+from treadle.transport.codec import pack
 from treadle.transport.messages import Row, RowStart
 
 from .config import CoreConfig
@@ -19,11 +19,10 @@ from .ledger import Ledger
 from .policies.guard import Guard
 from .request import NO_ROW, Sequence
 from .reservation import Reservation
-from .rows import WIRE_INT, Rows, Rows1D
+from .rows import Rows, Rows1D
 from .swapping import Swapping
 from .tenant_tally import TenantTally
 
-_NO_BLOCKS = np.zeros(0, WIRE_INT)
 _NO_ROWS: Rows1D = np.zeros(0, np.intp)
 
 
@@ -70,9 +69,9 @@ class Running:
         available = pool.available
         hit, parent = self._lookup(sequence)
         away = self.cache.in_host(hit)
-        here = [block for block in hit if block <= pool.total] if away else hit
+        here = hit[hit <= pool.total] if away else hit
         pool.share(here)
-        missing = blocks_for_tokens(sequence.known, self._block_size) - len(here)
+        missing = blocks_for_tokens(sequence.known, self._block_size) - here.size
         wanted = missing + available - pool.available
         if wanted + spare > available:
             sequence.wanted = wanted
@@ -84,10 +83,10 @@ class Running:
             return None
         if away:
             self._note_host_hit(sequence, away)
-            table = self.cache.fetch(hit, missing - away) or []
-        else:
-            table = hit + (pool.allocate(missing) or [])
-        return self._start(sequence, table, len(hit) * self._block_size, parent)
+        table = self.cache.fetch(hit, missing - away) if away else self._extended(hit, missing)
+        if table is None:
+            raise RuntimeError("blocks that are available were not given")
+        return self._start(sequence, table, hit.size * self._block_size, parent)
 
     def stop(self, sequence: Sequence) -> None:
         """The sequence has ended: its row and its references on blocks are given back."""
@@ -149,11 +148,13 @@ class Running:
         """Tokens that `admit` would find cached now."""
         return len(self._lookup(sequence)[0]) * self._block_size
 
-    def grow(self, rows: Rows1D) -> Int32:
+    def grow(self, rows: Rows1D) -> Blocks:
         """Appends one block to each row's table; so many are available."""
         if not rows.size:
-            return _NO_BLOCKS
-        blocks = np.array(self.cache.pool.allocate(rows.size), WIRE_INT)
+            return NO_BLOCKS
+        blocks = self.cache.pool.allocate(rows.size)
+        if blocks is None:
+            raise RuntimeError("more blocks are asked for than are available")
         self.rows.append_blocks(rows, blocks)
         return blocks
 
@@ -170,8 +171,8 @@ class Running:
         if end - start < size:
             return
         first, last = start // size, end // size
-        contents, blocks = rows.blocks[row, first:last].tolist(), rows.table[row, first:last].tolist()
-        rows.chain[row] = self.cache.publish(rows.chain[row], contents, blocks)
+        tokens, blocks = rows.tokens[row, first * size : last * size].tobytes(), rows.table[row, first:last]
+        rows.chain[row] = self.cache.publish(rows.chain[row], tokens, blocks)
         rows.publish_at[row] = (last + 1) * size
 
     def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
@@ -183,45 +184,48 @@ class Running:
         while rows.size:
             ends = self.rows.publish_at[rows]
             last = ends // self._block_size - 1
-            contents, blocks = self.rows.blocks[rows, last].tolist(), self.rows.table[rows, last].tolist()
+            contents, blocks = self.rows.blocks[rows, last].tolist(), self.rows.table[rows, last]
             self.rows.publish_at[rows] = ends + self._block_size
             chain, numbers = self.rows.chain, rows.tolist()
-            parents = self.cache.publish_each([chain[row] for row in numbers], contents, blocks)
+            parents = self.cache.publish_each([chain[row] for row in numbers], contents, blocks, last)
             for row, parent in zip(numbers, parents, strict=True):
                 chain[row] = parent
             rows = self._due(rows, rows) if self._block_size == 1 else _NO_ROWS
 
     def withdraw(self, row: int) -> None:
         """The row's work has failed, so nobody else is to be served what it computed."""
-        for block in self.rows.blocks_of(row):
-            self.cache.pool.withdraw(block)
+        self.cache.pool.withdraw(self.rows.blocks_of(row))
 
     def _due(self, rows: Rows1D, at: Rows1D | slice) -> Rows1D:
         filled = np.minimum(self.rows.known[at], self.rows.computed[at])
         return rows[filled >= self.rows.publish_at[at]]
 
-    def _lookup(self, sequence: Sequence) -> tuple[list[BlockId], Parent]:
+    def _lookup(self, sequence: Sequence) -> tuple[Blocks, Parent]:
         """Cached blocks for the sequence; at least its last token is left to compute, for there must be logits."""
         request = sequence.request
         wants_all = request.params.prompt_logprobs is not None and sequence.prompt_logprobs_to < request.prompt_len - 1
         if wants_all or not self._config.prefix_cache:
-            return [], request.salt
+            return NO_BLOCKS, request.salt
         hit, parent = self.cache.match(request.salt, sequence.tokens, (sequence.known - 1) // self._block_size)
         if self.swapping.worth_fetching(hit):
             return hit, parent
         hit = self.cache.on_device(hit)
         return hit, self.cache.end_of(hit, request.salt)
 
+    def _extended(self, hit: Blocks, missing: int) -> Blocks | None:
+        """A block table of a hit that is on the device, and of blocks behind it."""
+        fresh = self.cache.pool.allocate(missing)
+        return fresh if fresh is None or not hit.size else np.concatenate((hit, fresh))
+
     def _note_host_hit(self, sequence: Sequence, blocks: int) -> None:
         """Counts what a new prompt got from host memory."""
         if sequence.cached_tokens < 0:
             self.host_tokens += blocks * self._block_size
 
-    def _start(self, sequence: Sequence, blocks: list[BlockId], computed: int, parent: Parent) -> RowStart:
+    def _start(self, sequence: Sequence, table: Blocks, computed: int, parent: Parent) -> RowStart:
         request = sequence.request
         self._admissions += 1
-        table = pack(blocks)
-        row = self.rows.occupy(sequence, self._admissions, unpack(table), computed)
+        row = self.rows.occupy(sequence, self._admissions, table, computed)
         if self._config.prefix_cache:
             self.rows.chain[row] = parent
             self.rows.publish_at[row] = computed + self._block_size
@@ -246,7 +250,7 @@ class Running:
             request.prompt_len,
             computed,
             sequence.tokens,
-            table,
+            pack(table),
             request.engine_params,
             sequence.seed,
             request.ban,

@@ -12,9 +12,7 @@ copied out by the plan that gives it to somebody else. So what is never needed b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from treadle.kvcache import BlockId, PrefixCache
+from treadle.kvcache import Blocks, PrefixCache
 
 from .config import CoreConfig
 from .cost_model import CostModel, chunk_pairs
@@ -41,7 +39,7 @@ class Swapping:
         if self._on and not self._always:
             self._cache.saving = self._cheaper(1, 1, 0, self._size)
 
-    def preempt(self, blocks: Sequence[BlockId]) -> None:
+    def preempt(self, blocks: Blocks) -> None:
         """A sequence gives way, whose block table this is: swapped out, or to be computed again?
 
         Compared is what it alone holds, which stands behind what it shares with others.
@@ -49,13 +47,18 @@ class Swapping:
         if not self._on:
             return
         pool = self._cache.pool
-        own = [i for i, block in enumerate(blocks) if pool.refs[block] == 1 and pool.labels[block] is not None]
-        if own and self._cheaper(len(own), len(own), own[0] * self._size, (own[-1] + 1) * self._size):
+        own = ((pool.refs[blocks] == 1) & pool.published[blocks]).nonzero()[0]
+        if not own.size:
+            return
+        start, end = own.item(0) * self._size, (own.item(-1) + 1) * self._size
+        if self._cheaper(own.size, own.size, start, end):
             self.swapped += 1
-            self._cache.want([blocks[i] for i in own])
+            self._cache.want(blocks[own])
 
-    def worth_fetching(self, hit: Sequence[BlockId]) -> bool:
+    def worth_fetching(self, hit: Blocks) -> bool:
         """Whether the part of a hit that is in host memory is fetched; else it is computed again."""
+        if not self._on:
+            return True
         away = self._cache.in_host(hit)
         end = len(hit) * self._size
         return self._always or not away or self._cheaper(0, away, end - away * self._size, end)

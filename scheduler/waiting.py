@@ -88,9 +88,10 @@ class Waiting:
         load = self.tenants.get(sequence.request.tenant)
         if load is None:
             load = self.tenants[sequence.request.tenant] = Load()
+        tokens = sequence.known
         load.requests += 1
-        load.tokens += sequence.known
-        self.tokens += sequence.known
+        load.tokens += tokens
+        self.tokens += tokens
 
     def remove(self, sequence: Sequence) -> None:
         """Waits no longer: it has a row, or has ended."""
@@ -101,10 +102,11 @@ class Waiting:
             self._strays.remove(sequence.order)
         if sequence.latest < inf:
             self._latest.remove((sequence.latest, sequence.order))
-        self.tokens -= sequence.known
+        tokens = sequence.known
+        self.tokens -= tokens
         load = self.tenants[sequence.request.tenant]
         load.requests -= 1
-        load.tokens -= sequence.known
+        load.tokens -= tokens
         if not load.requests:
             del self.tenants[sequence.request.tenant]
 

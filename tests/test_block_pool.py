@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from treadle.kvcache import BlockPool, CoreInvariantError
-from treadle.kvcache.block_pool import BlockId
+from treadle.kvcache import BlockPool, Blocks, CoreInvariantError
 
 
-def make(num_blocks: int = 6) -> tuple[BlockPool, list[BlockId]]:
-    evicted: list[BlockId] = []
-    return BlockPool(num_blocks, evicted.extend), evicted
+def make(num_blocks: int = 6) -> tuple[BlockPool, list[int]]:
+    evicted: list[int] = []
+    return BlockPool(num_blocks, lambda blocks: evicted.extend(blocks.tolist())), evicted
 
 
-def label(pool: BlockPool, *blocks: BlockId) -> None:
-    for block in blocks:
-        pool.labels[block] = b"%d" % block
+def array(blocks: list[int]) -> Blocks:
+    return np.array(blocks, np.int64)
 
 
-def taken(pool: BlockPool, count: int) -> list[BlockId]:
+def publish(pool: BlockPool, *blocks: int) -> None:
+    pool.published[list(blocks)] = True
+
+
+def taken(pool: BlockPool, count: int) -> list[int]:
     blocks = pool.allocate(count)
     assert blocks is not None
-    return blocks
+    return blocks.tolist()
 
 
 def test_null_block_is_never_handed_out_and_all_others_are() -> None:
@@ -38,17 +41,17 @@ def test_too_many_takes_nothing() -> None:
     taken(pool, 3)
     assert pool.allocate(3) is None
     assert pool.available == 2
-    assert pool.allocate(0) == []
+    assert taken(pool, 0) == []
     pool.check()
 
 
 def test_shared_block_is_free_after_the_last_owner() -> None:
     pool, _ = make()
     blocks = taken(pool, 2)
-    pool.share(blocks[:1])
-    pool.release(blocks)
+    pool.share(array(blocks[:1]))
+    pool.release(array(blocks))
     assert pool.used == 1
-    pool.release(blocks[:1])
+    pool.release(array(blocks[:1]))
     assert pool.used == 0
     pool.check()
 
@@ -57,15 +60,15 @@ def test_a_block_that_is_cached_again_and_again_is_evicted_by_its_last_release()
     """And the order of eviction does not grow, however often a prefix is used while nothing is evicted."""
     pool, evicted = make(6)
     old, hot, cold = taken(pool, 1), taken(pool, 2), taken(pool, 2)
-    label(pool, *old, *hot, *cold)
-    pool.release(old)
-    pool.release(hot)
+    publish(pool, *old, *hot, *cold)
+    pool.release(array(old))
+    pool.release(array(hot))
     for _ in range(200):
-        pool.share(hot)
-        pool.release(hot)
+        pool.share(array(hot))
+        pool.release(array(hot))
         pool.check()
-    pool.release(cold)
-    assert len(pool._queue) < 100
+    pool.release(array(cold))
+    assert pool._tail <= pool._queue.size < 100
     taken(pool, 5)
     assert evicted == [*old, *reversed(hot), *reversed(cold)]
 
@@ -73,14 +76,14 @@ def test_a_block_that_is_cached_again_and_again_is_evicted_by_its_last_release()
 def test_blank_before_cached_and_cached_least_recently_used_first() -> None:
     pool, evicted = make(6)
     first, second = taken(pool, 1), taken(pool, 1)
-    label(pool, *first, *second)
-    pool.release(first)
-    pool.release(second)
+    publish(pool, *first, *second)
+    pool.release(array(first))
+    pool.release(array(second))
     assert (pool.cached, pool.available) == (2, 5)
     taken(pool, 3)
     assert not evicted
-    pool.share(first)  # used again: now the other is the older
-    pool.release(first)
+    pool.share(array(first))  # used again: now the other is the older
+    pool.release(array(first))
     assert taken(pool, 1) == second
     assert evicted == second and pool.evictions == 1
     pool.check()
@@ -89,8 +92,8 @@ def test_blank_before_cached_and_cached_least_recently_used_first() -> None:
 def test_tail_of_a_sequence_is_evicted_before_its_head() -> None:
     pool, evicted = make(4)
     blocks = taken(pool, 3)
-    label(pool, *blocks)
-    pool.release(blocks)
+    publish(pool, *blocks)
+    pool.release(array(blocks))
     taken(pool, 2)
     assert evicted == [blocks[2], blocks[1]]
 
@@ -98,13 +101,13 @@ def test_tail_of_a_sequence_is_evicted_before_its_head() -> None:
 def test_a_cached_block_that_is_owned_again_is_passed_over() -> None:
     pool, evicted = make(5)
     blocks = taken(pool, 4)
-    label(pool, *blocks)
-    pool.release(blocks)
-    pool.share(blocks[2:3])
+    publish(pool, *blocks)
+    pool.release(array(blocks))
+    pool.share(array(blocks[2:3]))
     assert (pool.cached, pool.used) == (3, 1)
     assert sorted(taken(pool, 3)) == sorted([*blocks[:2], blocks[3]])
     assert evicted == [blocks[3], blocks[1], blocks[0]]
-    pool.release(blocks[2:3])
+    pool.release(array(blocks[2:3]))
     assert taken(pool, 1) == blocks[2:3] and evicted[3:] == blocks[2:3]
     pool.check()
 
@@ -112,11 +115,11 @@ def test_a_cached_block_that_is_owned_again_is_passed_over() -> None:
 def test_withdrawn_content_is_gone_at_once_and_owners_keep_the_block() -> None:
     pool, evicted = make()
     blocks = taken(pool, 2)
-    label(pool, *blocks)
-    pool.release(blocks[1:])
-    pool.withdraw(blocks[0])
-    pool.withdraw(blocks[1])
-    pool.withdraw(blocks[1])
+    publish(pool, *blocks)
+    pool.release(array(blocks[1:]))
+    pool.withdraw(array([blocks[0]]))
+    pool.withdraw(array([blocks[1]]))
+    pool.withdraw(array([blocks[1]]))
     assert len(evicted) == 2 and pool.cached == 0 and pool.used == 1 and pool.evictions == 0
     pool.check()
 
@@ -124,8 +127,8 @@ def test_withdrawn_content_is_gone_at_once_and_owners_keep_the_block() -> None:
 def test_check_sees_a_double_release() -> None:
     pool, _ = make()
     blocks = taken(pool, 1)
-    pool.release(blocks)
-    pool.release(blocks)
+    pool.release(array(blocks))
+    pool.release(array(blocks))
     with pytest.raises(CoreInvariantError):
         pool.check()
 
@@ -136,50 +139,51 @@ class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool, self.evicted = make(9)
-        self.tables: list[list[BlockId]] = []
-        self.labelled: set[BlockId] = set()
-        self.cached: list[BlockId] = []  # least recently used first
+        self.tables: list[list[int]] = []
+        self.published: set[int] = set()
+        self.cached: list[int] = []  # least recently used first
 
     @rule(count=st.integers(0, 6), mark=st.booleans())
     def allocate(self, count: int, mark: bool) -> None:
         available, blank = self.pool.available, self.pool.available - self.pool.cached
         self.evicted.clear()
-        blocks = self.pool.allocate(count)
-        assert (blocks is None) == (count > available)
-        if blocks is None:
+        given = self.pool.allocate(count)
+        assert (given is None) == (count > available)
+        if given is None:
             return
+        blocks = given.tolist()
         oldest = self.cached[: max(0, count - blank)]
         assert self.evicted == oldest
         del self.cached[: len(oldest)]
-        self.labelled.difference_update(oldest)
+        self.published.difference_update(oldest)
         owned = {block for table in self.tables for block in table}
         assert len(set(blocks)) == count and not owned & set(blocks) and 0 not in blocks
         self.tables.append(blocks)
         if mark:
-            label(self.pool, *blocks)
-            self.labelled.update(blocks)
+            publish(self.pool, *blocks)
+            self.published.update(blocks)
 
     @precondition(lambda self: self.tables)
     @rule(pick=st.integers(0, 100), keep=st.integers(0, 6))
     def share(self, pick: int, keep: int) -> None:
         prefix = self.tables[pick % len(self.tables)][:keep]
-        self.pool.share(prefix)
+        self.pool.share(array(prefix))
         self.tables.append(prefix)
 
     @precondition(lambda self: self.cached)
     @rule(pick=st.sets(st.integers(0, 8), min_size=1))
     def share_cached(self, pick: set[int]) -> None:
         hit = [block for index, block in enumerate(self.cached) if index in pick]
-        self.pool.share(hit)
+        self.pool.share(array(hit))
         self.tables.append(hit)
         self.cached = [block for block in self.cached if block not in hit]
 
-    @precondition(lambda self: self.labelled)
+    @precondition(lambda self: self.published)
     @rule(pick=st.integers(0, 100))
     def withdraw(self, pick: int) -> None:
-        block = sorted(self.labelled)[pick % len(self.labelled)]
-        self.pool.withdraw(block)
-        self.labelled.remove(block)
+        block = sorted(self.published)[pick % len(self.published)]
+        self.pool.withdraw(array([block]))
+        self.published.remove(block)
         if block in self.cached:
             self.cached.remove(block)
 
@@ -187,9 +191,9 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 100))
     def release(self, pick: int) -> None:
         table = self.tables.pop(pick % len(self.tables))
-        self.pool.release(table)
+        self.pool.release(array(table))
         owned = {block for other in self.tables for block in other}
-        self.cached += [block for block in reversed(table) if block in self.labelled and block not in owned]
+        self.cached += [block for block in reversed(table) if block in self.published and block not in owned]
 
     @invariant()
     def agrees(self) -> None:

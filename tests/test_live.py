@@ -157,12 +157,12 @@ def test_the_picture_shows_every_block_where_it_lies(total: int, marks: list[tup
     for block, kind in marks:
         if block <= total:
             pool.refs[block] = int(kind == "own")
-            pool.labels[block] = b"x" if kind == "cache" else None
+            pool.published[block] = kind == "cache"
     shown, per_cell = picture(pool, cells)
     assert len(shown) <= cells and len(shown) == -(-total // per_cell)
     stride = -(-per_cell // 8)
     for place, cell in enumerate(shown):
         blocks = range(1 + place * per_cell, min(1 + (place + 1) * per_cell, total + 1), stride)
         owned = sum(pool.refs[block] > 0 for block in blocks)
-        cached = sum(pool.refs[block] == 0 and pool.labels[block] is not None for block in blocks)
+        cached = sum(pool.refs[block] == 0 and pool.published[block] for block in blocks)
         assert (cell >> 4, cell & 15) == (-(-15 * owned // len(blocks)), -(-15 * cached // len(blocks)))
