@@ -42,6 +42,7 @@ _NULL_BLOCKS = 1
 # Tokens of a step that is large enough to make all that stays.
 _SMALL_STEP = 256
 Emulate: TypeAlias = Literal["", "rows", "kernels"]
+_WITHOUT_NATIVE = "the kernels for this CPU could not be compiled, and the slower ones of torch are used"
 
 
 @dataclass(slots=True)
@@ -72,9 +73,13 @@ class _Loading:
 
     def __init__(self, configure: Configure, rank: int, emulate: Emulate, start: Start) -> None:
         torch.set_num_threads(configure.threads)
-        native = load_native() if configure.native and configure.device == "cpu" else None  # GPUs do not wait for gcc
-        if native is not None:
-            native.keep_memory()
+        self._slow = ""
+        if configure.native and configure.device == "cpu":  # GPUs do not wait for gcc
+            native = load_native()
+            if native is not None:
+                native.keep_memory()
+            else:
+                self._slow = _WITHOUT_NATIVE
         self._configure = configure
         self._rank = rank
         self._start = start
@@ -136,6 +141,7 @@ class _Loading:
                 swap_blocks=host,
                 swap_out_seconds=out_seconds,
                 swap_in_seconds=in_seconds,
+                slow=self._slow,
             ),
         )
 

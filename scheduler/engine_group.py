@@ -332,6 +332,8 @@ class EngineGroup:
         elif isinstance(message, Ready):
             self._ready[rank] = message
             loading.info("engine rank %d is ready after %s", rank, phases_line(message.phases))
+            if message.slow:
+                logger.warning("engine rank %d: %s; why is in %s", rank, message.slow, self._log(rank))
             if len(self._ready) == self._configure.world_size and not self._all_ready.done():
                 self._all_ready.set_result(None)
         else:

@@ -354,3 +354,15 @@ async def test_many_deadlines_lose_nobody_elses_tokens(llm: LLM, caplog: pytest.
             await stream.final()
     await until_idle(llm)
     assert not caplog.records, "the scheduler's loop logged an error"
+
+
+@pytest.mark.asyncio
+async def test_a_start_without_a_compiler_says_so(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", "/bin/false")
+    monkeypatch.setenv("TREADLE_CACHE", str(tmp_path))
+    async with LLM(str(tiny), dtype="float32") as llm:
+        assert (await llm.generate([1, 2, 3], SamplingParams(max_tokens=4, ignore_eos=True)).final()).token_ids
+    [record] = [record for record in caplog.records if "could not be compiled" in record.getMessage()]
+    assert record.levelname == "WARNING" and "engine rank 0" in record.getMessage()

@@ -83,6 +83,7 @@ class Ready(Message, frozen=True, kw_only=True):
 
     phases: where the time since the process began went, in seconds; what ran beside it has names that begin with "+".
     swap_blocks: of host memory. swap_out_seconds, swap_in_seconds: that a block takes to go there and back, measured.
+    slow: why it computes more slowly than it could; empty where it does not.
     """
 
     rank: int
@@ -96,6 +97,7 @@ class Ready(Message, frozen=True, kw_only=True):
     swap_blocks: int = 0
     swap_out_seconds: float = 0.0
     swap_in_seconds: float = 0.0
+    slow: str = ""
 
 
 class RowStart(Message, frozen=True):
