@@ -136,6 +136,7 @@ class BlockPool:
         missing = count
         while missing:
             start, stop = self._head, min(self._head + max(missing, _LOOK), self._tail)
+            require(start < stop, "fewer blocks are cached than are counted")  # or this would go on for ever
             idle = self._idle(start, stop)[:missing]
             self._head = stop if idle.size < missing else start + idle.item(-1) + 1
             found.append(self._queue[start + idle])

@@ -8,6 +8,7 @@ class CoreInvariantError(AssertionError):
 
 
 def require(condition: object, message: str) -> None:
-    """Raises CoreInvariantError with `message` when `condition` is false. For check() methods only."""
+    """Raises CoreInvariantError with `message` when `condition` is false. For check() methods, and where a
+    broken promise would keep a loop running."""
     if not condition:
         raise CoreInvariantError(message)

@@ -157,6 +157,10 @@ class PrefixCache:
         tokens = bytes(run.tokens[at : at + self._width])
         return tokens if self._depths[block] or isinstance(run.key, bytes) else (run.key[0], tokens)
 
+    def depth(self, block: int) -> int:
+        """How many blocks are before a published one in the sequences that have it."""
+        return self._depths.item(block)
+
     # ── the second tier ──
 
     def in_host(self, blocks: Blocks) -> int:
@@ -303,7 +307,10 @@ class PrefixCache:
         run.shorten(behind + 1, self._width)
 
     def check(self) -> None:
-        """Raises CoreInvariantError unless pool, host memory and runs say the same."""
+        """Raises CoreInvariantError unless pool, host memory and runs say the same.
+
+        What nothing leads to any more is not told from what should be found.
+        """
         self.pool.check()
         self.host.check()
         published = [*self.pool.published.nonzero()[0].tolist(), *self.host.kept]
@@ -313,12 +320,14 @@ class PrefixCache:
         require(sorted(named) == sorted(published), "runs name other blocks than those that are published")
         for run in runs.values():
             self._check_run(run)
-        reached = list(self._first.values())
-        for run in reached:
-            require(id(run) in runs, "a run that holds nothing can be found")
-            following = list((run.after or {}).values())
-            require(all(r.before is run and r.start == run.end for r in following), "a run follows another one")
-            reached += following
+        homes: list[tuple[Run | None, int, Home]] = [(None, 0, self._first)]
+        for before, start, home in homes:
+            for key, run in home.items():
+                require(id(run) in runs, "a run that holds nothing can be found")
+                require(run.key == key and run.home is home, "a run is found by other tokens than its own")
+                require(run.before is before and run.start == start, "a run follows another one")
+                if run.after:
+                    homes.append((run, run.end, run.after))
 
     def _check_run(self, run: Run) -> None:
         width, first = self._width, bytes(run.tokens[: self._width])
@@ -332,7 +341,7 @@ class PrefixCache:
 def _ending(blocks: array[int], gone: array[int], at: int) -> int:
     """How many of `gone` from `at` on are the last of `blocks`, from the end."""
     most = min(len(blocks), len(gone) - at)
-    if gone[at : at + most] == blocks[: -most - 1 : -1]:
+    if gone[at + most - 1] == blocks[-most] and gone[at : at + most] == blocks[: -most - 1 : -1]:
         return most
     count = 0
     while count < most and gone[at + count] == blocks[-1 - count]:

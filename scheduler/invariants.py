@@ -108,6 +108,7 @@ def _check_row(config: CoreConfig, running: Running, sequence: Sequence) -> None
             content = rows.tokens[row, index * size : (index + 1) * size].tobytes()
             own = content if index else (sequence.request.salt, content)
             require(index < due and published == own, f"{name}: block {block} is published as something else")
+            require(running.cache.depth(block) == index, f"{name}: block {block} is published at another place")
 
 
 def _check_in_flight(running: Running, waiting: Waiting, flights: Ordered[Flight]) -> None:

@@ -42,7 +42,7 @@ class LoadingProgress:
     def stage(self, rank: int) -> str:
         """What a rank that has said hello and is not ready is at, as far as it has said."""
         told = self._ranks.get(rank)
-        if told is None or not told.done:
+        if told is None:
             return "importing and meeting the others"
         if told.done < told.total:
             return f"reading weights ({100 * told.done // told.total}%)"

@@ -112,6 +112,7 @@ class Supervisor:
         for other in others & self._living:
             self._end_aside(other)
         logger.info("engine group %d serves in place of %d", group.number, old.number if old is not None else 0)
+        self._spare_losses = 0
         self._order_spare(_SPARE_DELAY)
 
     async def discard(self, group: EngineGroup) -> None:

@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-_HEAD = 4096  # bytes of /proc/stat that hold the lines of up to some sixty cores
 _STOLEN = 8  # the column of a core's line, its name included
 
 
@@ -49,7 +48,7 @@ def held_up(before: Moment, after: Moment) -> dict[str, float]:
 
 def _stolen() -> tuple[float, ...]:
     with open("/proc/stat", "rb") as file:
-        lines = [line.split() for line in file.read(_HEAD).splitlines() if line.startswith(b"cpu")]
+        lines = [line.split() for line in file.read().splitlines() if line.startswith(b"cpu")]
     tick = 1 / os.sysconf("SC_CLK_TCK")
     return tuple(int(line[_STOLEN]) * tick for line in lines[1:] if len(line) > _STOLEN)
 

@@ -20,9 +20,12 @@ import pytest
 
 from treadle import LLM
 
-# A shell that starts the suite in the background has SIGINT ignored, and every program that a test starts inherits it.
+# A shell that starts the suite in the background has SIGINT ignored, one under nohup SIGHUP, and every program that a
+# test starts inherits that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # The longest first, so that no process is left alone with one of them at the end.

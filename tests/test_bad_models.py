@@ -131,7 +131,7 @@ async def test_a_cache_beyond_any_memory_is_said_in_our_words(tiny: Path) -> Non
 @pytest.mark.asyncio
 @pytest.mark.parametrize("in_process", [True, False])
 async def test_a_start_that_takes_too_long_names_its_option(tiny: Path, in_process: bool) -> None:
-    with pytest.raises(EngineStartFailed, match=r"within 0\.1 s; .* start_timeout \(--start-timeout\)"):
+    with pytest.raises(EngineStartFailed, match=r"within 0\.1 s \(rank 0: .*\); .* start_timeout \(--start-timeout\)"):
         async with LLM(str(tiny), start_timeout=0.1, in_process=in_process):
             pass
 

@@ -118,6 +118,7 @@ def test_a_server_that_is_ended_while_it_starts(tiny: Path, tmp_path: Path, numb
     finally:
         process.kill()
     assert (process.returncode, said) == (code, "")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_stopped_rank_is_no_way_to_stay(tiny: Path, tmp_path: Path) -> None:

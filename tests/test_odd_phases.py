@@ -114,13 +114,11 @@ async def test_a_service_that_is_closed_while_its_weights_change_says_so(tmp_pat
 
 
 @pytest.mark.asyncio
-async def test_health_and_log_name_the_rank_and_what_it_was_at(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_health_and_error_name_the_rank_and_what_it_was_at(tmp_path: Path) -> None:
     f = Faulty(tmp_path, ["0 0 stop 1", "1 -1 stop 1"], 0.0, {})
     starting = asyncio.create_task(f.service.start())
     async with asyncio.timeout(30):
-        while "rank 0: importing" not in (health := f.service.health()).progress:
+        while "rank 0: reading weights (0%)" not in (health := f.service.health()).progress:
             await asyncio.sleep(0.01)
     assert (health.state, health.progress.partition(", ")[2]) == ("starting", "rank 1: starting its program")
     os.kill(f.service.spare_pids[1], signal.SIGKILL)

