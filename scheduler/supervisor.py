@@ -59,6 +59,7 @@ class Supervisor:
         self._on_spare_lost = on_spare_lost
         self._made = 0
         self._living: set[EngineGroup] = set()
+        self._beside: set[EngineGroup] = set()  # of other weights, until they serve
         self._spare: asyncio.Task[EngineGroup] | None = None
         self._spare_losses = 0
         self._hurry = asyncio.Event()
@@ -107,6 +108,7 @@ class Supervisor:
         if group.death is not None:
             raise group.death.error
         old, self.group, self.configure = self.group, group, configure
+        self._beside.discard(group)
         others = self._living - {group}  # not those that a recovery makes meanwhile
         await self._forget_spare()
         for other in others & self._living:
@@ -118,7 +120,7 @@ class Supervisor:
     async def discard(self, group: EngineGroup) -> None:
         """Ends a group that does not serve."""
         await group.stop(self._options.stop_timeout)
-        self._living.discard(group)
+        self._gone(group)
 
     async def close(self) -> None:
         """Ends every group and waits until none is left."""
@@ -128,15 +130,16 @@ class Supervisor:
         await asyncio.gather(*self._endings, return_exceptions=True)
         await asyncio.gather(*(group.stop(self._options.stop_timeout) for group in self._living))
         self._living.clear()
+        self._beside.clear()
 
     @property
     def progress(self) -> str:
-        """What the group is at that is to serve; "" while one does."""
+        """What the group is at that is to serve; "" while one does. Other weights, loaded meanwhile, are none of it."""
         if self.group is not None:
             return ""
-        newest = max(self._living, key=lambda group: group.number, default=None)
-        loads = self._phase == "loading" and newest is not None and newest.heard
-        return f"loading: {newest.stages}" if loads and newest is not None else self._phase
+        coming = max(self._living - self._beside, key=lambda group: group.number, default=None)
+        stages = coming.stages if self._phase == "loading" and coming is not None and coming.heard else ""
+        return f"loading: {stages}" if stages else self._phase
 
     @property
     def spare_pids(self) -> list[int]:
@@ -154,11 +157,14 @@ class Supervisor:
     # ── groups ──
 
     async def make(self, configure: Configure | None = None) -> EngineGroup:
-        """A group that is ready, and does not serve yet. Raises TreadleError, and leaves nothing."""
+        """A group that is ready, and does not serve yet. Raises TreadleError, and leaves nothing.
+
+        configure: of other weights, which are for `adopt`.
+        """
         self._made += 1
         number = self._made
         shared = self._runtime.path / f"shared-{number}"
-        configure = msgspec.structs.replace(
+        made_of = msgspec.structs.replace(
             configure or self.configure, shared_dir=str(shared), init_method=f"file://{shared / 'rendezvous'}"
         )
         group: EngineGroup | None = None
@@ -168,7 +174,7 @@ class Supervisor:
             shared.mkdir(mode=0o700)
             group = EngineGroup(
                 number,
-                configure,
+                made_of,
                 self._runtime,
                 self._leftovers,
                 lambda result: self._result(number, result),
@@ -176,13 +182,15 @@ class Supervisor:
                 self._command,
             )
             self._living.add(group)
+            if configure is not None:
+                self._beside.add(group)
             await group.start(self._options.start_timeout)
             if group.death is not None:
                 raise group.death.error
         except BaseException as error:
             if group is not None:
                 await group.kill()
-                self._living.discard(group)
+                self._gone(group)
             if isinstance(error, OSError | zmq.ZMQError):  # no process, descriptor or socket to be had
                 raise EngineStartFailed(f"the engine group could not be started: {error}") from error
             raise
@@ -216,7 +224,11 @@ class Supervisor:
 
     async def _end(self, group: EngineGroup) -> None:
         await group.kill()
+        self._gone(group)
+
+    def _gone(self, group: EngineGroup) -> None:
         self._living.discard(group)
+        self._beside.discard(group)
 
     # ── the spare one ──
 

@@ -32,6 +32,14 @@ async def until_it_is(service: Service, spare: str) -> None:
             await asyncio.sleep(0.01)
 
 
+async def others(service: Service, *, but: set[int]) -> set[int]:
+    """Waits for processes of groups that do not serve, other than those."""
+    async with asyncio.timeout(30):
+        while not (found := set(service.spare_pids) - but):
+            await asyncio.sleep(0)
+    return found
+
+
 async def only_steps_hold_it_up(f: Faulty) -> int:
     """The other weights are loaded, and what is in flight has not landed. Returns the process that holds them."""
     async with asyncio.timeout(30):
@@ -83,17 +91,35 @@ async def test_both_groups_of_a_change_die(tmp_path: Path) -> None:
     """The one that serves while the other loads, and then the other."""
     async with faulty(tmp_path, "0 3 exit 1", "0 0 stop 2", pace=0.02, tensor_parallel_size=1) as f:
         changing = asyncio.create_task(f.service.change_weights(FACTS))
-        async with asyncio.timeout(30):
-            while not (other := f.service.spare_pids):
-                await asyncio.sleep(0)
+        (other,) = await others(f.service, but=set())
         f.submit("0", PROMPTS[0], params(0))
         await f.sink.begun("0", 10)  # of the third group
-        os.kill(other[0], signal.SIGKILL)
+        os.kill(other, signal.SIGKILL)
         with pytest.raises(EngineStartFailed, match="SIGKILL"):
             await changing
         await f.sink.ended("0")
         assert f.sink.tokens["0"] == undisturbed(PROMPTS[0], params(0))
         assert f.service.stats().recoveries == 1 and not alive(other)
+
+
+@pytest.mark.asyncio
+async def test_a_recovery_tells_nothing_of_other_weights(tmp_path: Path) -> None:
+    """They are at their files; whoever is to serve is at its program."""
+    faults = ("0 3 exit 1", "0 -1 stop 2", "0 0 stop 3")
+    async with faulty(tmp_path, *faults, tensor_parallel_size=1, stop_timeout=0.1) as f:
+        first = set(f.service.engine_pids)
+        f.submit("0", PROMPTS[0], params(0))
+        (coming,) = await others(f.service, but=first)
+        changing = asyncio.create_task(f.service.change_weights(FACTS))
+        supervisor = f.service._standing.supervisor
+        async with asyncio.timeout(30):
+            while supervisor is None or not any(group.heard for group in supervisor._beside):
+                await asyncio.sleep(0.01)
+        assert f.service.health().progress == "loading"
+        os.kill(coming, signal.SIGKILL)
+        await f.sink.ended("0")
+        assert f.service.health().progress == ""
+        changing.cancel()
 
 
 @pytest.mark.asyncio
@@ -106,8 +132,7 @@ async def test_a_service_that_is_closed_while_its_weights_change_says_so(tmp_pat
         if loaded:
             await only_steps_hold_it_up(f)
         else:
-            while not f.service.spare_pids:
-                await asyncio.sleep(0)
+            await others(f.service, but=set())
         await f.service.close()
         with pytest.raises(ServiceClosed):
             await asyncio.wait_for(changing, 10)
