@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shlex
 import socket
@@ -234,3 +235,55 @@ def test_the_image_has_all_of_the_package() -> None:
         assert f"COPY {room} {room}\n" in docker and f"!{room}" in ignored
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         assert file in docker and f"!{file}" in ignored
+
+
+# ── the check of an image, with a buildah that runs on this machine ──
+
+BUILDAH = """#!/bin/bash
+case $1 in
+bud) exec sleep "${BUD:-0}" ;;
+from) echo made ;;
+inspect) cat "$IMAGE" ;;
+run)
+    [[ "$*" =~ --volume\\ ([^:]*): ]]
+    while [ "$1" != /inside.sh ]; do shift; done
+    exec bash "${BASH_REMATCH[1]}" "${@:2}" ;;
+esac
+"""
+
+
+SERVER = "trap '{}' TERM; touch {}; while sleep 0.02; do :; done >/dev/null 2>&1"
+
+
+@pytest.mark.parametrize(
+    ("at_term", "changed", "said"),
+    [
+        ("exit 0", {}, "ok: target cpu was built and ran"),
+        ("exit 0", {"BUD": "60", "BUILD_SECONDS": "0.1"}, "the image was not built within 0.1 s"),
+        ("exit 0", {"HEALTHY": "exit 1", "START_SECONDS": "0"}, "the server was not healthy within 0 s"),
+        ("exit 0", {"ANSWER": "60", "ANSWER_SECONDS": "0.1"}, "no completion came within 0.1 s"),
+        ("", {"STOP_SECONDS": "0"}, "the server did not end within 0 s of SIGTERM"),
+    ],
+)
+def test_the_check_of_an_image_says_what_did_not_come(
+    tmp_path: Path, at_term: str, changed: dict[str, str], said: str
+) -> None:
+    for name, text in {"buildah": BUILDAH, "python": '#!/bin/sh\nexec sleep "${ANSWER:-0}"\n'}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    healthy = f"until test -e {tmp_path}/ready; do sleep 0.01; done"
+    config = {
+        "Entrypoint": ["bash", "-c", SERVER.format(at_term, tmp_path / "ready")],
+        "Cmd": ["serve", "--http", "0.0.0.0:8000"],
+        "Healthcheck": {"Test": ["CMD", "bash", "-c", changed.get("HEALTHY", healthy)]},
+        "StopSignal": "SIGTERM",
+    }
+    (tmp_path / "image").write_text(json.dumps({"Docker": {"config": config}}))
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "IMAGE": str(tmp_path / "image")} | changed
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment["PORT"] = str(free.getsockname()[1])
+    command = [ROOT / "scripts" / "check_image.sh"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert said in done.stdout + done.stderr, done
+    assert (done.returncode == 0) == said.startswith("ok")
