@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 
 from tests.corekit import Rig, config
+from tests.scriptkit import script
 from treadle.errors import ConfigError, Overloaded
 from treadle.scheduler.output_lengths import OutputLengths
 from treadle.scheduler.rates import Rate
-
-
-def script(name: str) -> ModuleType:
-    """A file of scripts/ as a module."""
-    path = Path(__file__).parent.parent / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_tenant_has_bounds_of_its_own() -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from tests.test_admission import script
+from tests.scriptkit import script
 
 SCRIPTS = str(Path(__file__).parent.parent / "scripts")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_admission import script
+from tests.scriptkit import script
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 

@@ -99,7 +99,7 @@ async def test_both_groups_of_a_change_die(tmp_path: Path) -> None:
             await changing
         await f.sink.ended("0")
         assert f.sink.tokens["0"] == undisturbed(PROMPTS[0], params(0))
-        assert f.service.stats().recoveries == 1 and not alive(other)
+        assert f.service.stats().recoveries == 1 and not alive([other])
 
 
 @pytest.mark.asyncio

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from tests.policykit import ChaosPolicy
-from tests.test_admission import script
+from tests.scriptkit import script
 from treadle.scheduler.policies import POLICIES
 
 
