@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treadle.errors import ProtocolError, RequestFailed
+from treadle.errors import ProtocolError
 from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 
@@ -158,5 +158,5 @@ class Results:
             return
         if sequence.row != NO_ROW:
             self._running.withdraw(sequence.row)
-        failed = Output(sequence, error_code=RequestFailed.code, error=fault.message)
+        failed = Output(sequence, error_code=fault.code, error=fault.message)
         outputs.others.append(self._unfinished.end(failed, "error", now))

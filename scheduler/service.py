@@ -15,7 +15,7 @@ from time import perf_counter
 
 import msgspec
 
-from treadle.errors import EngineFailed, ProtocolError, RequestFailed, ServiceClosed
+from treadle.errors import EngineFailed, ProtocolError, ServiceClosed, Unsatisfiable
 from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
     Abort,
@@ -350,9 +350,10 @@ class Service:
             self._steps.pump()
 
     def _fail(self, name: str, index: int, message: str) -> None:
+        """Its grammar does not go on."""
         core = self._standing.core
         if core is not None:
-            self._outbox.deliver(core.fail(name, index, RequestFailed.code, message, self._loop.time()))
+            self._outbox.deliver(core.fail(name, index, Unsatisfiable.code, message, self._loop.time()))
 
     def detach(self, sink: Sink) -> None:
         """The receiver is gone: its requests end."""

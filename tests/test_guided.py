@@ -21,7 +21,7 @@ from llguidance import LLTokenizer
 
 from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
 from treadle.engine.loading import Emulate
-from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, RequestFailed, TreadleError
+from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, TreadleError, Unsatisfiable
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
 from treadle.scheduler.guidance import guide, llg
@@ -155,11 +155,20 @@ async def test_a_bad_grammar_is_one_requests_error(guided_llm: LLM, expected: Ex
     choice = Guided(choice=["yes", "no"])
     contradictions = [{"min_tokens": 9}, {"allowed_token_ids": [1, 2]}, {"banned_token_ids": [*range(256)]}]
     for contradiction in contradictions:
-        with pytest.raises(RequestFailed, match="no token is allowed"):
+        with pytest.raises(Unsatisfiable, match="no token is allowed"):
             await guided_llm.generate("a", SamplingParams(guided=choice, **contradiction)).final()  # type: ignore[arg-type]
     assert [output.token_ids for output in await good] == list(expected.tokens.values())
     stats = await guided_llm.stats()
     assert (stats.running, stats.waiting, stats.blocks_used, stats.recoveries) == (0, 0, 0, 0)
+
+
+@pytest.mark.asyncio
+async def test_a_grammar_that_gives_up_on_the_way_is_its_requests_error(
+    guided_llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llg.LlgMatching, "advance", lambda _, work, words: dict.fromkeys((w.row for w in work), "odd"))
+    with pytest.raises(Unsatisfiable, match="guided: odd"):
+        await guided_llm.generate("a", SamplingParams(guided=Guided(regex="[ab]{40}"))).final()
 
 
 @pytest.mark.asyncio

@@ -246,6 +246,21 @@ def test_answers_are_held_to_a_form(api: openai.OpenAI) -> None:
         api.chat.completions.create(response_format=form, extra_body=extra, **ask)
 
 
+def test_what_a_grammar_leaves_no_way_for_is_the_requests_fault(server: Server, api: openai.OpenAI) -> None:
+    """Also in the middle of a stream, which has its status by then."""
+    ask = {"prompt": "a", "min_tokens": 9, "max_tokens": 20, "structured_outputs": {"choice": ["yes"]}}
+    url = f"{server.url}/v1/completions"
+    refused = httpx.post(url, json=ask)
+    assert refused.status_code == 400 and refused.json()["error"]["code"] == "unsatisfiable"
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+    streamed = httpx.post(url, json={**ask, "stream": True})
+    events = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+    assert streamed.status_code == 200 and json.loads(events[-2]) == refused.json() and events[-1] == "[DONE]"
+    with pytest.raises(openai.BadRequestError, match="no token is allowed"):
+        biased = {"structured_outputs": {"choice": ["yes"]}, "banned_token_ids": list(range(256))}
+        api.chat.completions.create(model=MODEL, messages=HI, stream=True, extra_body=biased)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

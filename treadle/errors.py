@@ -8,6 +8,7 @@ client. The module imports nothing, so that every room may raise from it.
     │   ├── PromptTooLong
     │   └── InvalidParameter
     ├── RequestFailed             the request was accepted and could not be finished
+    │   ├── Unsatisfiable
     │   ├── DeadlineExceeded
     │   │   └── DeadlineUnreachable
     │   └── EngineFailed
@@ -54,6 +55,12 @@ class InvalidParameter(InvalidRequest):
 
 class RequestFailed(TreadleError):
     code = "request_failed"
+
+
+class Unsatisfiable(RequestFailed):
+    """What the request itself asks for leaves no next token, or its grammar became too complex on the way."""
+
+    code = "unsatisfiable"
 
 
 class DeadlineExceeded(RequestFailed):
@@ -174,6 +181,7 @@ _ALL: tuple[type[TreadleError], ...] = (
     PromptTooLong,
     InvalidParameter,
     RequestFailed,
+    Unsatisfiable,
     DeadlineExceeded,
     DeadlineUnreachable,
     EngineFailed,

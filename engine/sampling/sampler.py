@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from treadle.engine.comm import Communicator
+from treadle.errors import Unsatisfiable
 from treadle.transport.messages import RowFault, TokenLogprobs
 
 from .filters import PAD, UNITS, Filters, decode, keep_mask
@@ -34,6 +35,9 @@ HostArray: TypeAlias = torch.Tensor | Int64 | Sequence[int]
 _FIRST_TIER = 256
 _GROWTH = 4
 _DAMAGED = "the model file is damaged, or its numbers overflow in this dtype (float16 does easily; try float32)"
+_NOTHING_LEFT = (
+    "no token is allowed: the grammar, allowed and banned ids, biases and min_tokens leave none of the vocabulary"
+)
 
 
 @dataclass(frozen=True)
@@ -286,14 +290,12 @@ def row_faults(rows: Int64, peaks: npt.NDArray[np.float64]) -> list[RowFault]:
     bad = ~np.isfinite(peaks)
     if not bad.any():
         return []
-    return [RowFault(int(row), _reason(peak)) for row, peak in zip(rows[bad], peaks[bad].tolist(), strict=True)]
+    return [_fault(int(row), peak) for row, peak in zip(rows[bad], peaks[bad].tolist(), strict=True)]
 
 
-def _reason(peak: float) -> str:
+def _fault(row: int, peak: float) -> RowFault:
     if np.isnan(peak):
-        return f"the logits of this row are not numbers (NaN): {_DAMAGED}"
+        return RowFault(row, f"the logits of this row are not numbers (NaN): {_DAMAGED}")
     if peak > 0:
-        return f"the logits of this row are infinite: {_DAMAGED}"
-    return (
-        "no token is allowed: the grammar, allowed and banned ids, biases and min_tokens leave none of the vocabulary"
-    )
+        return RowFault(row, f"the logits of this row are infinite: {_DAMAGED}")
+    return RowFault(row, _NOTHING_LEFT, Unsatisfiable.code)

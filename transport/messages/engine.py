@@ -163,10 +163,11 @@ class Masks(Message, frozen=True):
 
 
 class RowFault(msgspec.Struct, array_like=True, frozen=True):
-    """One row's work failed alone (a bad bias, say); the others of the step are good."""
+    """One row's work failed alone (a bad bias, say); the others of the step are good. code: of the error (`errors`)."""
 
     row: int
     message: str
+    code: str = "request_failed"
 
 
 class StepResult(Message, frozen=True):

@@ -14,6 +14,7 @@ from treadle.errors import (
     PromptTooLong,
     ServiceError,
     TreadleError,
+    Unsatisfiable,
 )
 
 _RETRY_SECONDS = 1
@@ -86,7 +87,7 @@ def from_treadle(error: TreadleError) -> ApiError:
     text = str(error)
     if isinstance(error, PromptTooLong):
         return bad_request(text, code="context_length_exceeded")
-    if isinstance(error, InvalidRequest):
+    if isinstance(error, InvalidRequest | Unsatisfiable):
         return bad_request(text, code=error.code)
     if isinstance(error, Overloaded):
         seconds = max(1, math.ceil(error.retry_after))
