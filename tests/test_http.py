@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from treadle import Client, SamplingParams
+from treadle.http.prompting import role_for
 
 from .httpkit import async_client, client
 from .servekit import Server, serving
@@ -275,7 +276,17 @@ def test_what_a_grammar_leaves_no_way_for_is_the_requests_fault(server: Server, 
         ({"temprature": 1}, "temprature"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "content of message 0"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, r"messages\[0\]"),
+        (
+            {"messages": [{"role": "boss", "content": "Hi"}]},
+            r'messages\[0\].role`; allowed: "system", "developer", "user", "assistant", "tool", "function"',
+        ),
+        ({"tool_choice": "x"}, '; allowed: "none", "auto", "required", an object'),
+        ({"response_format": {"type": "x"}}, 'type`; allowed: "text", "json_object", "json_schema"'),
+        ({"modalities": ["audio"]}, r'modalities\[0\]`; allowed: "text"'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            r'messages\[0\].*; allowed: "text"',
+        ),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, r"6\d\d tokens"),
         ({"top_logprobs": 2}, "logprobs"),
         ({"response_format": {"type": "json_schema"}}, "needs a schema"),
@@ -297,6 +308,12 @@ def test_bad_requests_say_what_is_wrong_before_a_stream_begins(
     assert isinstance(error, dict) and error["type"] == "invalid_request_error"
     shown = f"{error['message']} {error['param']}"
     assert re.search(said, shown), shown
+
+
+def test_templates_get_roles_that_they_know() -> None:
+    knows = "{% if message.role == 'developer' %}"
+    assert [role_for(role, "") for role in ("developer", "function", "user")] == ["system", "tool", "user"]
+    assert [role_for(role, knows) for role in ("developer", "system")] == ["developer", "system"]
 
 
 def test_other_errors_have_their_own_status(server: Server, api: openai.OpenAI) -> None:

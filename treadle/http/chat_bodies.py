@@ -12,6 +12,7 @@ from .sampling import Count, SamplingFields, Top
 from .token_texts import ChatLogprobs
 
 ChatFinish = Literal["stop", "length", "tool_calls"]
+Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
 Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[\w.:-]+$")]
 
 
@@ -38,7 +39,7 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
     """One message of a conversation. Fields that are not listed are left out, not refused: clients send back what they
     got from servers of many kinds."""
 
-    role: Annotated[str, Meta(min_length=1)]
+    role: Role
     content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None

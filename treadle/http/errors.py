@@ -17,8 +17,11 @@ from treadle.errors import (
     Unsatisfiable,
 )
 
+from .allowed import allowed_at
+
 _RETRY_SECONDS = 1
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+_NOT_ONE_OF = re.compile(r"Invalid (?:enum )?value ")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
 
 
@@ -71,15 +74,17 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def from_validation(error: msgspec.ValidationError) -> ApiError:
-    """A body that is JSON and not what the endpoint takes; `param` is where."""
+def from_validation(error: msgspec.ValidationError, kind: object) -> ApiError:
+    """A body that is JSON and not what the endpoint takes, which is a `kind`; `param` is where."""
     text = str(error)
     at = _AT.search(text)
     path = at.group(1) if at else ""
     unknown = _UNKNOWN.search(text)
     if unknown:
         path = f"{path}.{unknown.group(1)}".lstrip(".")
-    return bad_request(text.replace("`$.", "`").replace("`$`", "the body"), path or None)
+    allowed = allowed_at(kind, path) if _NOT_ONE_OF.match(text) else ""
+    text = text.replace("`$.", "`").replace("`$`", "the body")
+    return bad_request(f"{text}; allowed: {allowed}" if allowed else text, path or None)
 
 
 def from_treadle(error: TreadleError) -> ApiError:

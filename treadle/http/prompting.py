@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -12,7 +13,7 @@ import msgspec
 from treadle.errors import InvalidRequest, PromptTooLong
 from treadle.transport.messages import Guided
 
-from .chat_bodies import ChatMessage, FunctionTool, NamedTool, ResponseFormat, Tool
+from .chat_bodies import ChatMessage, FunctionTool, NamedTool, ResponseFormat, Role, Tool
 from .errors import bad_request
 from .gateway import off_loop
 from .generation import needs_tokenizer
@@ -107,7 +108,7 @@ async def chat_prompt(
 ) -> list[int]:
     """The tokens of a conversation. Raises InvalidRequest when the template refuses it."""
     tokenizer = needs_tokenizer(served, "chat")
-    plain = [_plain(message) for message in messages]
+    plain = [_plain(message, tokenizer.chat_template) for message in messages]
     if plan is not None:
         variables = {**variables, "tools": msgspec.to_builtins(tools)}
     text = tokenizer.apply_chat_template(plain, **_allowed(variables))
@@ -122,13 +123,19 @@ def _allowed(variables: dict[str, Any]) -> dict[str, Any]:
     return variables
 
 
-def _plain(message: ChatMessage) -> dict[str, object]:
-    """As templates expect it: arguments of calls as objects, OpenAI's newer name for a system message as the old."""
+def role_for(role: Role, template: str) -> str:
+    """OpenAI's newer name for a system message, and its older one for a tool's, as those that templates know."""
+    if role == "developer" and not re.search("""['"]developer['"]""", template):
+        return "system"
+    return "tool" if role == "function" else role
+
+
+def _plain(message: ChatMessage, template: str) -> dict[str, object]:
+    """As templates expect it: arguments of calls as objects, roles by the names that they know."""
     plain: dict[str, object] = msgspec.to_builtins(message)
     if message.tool_calls:
         plain.setdefault("content", "")  # templates concatenate it
-    if message.role == "developer":
-        plain["role"] = "system"
+    plain["role"] = role_for(message.role, template)
     if message.tool_calls:
         plain["tool_calls"] = [
             {

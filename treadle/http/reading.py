@@ -23,7 +23,7 @@ async def read_body(request: Request, kind: type[T], settings: GatewaySettings) 
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
-        raise from_validation(error) from error
+        raise from_validation(error, kind) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise bad_request(f"the body is not JSON: {error}") from error
 

@@ -8,7 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from .bodies import StreamOptions
-from .chat_bodies import Name
+from .chat_bodies import Name, Role
 from .sampling import Count, SamplingFields, Top
 from .token_texts import ChatLogprob
 
@@ -27,7 +27,7 @@ class InputItem(msgspec.Struct):
     """A message (`role`, `content`), a call that the model made, or what it gave. `reasoning` items are left out."""
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
-    role: str | None = None
+    role: Role | None = None
     content: str | list[InputPart] | None = None
     call_id: str | None = None
     name: str | None = None
