@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import html
+import logging
 import os
 import pty
 import re
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -152,24 +155,48 @@ async def test_asking_goes_on_where_a_server_goes_and_comes_back(tmp_path: Path)
         await asker.close()
 
 
-def test_the_program_in_a_terminal_says_that_nobody_answers_and_quits(tmp_path: Path) -> None:
+def watched(endpoint: str) -> tuple[int, bytes]:
+    """`treadle top` in a terminal, until it shows a service and q is pressed: its exit code, and what it wrote."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"}
-        os.execv(sys.executable, [sys.executable, "-m", "treadle", "top", "--endpoint", f"ipc://{tmp_path}/nobody.ipc"])
+        os.execv(sys.executable, [sys.executable, "-m", "treadle", "top", "--endpoint", endpoint])
     seen = b""
-    while b"NO ANSWER" not in seen:
-        seen += os.read(terminal, 65536)
-    os.write(terminal, b"q")
     while True:
         try:
-            if not os.read(terminal, 65536):
-                break
+            news = os.read(terminal, 65536)
         except OSError:  # Linux's word for the end of a terminal
             break
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        seen += news
+        if b"nothing has happened" in seen and news:
+            os.write(terminal, b"q")
     os.close(terminal)
-    assert b"Traceback" not in seen
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), seen
+
+
+@pytest.mark.asyncio
+async def test_the_program_in_a_terminal_shows_a_service_and_quits(tmp_path: Path) -> None:
+    async with faulty(tmp_path) as f:
+        assert f.service._runtime is not None
+        endpoint = f"ipc://{f.service._runtime.path}/clients.ipc"
+        server = ClientServer(f.service, endpoint)
+        try:
+            code, seen = await asyncio.to_thread(watched, endpoint)
+        finally:
+            server.close()
+    assert code == 0 and b"Traceback" not in seen
+
+
+def test_where_nobody_answers_it_says_so_and_ends(runtime: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert commands.run(["top", "--endpoint", f"ipc://{runtime}/nobody.ipc"]) == 2
+    assert "ServerLost" in (said := capsys.readouterr().err) and "no server runs" in said
+    silent = runtime / "silent.ipc"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(silent))
+        listening.listen()
+        assert commands.run(["top", "--endpoint", f"ipc://{silent}", "--connect-timeout", "0.2"]) == 2
+    assert "no answer within 0.2 s" in capsys.readouterr().err
+    assert not logging.root.manager.disable
 
 
 def test_what_is_wrong_is_said_before_the_screen_is_taken(

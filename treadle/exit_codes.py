@@ -19,6 +19,7 @@ _OWN: Mapping[str, Mapping[int, str]] = {
     "serve": {0: "ended in order", 1: "the engines could not be brought back", 2: "it could not start"},
     "gateway": {0: "ended in order", 2: "it could not start"},
     "health": {2: "nobody answers, or another error"},
+    "top": {0: "q was pressed", 2: "nobody answers, or another error"},
     "replay": {0: "the same decisions", 1: "a difference, or a damaged file"},
     "bench serve": {1: "no request was completed"},
 }

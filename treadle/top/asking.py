@@ -41,6 +41,15 @@ class LiveAsker:
             raise ProtocolError(f"{self.endpoint} answered {type(answer).__name__} where Live was expected")
         return answer
 
+    async def check(self) -> None:
+        """Raises TreadleError where no server is to be reached; one that is only starting is there."""
+        self._backend = await self._connected()
+        try:
+            await self._backend.info("health")
+        except BaseException:
+            await self.close()
+            raise
+
     async def close(self) -> None:
         backend, self._backend = self._backend, None
         if backend is not None:
