@@ -56,7 +56,8 @@ from .standing import Standing
 from .step import Step
 from .step_loop import StepLoop
 from .supervisor import Supervisor
-from .watchdog import Dumps
+from .watchdog import Dumps, dump_directory
+from .writable import check_directory, check_file
 
 logger = logging.getLogger("treadle")
 _ORPHAN_SECONDS = 120.0
@@ -153,6 +154,7 @@ class Service:
         self._runtime = RuntimeDir()
         standing = self._standing
         try:
+            self._check_files()
             self.observers.start(self.options.otlp_traces_endpoint, self.facts.name)
             if self.options.event_log:
                 self._event_log = EventWriter(Path(self.options.event_log))
@@ -174,6 +176,13 @@ class Service:
             self._on_death(group.death)
         self._steps.pump()
         self._steps.arm_timers()
+
+    def _check_files(self) -> None:
+        """Those that are written later; the event log is opened at once. The default stops nobody."""
+        if self.options.dump_dir:
+            check_directory("dump_dir", dump_directory(self.options.dump_dir))
+        if self.options.journal:
+            check_file("journal", Path(self.options.journal))
 
     def _check_open(self) -> None:
         if self._closing is not None:

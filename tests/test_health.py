@@ -118,6 +118,22 @@ def test_the_command_says_it_by_exit_code(tiny: Path, tmp_path: Path) -> None:
     assert code == 2 and "ServerLost" in said
 
 
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("option", "place"),
+    [("dump_dir", "file"), ("dump_dir", "file/in"), ("journal", "file/in"), ("journal", "d"), ("event_log", "file/in")],
+)
+async def test_what_cannot_be_written_later_is_said_before_engines_start(
+    tmp_path: Path, option: str, place: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "d").mkdir()
+    f = Faulty(tmp_path, [], 0.0, {option: str(tmp_path / place)})
+    with pytest.raises(ConfigError, match=f"{option}='{tmp_path / 'file' if place != 'd' else tmp_path / 'd'}"):
+        await f.service.start()
+    assert f.service._standing.supervisor is None and not list((tmp_path / "d").iterdir())
+
+
 def test_dumps_are_few_and_go_where_state_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(12):
         write_dump(tmp_path / "d", f"number {number}", [("a section", ["a line"])])

@@ -1,0 +1,34 @@
+"""Whether what is written later can be: tried at the start, when somebody is there to hear that it cannot."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from treadle.errors import ConfigError
+
+
+def check_directory(option: str, directory: Path) -> None:
+    """Makes it where it is not there, for its owner alone. Raises ConfigError that names the option; leaves no file."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise _cannot(option, directory, error) from error
+
+
+def check_file(option: str, path: Path) -> None:
+    """The same of a file and its directory; a file that is there is not changed."""
+    check_directory(option, path.parent)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _cannot(option, path, error) from error
+
+
+def _cannot(option: str, path: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{option}={str(path)!r}: it cannot be written: {error.strerror or error}")
