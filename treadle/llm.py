@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 from treadle.errors import ConfigError
@@ -31,6 +32,7 @@ class LLM(Frontend):
     ```
 
     model: "smollm2-135m", a directory with config.json and safetensors, a GGUF file, or "org/name" from the hub.
+    A path object is always a local one.
     in_process: False puts the scheduler into a process of its own, for programs that hold the interpreter lock.
     policy: the name of a scheduling policy, or an object of your own (docs/policies.md), for this LLM alone; objects
     only with the scheduler in this process.
@@ -43,7 +45,7 @@ class LLM(Frontend):
 
     def __init__(
         self,
-        model: str = "smollm2-135m",
+        model: str | os.PathLike[str] = "smollm2-135m",
         *,
         in_process: bool = True,
         cache_dir: Path | None = None,

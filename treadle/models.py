@@ -47,6 +47,19 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 
+def model_name(model: str | os.PathLike[str]) -> str:
+    """A name as `resolve_model` takes it. A path object is a file or directory here, whatever it is called.
+
+    Raises ModelNotFound for what is neither.
+    """
+    if not isinstance(model, os.PathLike):
+        return model
+    path = os.fspath(model)
+    if not isinstance(path, str):
+        raise ModelNotFound(f"{model!r} names no model: its path is {type(path).__name__}, not str; {_allowed()}")
+    return os.path.join(os.curdir, path)  # which leaves an absolute path as it is
+
+
 def resolve_model(name: str, *, cache_dir: Path | None = None) -> Path:
     """A directory, a config.json or a .gguf file for `name`: a built-in name, a path, or "org/name" on the hub.
 

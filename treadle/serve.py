@@ -45,7 +45,7 @@ class ServeSettings:
     http: "HOST:PORT" of a gateway beside us.
     """
 
-    model: str
+    model: str | os.PathLike[str]
     endpoint: str
     options: ServiceOptions
     keys: ServerKeys | None = None
