@@ -48,6 +48,17 @@ why() {
     fi
 }
 
+# name_clone SITE: the clone's own directory is named treadle, too. Beside it Python would take that for the package, which
+# pip's editable finder comes too late to prevent. A path on which only the package lies does. It is no link in SITE: a plain
+# `pip install .` would write through that one, into the clone.
+name_clone() {
+    [ -n "$1" ] || fail ".venv/bin/python does not say where its packages are"
+    [ ! -L "$1/treadle" ] || rm "$1/treadle"
+    mkdir -p .venv/clone
+    ln -sfn "$root/treadle" .venv/clone/treadle
+    printf '%s\n' "$root/.venv/clone" >"$1/treadle-clone.pth"
+}
+
 setup() {
     local python stamp log code=0
     python=$(find_python) || exit 1
@@ -63,8 +74,7 @@ setup() {
         { grep -iE '^ *error: ' "$log" | grep -v subprocess-exited | tail -n 5; } >&2 || tail -n 15 "$log" >&2
         fail "installing failed: $(why "$log" "$code" "$("$python" --version 2>&1)"). The log is $log; nothing was changed outside .venv, so just run this again"
     fi
-    # The clone's own directory is named treadle, too. Beside it Python would take that for the package, but for this link.
-    ln -sfn "$root/treadle" "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/treadle"
+    name_clone "$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
     rm -f .venv/.treadle-*-"${extra:-base}"
     touch "$stamp"
 }

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PYTHON = """#!/bin/sh
 # A Python that fits, whose environments have a pip that says and does what the test wants.
 case "$1$2" in
+-c*sysconfig*) mkdir -p .venv/site && echo .venv/site ;;
 -c*) exit 0 ;;
 --version) echo "Python 3.99.0" ;;
 -mvenv) mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
@@ -78,6 +81,35 @@ def test_it_is_done_once(clone: Path) -> None:
     assert (again.returncode, again.stderr) == (0, "")
     (clone / "pyproject.toml").write_text("# changed")
     assert set_up(clone, "now it runs", 1).returncode == 1
+
+
+def test_a_clone_named_like_the_package_is_found_and_never_written_through(tmp_path: Path, clone: Path) -> None:
+    """From beside it, too; and a plain `pip install .` has a place of its own to write to."""
+    here = tmp_path / "beside" / "treadle"
+    shutil.copytree(clone, here, ignore=shutil.ignore_patterns("beside"))
+    (here / "treadle").mkdir()
+    (here / "treadle" / "__init__.py").touch()
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "__main__.py").touch()
+    made = f"-mvenv) exec {sys.executable} -m venv --without-pip .venv"
+    (here / "python").write_text(re.sub("-mvenv.*python", made, PYTHON))
+
+    def found() -> Path:
+        python = [here / ".venv" / "bin" / "python", "-c", "import treadle; print(treadle.__file__)"]
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        done = subprocess.run(python, cwd=here.parent, env=environment, capture_output=True, text=True, timeout=60)
+        return Path(done.stdout.strip()).parent
+
+    assert set_up(here, PYTHONPATH=str(tmp_path)).stdout == "done\n"
+    assert found().resolve() == here / "treadle"
+    (site,) = (here / ".venv" / "lib").glob("python3*/site-packages")
+    (site / "treadle").symlink_to(here / "treadle")  # as earlier versions of this script left it
+    (here / "pyproject.toml").write_text("# changed")
+    assert set_up(here, PYTHONPATH=str(tmp_path)).stdout == "done\n"
+    assert not (site / "treadle").exists() and found().resolve() == here / "treadle"
+    (site / "treadle").mkdir()
+    (site / "treadle" / "__init__.py").touch()
+    assert found() == site / "treadle"
 
 
 def test_a_python_that_was_asked_for_is_not_replaced(clone: Path) -> None:
