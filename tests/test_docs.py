@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +48,18 @@ def test_links_lead_somewhere() -> None:
             assert page.name == "README.md" or DOCS in target.parents, f"{page.name} links out of the site: {link}"
             if anchor:
                 assert anchor in anchors(target), f"{page.name} links to {link}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_programs_can_be_pasted(page: str) -> None:
+    """Those of the first pages are whole: each imports what it uses."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    assert programs
+    for program in programs:
+        compile(program, page, "exec")
+        command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821,F401", "-"]
+        done = subprocess.run(command, input=program, capture_output=True, text=True)
+        assert done.returncode == 0, f"{page}: {done.stdout}{done.stderr}\n{program}"
 
 
 def anchors(page: Path) -> set[str]:
