@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from treadle.tokenizer import Tokenizer
 from treadle.transport.masks import Words, words_for
 
 from .replicakit import AtOnce
+from .vocabulary import EOS, VOCAB_SIZE
 
 STEPS = 24
 TEXT = {"type": "string"}
@@ -163,3 +167,25 @@ def test_a_lexer_that_is_used_up_is_made_anew(matching: LlgMatching, monkeypatch
     assert "too many states" in failed[0] and grammar.spent
     again = matching.compile(BOUNDED).start()
     assert not matching.advance([Advance(again, row.tokens[:2].tolist(), 0)], words)
+
+
+BUILDING = """
+import sys
+from treadle import Guided
+from treadle.scheduler.guidance.llg import LlgMatching
+from treadle.scheduler.guidance.replicas import spread
+
+matching = LlgMatching(sys.stdin.read(), int(sys.argv[1]), [int(sys.argv[2])], replicas=10_000)
+grammar = matching.compile(Guided(json={"type": "array", "items": {"type": "string", "maxLength": 40}}))
+rows = [grammar.start() for _ in range(4_000)]
+spread(rows)
+print("building")
+"""
+
+
+def test_a_program_may_end_while_a_grammar_is_compiled_again(tiny: Path) -> None:
+    """And waits for one of the thousand at most."""
+    text = Tokenizer.load(tiny).to_info().tokenizer_json.decode()
+    command = [sys.executable, "-c", BUILDING, str(VOCAB_SIZE), str(EOS)]
+    ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (0, "building\n"), ended.stderr

@@ -149,7 +149,7 @@ def test_the_builders_thread_ends_when_there_is_nothing_to_build(monkeypatch: py
     gate.set()
     assert went.acquire(timeout=60) and went.acquire(timeout=60)
     threads[0].join(60)
-    assert threads[0] is threads[1] and threads[0].daemon and not threads[0].is_alive()
+    assert threads[0] is threads[1] and not threads[0].is_alive()
 
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

@@ -20,8 +20,8 @@ from typing import Generic, Protocol, Self, TypeVar
 logger = logging.getLogger("treadle")
 ROWS_EACH = 4
 """With fewer rows to a prototype, each of them learns alone what the others have learned already."""
-_DEAR_SECONDS = 1.0
-"""A grammar that takes longer to compile is compiled once."""
+_DEAR_SECONDS = 0.5
+"""A grammar that takes longer to compile is compiled once: a program that ends waits for what is being built."""
 _MOVED_TOKENS = 256
 """In one step, of all rows of a grammar that move: feeding them holds Python's lock."""
 
@@ -60,7 +60,12 @@ class Row(Generic[M]):
 
 
 class Builder:
-    """A thread that builds, while there is something to build: one at a time, and nobody waits for it."""
+    """A thread that builds, while there is something to build: one at a time, and no step waits for it.
+
+    It is no daemon. Python's end would take its lock from a daemon for ever, and llguidance's code, which gives it up
+    while it builds, dies of that with the whole program. So Python waits for this thread, which builds nothing more
+    once the main thread has ended.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -73,7 +78,7 @@ class Builder:
             self._jobs.append(job)
             if not self._running:
                 try:
-                    threading.Thread(target=self._run, name="treadle-replicas", daemon=True).start()
+                    threading.Thread(target=self._run, name="treadle-replicas", daemon=False).start()
                 except RuntimeError:
                     self._jobs.clear()
                     return False
@@ -159,7 +164,7 @@ class Replicas(Generic[M]):
         """one: of the rows that want it; when it has ended, so may they all have."""
         try:
             for _ in range(missing):
-                if one() is None:
+                if one() is None or not threading.main_thread().is_alive():
                     self._ready.clear()
                     return
                 self._ready.append(Replica(self._build()))
