@@ -183,9 +183,30 @@ print("building")
 """
 
 
-def test_a_program_may_end_while_a_grammar_is_compiled_again(tiny: Path) -> None:
-    """And waits for one of the thousand at most."""
+COMPILING = """
+import asyncio, sys
+from treadle import Guided
+from treadle.scheduler.guidance.guide import Guide
+from treadle.scheduler.guidance.llg import LlgMatching
+
+async def main():
+    guide = Guide(lambda: LlgMatching(sys.stdin.read(), int(sys.argv[1]), [int(sys.argv[2])]), 10.0)
+    await guide.compile(Guided(regex="a"))
+    properties = {f"p{i}": {"type": "string", "pattern": "^[a-z]{1,30}(x|y){2,9}$", "maxLength": i} for i in range(99)}
+    asyncio.create_task(guide.compile(Guided(json={"type": "object", "properties": properties})))
+    while not guide._compiling:
+        await asyncio.sleep(0)
+    guide.close()
+
+asyncio.run(main())
+print("building")
+"""
+
+
+@pytest.mark.parametrize("program", [BUILDING, COMPILING])
+def test_a_program_may_end_while_a_grammar_is_compiled(tiny: Path, program: str) -> None:
+    """It waits for that one, but not for the thousand that are to be compiled again."""
     text = Tokenizer.load(tiny).to_info().tokenizer_json.decode()
-    command = [sys.executable, "-c", BUILDING, str(VOCAB_SIZE), str(EOS)]
+    command = [sys.executable, "-c", program, str(VOCAB_SIZE), str(EOS)]
     ended = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (0, "building\n"), ended.stderr
