@@ -34,6 +34,7 @@ class TrieGrammar:
     choices: list[list[int]]
     vocab_size: int
     eos: tuple[int, ...]
+    spent: bool = False
 
     def allows(self, output: list[int]) -> frozenset[int]:
         n = len(output)

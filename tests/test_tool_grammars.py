@@ -6,12 +6,13 @@ import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llguidance import LLMatcher
 
 from treadle.http.chat_bodies import FunctionTool
 from treadle.http.tool_formats import HERMES, LLAMA, MISTRAL, Call, ToolFormat
@@ -19,6 +20,7 @@ from treadle.http.tool_grammars_auto import text_or_calls
 from treadle.http.tool_stream import ToolStream
 from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.scheduler.guidance.matching import Advance, Grammar
+from treadle.scheduler.guidance.replicas import Row, spread
 from treadle.tokenizer import Tokenizer
 
 from .toolkit import HOUR, TOWN, is_valid, with_marks
@@ -73,7 +75,8 @@ class Held:
 
     def allows(self, text: str) -> bool:
         tokens = [*self.tokenizer.encode(text, add_special_tokens=False), EOS]
-        return self.grammar.start().validate_tokens(tokens) == len(tokens)  # type: ignore[attr-defined]
+        [matcher] = spread([cast(Row[LLMatcher], self.grammar.start())])
+        return matcher.validate_tokens(tokens) == len(tokens)
 
     def drawn(self, seed: int, likes: list[int], most: int) -> str:
         """What a model without sense writes, that likes some tokens."""

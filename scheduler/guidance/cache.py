@@ -24,9 +24,14 @@ class GrammarCache:
         return len(self._grammars)
 
     def get(self, key: Key) -> Grammar | None:
+        """None too for one that is spent: then it is compiled again."""
         grammar = self._grammars.pop(key, None)
-        if grammar is not None:
-            self._grammars[key] = grammar  # at the end again: the last one used
+        if grammar is None:
+            return None
+        if grammar.spent:
+            self._characters -= len(key[1])
+            return None
+        self._grammars[key] = grammar  # at the end again: the last one used
         return grammar
 
     def put(self, key: Key, grammar: Grammar) -> None:

@@ -4,18 +4,21 @@ Nothing ends a compilation from outside: llguidance bounds the work of its lexer
 building a grammar. So whoever takes too long is left to itself, and another takes its place. How many may be left is
 bounded, for each of them keeps a processor busy.
 
-The threads are daemons: a program ends without waiting for them.
+The threads are daemons, for a program must not wait for one that never ends. It does wait for a moment: llguidance
+does not survive it when Python's lock, which it has given up, is gone when it wants it again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from treadle.errors import Overloaded
 
@@ -23,6 +26,7 @@ from .matching import Grammar
 
 logger = logging.getLogger("treadle")
 _RETRY_SECONDS = 10.0
+_LAST_SECONDS = 0.5
 
 
 @dataclass(eq=False, slots=True)
@@ -77,7 +81,7 @@ class Compilers:
 
     def _start(self, job: Job) -> None:
         try:
-            threading.Thread(target=self._run, args=[job], name="treadle-grammar", daemon=True).start()
+            threading.Thread(target=_until_exit, args=[self._run, job], name="treadle-grammar", daemon=True).start()
         except RuntimeError as error:  # the system gives no more threads
             job.future.set_exception(Overloaded(f"guided: no thread to compile a grammar: {error}", _RETRY_SECONDS))
             return
@@ -107,3 +111,13 @@ class Compilers:
             elif grammar is not None:
                 job.future.set_result(grammar)
         self._begin()
+
+
+def _until_exit(run: Callable[[Job], None], job: Job) -> None:
+    """Runs it on this thread. Python, when it ends meanwhile, waits a moment for that."""
+    wait = partial(threading.current_thread().join, _LAST_SECONDS)
+    atexit.register(wait)
+    try:
+        run(job)
+    finally:
+        atexit.unregister(wait)

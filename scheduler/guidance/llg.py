@@ -6,8 +6,11 @@ Python gives its lock up while llguidance works, and one call serves many rows o
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -18,6 +21,8 @@ from treadle.transport.messages import Guided
 
 from .matching import Advance
 from .multiples import check_grammar_multiples, check_multiples
+from .replicas import Builder, Replicas, Row, spread
+from .slices import string_slices
 from .spelling import plain_decoder
 
 if TYPE_CHECKING:
@@ -31,27 +36,36 @@ _MAX_SAID = 600
 
 @dataclass(frozen=True, slots=True)
 class LlgGrammar:
-    """`Grammar` of llguidance: a matcher that nobody moves, to be copied."""
+    """`Grammar` of llguidance: matchers that nobody moves, to be copied."""
 
-    prototype: LLMatcher
+    replicas: Replicas[LLMatcher]
 
-    def start(self) -> LLMatcher:
-        return self.prototype.deep_copy()
+    @property
+    def spent(self) -> bool:
+        return self.replicas.failed
+
+    def start(self) -> Row[LLMatcher]:
+        return self.replicas.start()
 
 
 class LlgMatching:
     """`Matching` by llguidance.
 
     tokenizer_json: of the `tokenizers` library. vocab_size: of the model, which may pad it. eos_token_ids: allowed when
-    a grammar is complete. Raises InvalidRequest where it cannot serve this tokenizer.
+    a grammar is complete. replicas: of one grammar's prototypes at most. Raises InvalidRequest where it cannot serve
+    this tokenizer.
     """
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int], replicas: int | None = None
+    ) -> None:
         ends = [token for token in eos_token_ids if 0 <= token < vocab_size]
         if not ends:
             raise InvalidRequest("guided: this model names no end-of-sequence token, so no output could ever end")
         try:
-            self._tokenizer = LLTokenizer(plain_decoder(tokenizer_json), n_vocab=vocab_size, eos_token=ends)
+            self._tokenizer = LLTokenizer(
+                plain_decoder(tokenizer_json), n_vocab=vocab_size, eos_token=ends, slices=string_slices()
+            )
         except Exception as error:  # the library raises what it likes
             raise InvalidRequest(f"guided: llguidance does not serve this model's tokenizer: {error}") from error
         if self._tokenizer.vocab_size != vocab_size:
@@ -60,37 +74,63 @@ class LlgMatching:
             )
         self.vocab_size = vocab_size
         self._executor = LLExecutor()
+        self._builder = Builder()
+        self._most_replicas = most_replicas() if replicas is None else replicas
 
     def compile(self, guided: Guided) -> LlgGrammar:
         kind, text = guided.source
+        began = time.monotonic()
         try:
-            matcher = LLMatcher(self._tokenizer, _grammar(kind, text), log_level=0, limits=_limits())
-            if not matcher.is_error():
-                matcher.compute_bitmask()  # finds what allows nothing, and fills the tables that copies share
+            grammar = _grammar(kind, text)
+            matcher = self._prototype(grammar)
         except InvalidParameter:
             raise
         except BaseException as error:  # a panic of the library's is no Exception
             raise InvalidParameter(f"guided.{kind}: it cannot be compiled: {error}") from error
         if matcher.is_error():
             raise InvalidParameter(f"guided.{kind}: {matcher.get_error()[:_MAX_SAID].strip()}")
-        return LlgGrammar(matcher)
+        seconds = time.monotonic() - began
+        again = partial(self._prototype, grammar)
+        return LlgGrammar(Replicas(matcher, again, seconds, self._most_replicas, self._builder))
+
+    def _prototype(self, grammar: str) -> LLMatcher:
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # finds what allows nothing, and fills the tables that copies share
+        return matcher
 
     def advance(self, work: Sequence[Advance], words: Words) -> dict[int, str]:
-        matchers = [cast(LLMatcher, item.matcher) for item in work]  # our grammars started them
+        rows = [cast(Row[LLMatcher], item.matcher) for item in work]  # our grammars started them
+        matchers = {item.row: matcher for item, matcher in zip(work, spread(rows), strict=True)}
+        # Neighbours are worked on at about the same time, and those of one prototype wait for each other.
+        side_by_side = [work[place] for place in sorted(range(len(work)), key=lambda place: id(rows[place].replica))]
         single: list[tuple[LLMatcher, int]] = []
-        for matcher, item in zip(matchers, work, strict=True):
+        for item in side_by_side:
             if len(item.tokens) == 1:
-                single.append((matcher, item.tokens[0]))
+                single.append((matchers[item.row], item.tokens[0]))
             elif item.tokens:
-                matcher.consume_tokens(list(item.tokens))
+                matchers[item.row].consume_tokens(list(item.tokens))
         if single:  # it refuses an empty list, and so does the other
             self._executor.consume_token_par(single)
-        failed = [matcher.is_error() for matcher in matchers]
-        good = [(m, item.row) for m, item, bad in zip(matchers, work, failed, strict=True) if not bad]
+        good = [(matchers[item.row], item.row) for item in side_by_side if not matchers[item.row].is_error()]
         if good:
             self._executor.unsafe_compute_mask_ptr(good, words.ctypes.data, words.strides[0], len(words))
-        pairs = zip(matchers, work, strict=True)
-        return {item.row: matcher.get_error()[:_MAX_SAID] for matcher, item in pairs if matcher.is_error()}
+        failed: dict[int, str] = {}
+        for item, row in zip(work, rows, strict=True):
+            row.tokens.extend(item.tokens)
+            if matchers[item.row].is_error():
+                failed[item.row] = matchers[item.row].get_error()[:_MAX_SAID]
+                row.replicas.failed = True
+        return failed
+
+
+def most_replicas() -> int:
+    """Prototypes of one grammar at most: some for each thread of an executor, and one where there is one thread.
+
+    An executor takes four fifths of the processors, and 32 at most.
+    """
+    threads = min(32, max(1, (os.cpu_count() or 1) * 4 // 5))
+    return 1 if threads == 1 else 3 * threads
 
 
 def _limits() -> LLParserLimits:

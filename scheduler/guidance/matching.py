@@ -15,7 +15,12 @@ class Matcher(Protocol):
 
 
 class Grammar(Protocol):
-    """A compiled grammar. It does not change, so any number of outputs may begin with it."""
+    """A compiled grammar. Any number of outputs may begin with it, as long as it is not spent."""
+
+    @property
+    def spent(self) -> bool:
+        """Whether it is of no use for further outputs; those that have begun go on."""
+        ...
 
     def start(self) -> Matcher:
         """A matcher before the first token."""

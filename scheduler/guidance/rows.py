@@ -45,7 +45,7 @@ class MaskJob:
     places: list[tuple[int, Sequence, _Place, list[int]]]
 
     def run(self, matching: Matching) -> MadeMasks:
-        words = np.zeros((self.size, words_for(matching.vocab_size)), np.uint32)
+        words = np.empty((self.size, words_for(matching.vocab_size)), np.uint32)  # of free rows nobody reads them
         free = np.ones(self.size, np.bool_)
         free[[row for row, *_ in self.places]] = False
         errors = matching.advance([_advance(*place) for place in self.places], words)
