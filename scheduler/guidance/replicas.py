@@ -35,14 +35,14 @@ class Copyable(Protocol):
 M = TypeVar("M", bound=Copyable)
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
+@dataclass(eq=False)  # no slots: Python 3.12 leaves the one for weak references out where a class is generic
 class Replica(Generic[M]):
     """A prototype; whoever holds a replica has it kept."""
 
     prototype: M
 
 
-@dataclass(eq=False, slots=True, weakref_slot=True)
+@dataclass(eq=False)
 class Row(Generic[M]):
     """One output's matcher, and all tokens that it has seen. Before its first step it has none."""
 
