@@ -18,6 +18,13 @@ Blocks = npt.NDArray[np.int64]
 _SLACK = 64
 _LOOK = 64
 _NOWHERE = -1
+_NONE, _ONE = np.array(0), np.array(1)
+"""Arrays, since numpy makes one of every number that it is given, which takes longer than adding it to a few others."""
+
+
+def all_of(flags: npt.NDArray[np.bool_]) -> bool:
+    """Whether all are set, of at least one; several times as fast as `flags.all()`, which counts where arrays are small."""
+    return flags.item(flags.argmin())
 
 
 class BlockPool:
@@ -28,9 +35,9 @@ class BlockPool:
       only when no blank block is left;
     - owned: `refs` says by how many block tables.
 
-    `_queue[_head:_tail]` is the order of eviction. `_place` says of each block where in it it was named last; where it
-    is named earlier, or has an owner, it is stepped over. So sharing a prefix, which is the hot path, only counts
-    references, and nothing is ever taken out of the middle.
+    `_queue[_head:_tail]` is the order of eviction. `_place` says of each cached block where in it it is named, and of one
+    that has been shared since that it is nowhere; what the queue still names of it is stepped over. So sharing a prefix
+    is a few vector operations, and nothing is ever taken out of the middle.
 
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
     `num_blocks - 1`. `published`: whether a block's content can be found; its owner is who sets it. `on_evict` is told
@@ -73,14 +80,18 @@ class BlockPool:
 
     def allocate(self, count: int) -> Blocks | None:
         """`count` blocks, each with one reference that the caller now owns; None, and nothing taken, if too few."""
-        missing = count - self._blanks
-        if missing > self.cached:
-            return None
-        if missing > 0:
-            self._evict(missing)
         end = self._blanks
-        self._blanks = end - count
-        taken = self._blank[end - count : end][::-1].copy()
+        missing = count - end
+        if missing <= 0:
+            taken = self._blank[end - count : end][::-1].copy()
+            self._blanks = end - count
+        elif missing > self.cached:
+            return None
+        else:
+            taken = self._evict(missing)[::-1].copy()
+            if end:
+                taken = np.concatenate((taken, self._blank[:end][::-1]))
+                self._blanks = 0
         self.refs[taken] = 1
         return taken
 
@@ -90,18 +101,25 @@ class BlockPool:
             return
         counts = self.refs[blocks]
         self.cached -= counts.size - int(np.count_nonzero(counts))
-        self.refs[blocks] = counts + 1
+        self.refs[blocks] = counts + _ONE
+        self._place[blocks] = _NOWHERE
 
     def release(self, blocks: Blocks) -> None:
         """Gives back one reference on each block of one block table, in the order of the table.
 
         They are freed from the tail, so that a continuation is evicted before the prefix it hangs on.
         """
-        left = self.refs[blocks] - 1
+        if not blocks.size:
+            return
+        left = self.refs[blocks] - _ONE
         self.refs[blocks] = left
-        free = (blocks[left == 0] if np.count_nonzero(left) else blocks)[::-1]
+        if left.item(left.argmax()):
+            blocks = blocks[left == _NONE]
+            if not blocks.size:
+                return
+        free = blocks[::-1]
         kept = self.published[free]
-        if np.count_nonzero(kept) < kept.size:
+        if not all_of(kept):
             self._make_blank(free[~kept])
             free = free[kept]
         self._enqueue(free)
@@ -131,7 +149,20 @@ class BlockPool:
         require(not self.published[blank].any(), "a blank block is published")
         require(self.published[cached].all(), "a cached block is not published")
 
-    def _evict(self, count: int) -> None:
+    def _evict(self, count: int) -> Blocks:
+        """Gives up the content of so many cached blocks, which are the caller's then."""
+        blocks = self._queue[self._head : self._head + count]
+        if self._head + count <= self._tail and all_of(self._named_last(self._head, self._head + count)):
+            self._head += count  # nearly always: nobody has come back for any of them
+        else:
+            blocks = self._oldest(count)
+        self._on_evict(blocks)
+        self.published[blocks] = False
+        self.cached -= count
+        self.evictions += count
+        return blocks
+
+    def _oldest(self, count: int) -> Blocks:
         found: list[Blocks] = []
         missing = count
         while missing:
@@ -141,20 +172,16 @@ class BlockPool:
             self._head = stop if idle.size < missing else start + idle.item(-1) + 1
             found.append(self._queue[start + idle])
             missing -= idle.size
-        blocks = found[0] if len(found) == 1 else np.concatenate(found)
-        self._on_evict(blocks)
-        self.published[blocks] = False
-        self._make_blank(blocks)
-        self.cached -= count
-        self.evictions += count
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _named_last(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        """Which names in this part of the queue are of blocks that may be evicted."""
+        named: npt.NDArray[np.bool_] = self._place[self._queue[start:stop]] == self._positions[start:stop]
+        return named
 
     def _idle(self, start: int, stop: int) -> npt.NDArray[np.intp]:
-        """Which names in this part of the queue may be evicted, counted from `start`."""
-        names = self._queue[start:stop]
-        found: npt.NDArray[np.intp] = (
-            (self._place[names] == self._positions[start:stop]) & (self.refs[names] == 0)
-        ).nonzero()[0]
-        return found
+        """Where they are, counted from `start`."""
+        return self._named_last(start, stop).nonzero()[0]
 
     def _waiting(self, start: int, stop: int) -> Blocks:
         """The blocks that may be evicted, of this part of the queue."""

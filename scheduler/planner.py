@@ -26,7 +26,7 @@ from .cost_model import CostModel, StepShape, chunk_pairs
 from .pace import Pace
 from .policies.guard import Guard
 from .request import NO_ROW, Request, Sequence
-from .rows import Int64, Rows1D, span
+from .rows import ONE, Int64, Rows1D, span
 from .running import Running
 from .trials import Trials
 from .waiting import Waiting
@@ -91,8 +91,11 @@ class _Batch:
     def rows(self) -> Rows1D:
         if not self.chunk_rows:
             return self.decode
-        chunks = np.array(self.chunk_rows, np.intp)
-        return np.concatenate((self.decode, chunks)) if self.decode.size else chunks
+        decodes = self.decode.size
+        rows = np.empty(decodes + len(self.chunk_rows), np.intp)  # twice as fast as `np.concatenate`
+        rows[:decodes] = self.decode
+        rows[decodes:] = self.chunk_rows
+        return rows
 
     def packed_rows(self, rows: Rows1D) -> bytes:
         """`rows()` for the wire; a list is packed faster than an array."""
@@ -113,7 +116,7 @@ class Planner:
     def __init__(self, config: CoreConfig, running: Running, waiting: Waiting, guard: Guard, costs: CostModel) -> None:
         self._budget = config.max_num_batched_tokens
         self._chunk = config.max_prefill_chunk or config.max_num_batched_tokens
-        self._block_size = config.block_size
+        self._size_array = np.array(config.block_size)
         self._running = running
         self._host = running.cache.host
         self._waiting = waiting
@@ -139,7 +142,7 @@ class Planner:
         batch = _Batch(self._budget, decode, context, self._host)
         if preemptions != self.preemptions:
             needs = arrays.frontier - arrays.computed
-        prefills = (needs > 1).nonzero()[0] if needs.size else _NO_ROWS
+        prefills = (needs > ONE).nonzero()[0] if needs.size else _NO_ROWS
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
         if prefills.size or admits:
             self._limit(batch, now)
@@ -179,13 +182,13 @@ class Planner:
         if not needs.size:
             return _NO_ROWS, _NO_ROWS, 0
         rows = self._running.rows
-        decode = ((needs == 1) & (rows.frontier < rows.limit)).nonzero()[0]
+        decode = ((needs == ONE) & (rows.frontier < rows.limit)).nonzero()[0]
         if not decode.size:
             return decode, decode, 0
         at = span(decode)
         computed = rows.computed[at]
         context = int(np.add.reduce(computed)) + decode.size
-        growing = decode[computed == rows.nblocks[at] * self._block_size]
+        growing = decode[computed == rows.nblocks[at] * self._size_array]
         while growing.size > self._running.cache.pool.available:
             victim = self._victim(now)
             context -= int(rows.computed[victim.row]) + 1 if (decode == victim.row).any() else 0

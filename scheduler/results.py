@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from treadle.errors import ProtocolError
+from treadle.kvcache.block_pool import all_of
 from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 
@@ -63,7 +64,7 @@ class Results:
         details = self._details(flight, result.logprobs) if result.logprobs else {}
         at = span(rows) if flight.rising else rows
         live = self._running.rows.admission[at] == admissions
-        if np.count_nonzero(live) < rows.size:
+        if rows.size and not all_of(live):
             self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
             at = rows = rows[live]
             tokens = tokens[live]
@@ -91,7 +92,9 @@ class Results:
         self.generated += rows.size
         sequences: list[Sequence] = arrays.owner[at].tolist()
         values: list[int] = tokens.tolist()
-        ending = (length >= arrays.limit[at]) | self._unfinished.stop_ids.mask.take(tokens)
+        stop_ids, ending = self._unfinished.stop_ids, length >= arrays.limit[at]
+        if stop_ids.counts:
+            ending |= stop_ids.mask.take(tokens)
         special = range(rows.size) if details else ending.nonzero()[0].tolist()
         apart: list[Output] = []
         for i in reversed(special):
@@ -100,8 +103,7 @@ class Results:
                 apart.append(output)
                 del sequences[i], values[i]
         outputs.others += reversed(apart)
-        outputs.sequences += sequences
-        outputs.tokens += values
+        outputs.sequences, outputs.tokens = sequences, values
 
     def _commit_parked(self, admissions: Int64, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
         """Tokens of rows that are no longer: those of preempted sequences count, the rest is discarded."""

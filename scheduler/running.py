@@ -19,7 +19,7 @@ from .ledger import Ledger
 from .policies.guard import Guard
 from .request import NO_ROW, Sequence
 from .reservation import Reservation
-from .rows import Rows, Rows1D
+from .rows import ONE, Rows, Rows1D
 from .swapping import Swapping
 from .tenant_tally import TenantTally
 
@@ -38,6 +38,7 @@ class Running:
         self._config = config
         self._guard = guard
         self._block_size = config.block_size
+        self._size_array = np.array(config.block_size)
         self._admissions = 0
         self.rows = Rows(config.max_num_seqs, config.max_blocks_per_row, config.block_size)
         self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks)
@@ -181,12 +182,13 @@ class Running:
         at: the rows, or their `span`.
         """
         rows = self._due(rows, at)
+        size, chain = self._size_array, self.rows.chain
         while rows.size:
             ends = self.rows.publish_at[rows]
-            last = ends // self._block_size - 1
-            contents, blocks = self.rows.blocks[rows, last].tolist(), self.rows.table[rows, last]
-            self.rows.publish_at[rows] = ends + self._block_size
-            chain, numbers = self.rows.chain, rows.tolist()
+            last = ends // size - ONE
+            contents, blocks = self.rows.block_at(rows, last)
+            self.rows.publish_at[rows] = ends + size
+            numbers = rows.tolist()
             parents = self.cache.publish_each([chain[row] for row in numbers], contents, blocks, last)
             for row, parent in zip(numbers, parents, strict=True):
                 chain[row] = parent

@@ -26,7 +26,9 @@ def pack(values: npt.ArrayLike) -> bytes:
     """Integers to little-endian int32 bytes. A list must be flat; it is twice as fast as through an array."""
     if isinstance(values, list):
         return struct.pack(f"<{len(values)}i", *values)
-    return np.ascontiguousarray(values, dtype=_WIRE_INT).tobytes()
+    if isinstance(values, np.ndarray):
+        return values.astype(_WIRE_INT).tobytes()
+    return np.asarray(values, dtype=_WIRE_INT).tobytes()
 
 
 def unpack(data: bytes) -> Int32:
