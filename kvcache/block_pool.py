@@ -23,7 +23,7 @@ _NONE, _ONE = np.array(0), np.array(1)
 
 
 def all_of(flags: npt.NDArray[np.bool_]) -> bool:
-    """Whether all are set, of at least one; several times as fast as `flags.all()`, which counts where arrays are small."""
+    """Whether all are set, of at least one. Several times as fast as `flags.all()` where arrays are small."""
     return flags.item(flags.argmin())
 
 
@@ -35,9 +35,9 @@ class BlockPool:
       only when no blank block is left;
     - owned: `refs` says by how many block tables.
 
-    `_queue[_head:_tail]` is the order of eviction. `_place` says of each cached block where in it it is named, and of one
-    that has been shared since that it is nowhere; what the queue still names of it is stepped over. So sharing a prefix
-    is a few vector operations, and nothing is ever taken out of the middle.
+    `_queue[_head:_tail]` is the order of eviction. `_place` says of each cached block where in it it is named, and
+    nowhere of one that was shared since: where the queue still names that, it is stepped over. So sharing a prefix is a
+    few vector operations, and nothing is ever taken out of the middle.
 
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
     `num_blocks - 1`. `published`: whether a block's content can be found; its owner is who sets it. `on_evict` is told

@@ -14,14 +14,15 @@ that is behind it is still found.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 
 from .block_pool import BlockId, BlockPool, Blocks
 from .host_tier import HostTier
 from .invariant import CoreInvariantError, require
-from .run import TOKEN_BYTES, Home, Key, Run
+from .run import NOBODY, TOKEN_BYTES, Home, Key, Run
 
 Parent = tuple[Run, int] | str
 """Where a block hangs: a run and how many blocks are before it, or the salt for the first block.
@@ -33,13 +34,26 @@ is closed there is nothing any more; what hangs there is not published.
 NO_BLOCKS: Blocks = np.zeros(0, np.int64)
 
 
+class Writers(Protocol):
+    """The sequences that follow runs (`PrefixCache.follow`), by number."""
+
+    def filled(self, writer: int, first: int) -> tuple[bytes, Blocks]:
+        """Tokens (int32 bytes) and numbers of its full blocks from number `first` on."""
+        ...
+
+    def dismissed(self, writer: int, place: Parent) -> None:
+        """It does not follow any more: what it fills from this place on it has to publish itself."""
+        ...
+
+
 class PrefixCache:
     """Finds and publishes blocks of a pool by content. It owns no block: references are taken and given in the pool.
 
     Of a published block `_runs` says in which run it is, and `_depths` how many blocks are before it in its sequence.
     Numbers of host blocks begin where those of the device end.
 
-    host: the second tier, of `host_blocks` blocks. saving: whether blocks that are evicted now move there; those that
+    writers: who is asked for what sequences that follow runs have filled. host: the second tier, of `host_blocks`
+    blocks. saving: whether blocks that are evicted now move there; those that
     `want` has named do in any case.
     """
 
@@ -52,6 +66,7 @@ class PrefixCache:
         self._counted = np.arange(num_blocks + host_blocks, dtype=np.int64)
         self._wanted: set[int] = set()
         self.saving = False
+        self.writers: Writers | None = None
         self.pool = BlockPool(num_blocks, on_evict=self._give_up, on_withdraw=self._forget)
         self.host = HostTier(num_blocks, host_blocks, on_evict=self._forget_host)
 
@@ -78,6 +93,8 @@ class PrefixCache:
         parent: Parent = salt
         blocks, depth = array("q"), 0
         while run is not None:
+            if run.writer != NOBODY:
+                self._catch_up(run)
             size = len(run.blocks)
             most = min(size, max_blocks - depth)
             equal = run.equal(0, tokens, depth, most, width)
@@ -102,6 +119,8 @@ class PrefixCache:
         run, depth = self._resolve(parent)
         done = 0
         while done < count:
+            if run is not None and run.writer != NOBODY:
+                self._catch_up(run)
             if run is not None and depth < run.end:
                 index = depth - run.start
                 equal = run.equal(index, tokens, done, min(count - done, len(run.blocks) - index), width)
@@ -122,31 +141,57 @@ class PrefixCache:
             run = following
         return parent if run is None else (run, depth)
 
-    def publish_each(
-        self, parents: Sequence[Parent], contents: Sequence[bytes], blocks: Blocks, depths: Blocks
-    ) -> list[Parent]:
-        """`publish` for blocks of different sequences, one each; returns what follows hangs on, one each.
+    # ── who writes where ──
 
-        depths: how many blocks are before each in its sequence.
+    def join(self, place: Parent) -> None:
+        """A running sequence has its place here now. Who follows the run publishes by itself again."""
+        if not isinstance(place, str):
+            run = place[0]
+            if run.writer != NOBODY:
+                self._dismiss(run)
+            run.users += 1
+
+    def leave(self, place: Parent, writer: int) -> None:
+        """A running sequence that was in this place is there no longer; what it has filled is published."""
+        if not isinstance(place, str):
+            run = place[0]
+            if run.writer == writer:
+                self._catch_up(run)
+                run.writer = NOBODY
+            run.users -= 1
+
+    def follow(self, place: Parent, writer: int) -> bool:
+        """Whether what `writer` fills from this place on needs no publishing: whoever looks at the run asks for it.
+
+        So it is with a sequence that goes on at the end of an open run where nobody else is, which nearly all do. Its
+        blocks cost nothing until it ends, or another sequence's tokens have led there. Then they are taken over in one
+        operation, and everybody finds what would have been there if each had been published when it was full.
         """
-        following: list[Parent] = []
-        others: list[int] = []
-        runs = self._runs
-        for parent, content, block in zip(parents, contents, blocks.tolist(), strict=True):
-            if not isinstance(parent, str):
-                run, depth = parent
-                if depth == run.end and run.after is None:
-                    run.late += (content, block)
-                    run.end = depth = depth + 1
-                    runs[block] = run
-                    following.append((run, depth))
-                    continue
-            others.append(len(following))
-            following.append(self.publish(parent, content, blocks[len(following) : len(following) + 1]))
-        fresh = [np.delete(blocks, others), np.delete(depths, others)] if others else [blocks, depths]
-        self._depths[fresh[0]] = fresh[1]
-        self.pool.published[fresh[0]] = True
-        return following
+        if isinstance(place, str):
+            return False
+        run, depth = place
+        if depth != run.end or run.after is not None or run.users != 1 or self.writers is None:
+            return False
+        run.writer = writer
+        return True
+
+    def catch_up(self, place: Parent) -> None:
+        """Publishes what the writer of the run in this place has filled."""
+        if not isinstance(place, str) and place[0].writer != NOBODY:
+            self._catch_up(place[0])
+
+    def _catch_up(self, run: Run) -> None:
+        if self.writers is None:
+            return
+        tokens, blocks = self.writers.filled(run.writer, run.end)
+        if blocks.size:
+            self._lengthen(run, tokens, blocks)
+
+    def _dismiss(self, run: Run) -> None:
+        self._catch_up(run)
+        writer, run.writer = run.writer, NOBODY
+        if self.writers is not None:
+            self.writers.dismissed(writer, (run, run.end))
 
     def content(self, block: int) -> Key | None:
         """The tokens under which a block is found, with the salt if it begins sequences; None if it is not found."""
@@ -239,7 +284,10 @@ class PrefixCache:
             self._wanted.discard(block)
 
     def _forget_host(self, place: BlockId) -> None:
-        self._cut(self._run_of(place), self._depths.item(place))
+        run = self._run_of(place)
+        if run.writer != NOBODY:
+            self._dismiss(run)
+        self._cut(run, self._depths.item(place))
 
     # ── runs ──
 
@@ -265,13 +313,25 @@ class PrefixCache:
         if run is None:
             run = Run(start, key, self._first, None, tokens, array("q", blocks.tobytes()))
         elif run.after is None:
-            run.lengthen(tokens, blocks.tobytes())
+            if run.writer != NOBODY:
+                self._dismiss(run)
+            self._lengthen(run, tokens, blocks)
+            return run
         else:
             run = Run(start, key, run.after, run, tokens, array("q", blocks.tobytes()))
+        self._note(run, start, blocks)
+        return run
+
+    def _lengthen(self, run: Run, tokens: bytes, blocks: Blocks) -> None:
+        start = run.end
+        run.lengthen(tokens, blocks.tobytes())
+        self._note(run, start, blocks)
+
+    def _note(self, run: Run, start: int, blocks: Blocks) -> None:
+        """These blocks are in the run now, the first of them behind `start` others."""
         self._enter(run, blocks.tolist())
         self._depths[blocks] = self._counted[start : start + blocks.size]
         self.pool.published[blocks] = True
-        return run
 
     def _split(self, run: Run, index: int) -> Run:
         head = run.split(index, self._width)
@@ -288,6 +348,8 @@ class PrefixCache:
         gone, at = array("q", blocks.tobytes()), 0
         while at < len(gone):
             run = self._run_of(gone[at])
+            if run.writer != NOBODY:
+                self._dismiss(run)
             count = _ending(run.blocks, gone, at)
             if count:
                 run.shorten(count, self._width)
@@ -332,6 +394,8 @@ class PrefixCache:
     def _check_run(self, run: Run) -> None:
         width, first = self._width, bytes(run.tokens[: self._width])
         key = first if run.start else (run.key[0], first)
+        alone = run.after is None and run.users == 1
+        require(run.writer == NOBODY or alone, "who follows a run is not alone there, or something else follows, too")
         require(len(run.tokens) == width * len(run.blocks), "tokens and blocks of a run differ")
         require(run.key == key and run.home.get(run.key) is run, "a run is found by other tokens than its own")
         require(all(run is self._runs[block] for block in run.blocks), "a block is in two runs")

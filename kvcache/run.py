@@ -13,18 +13,22 @@ Home = dict[Key, "Run"]
 """The runs that follow a run, or that begin sequences."""
 
 TOKEN_BYTES = 4
+NOBODY = -1
 
 
 class Run:
     """start, end: how many blocks are before it, and with it. tokens: int32 bytes, `width` for each block. blocks:
-    their numbers. late: tokens and number of each of its latest blocks, one after the other, until somebody looks.
+    their numbers.
 
     key, home: where it is found. before: the run that it follows. after: the runs that follow it; None as long as it is
     open, that is, may be lengthened where it stands. A run of which something was taken away is not open any more, so
     a place behind its end never comes to stand for something else.
+
+    users: sequences that run and have their place in it, or in a part that was split off it. writer: the one that is
+    asked for what has come behind its end (`PrefixCache.follow`), or NOBODY; an open run only, that has no other user.
     """
 
-    __slots__ = ("_blocks", "_tokens", "after", "before", "end", "home", "key", "late", "start")
+    __slots__ = ("after", "before", "blocks", "end", "home", "key", "start", "tokens", "users", "writer")
 
     def __init__(
         self, start: int, key: Key, home: Home, before: Run | None, tokens: bytes | bytearray, blocks: array[int]
@@ -35,28 +39,17 @@ class Run:
         self.before = before
         self.after: Home | None = None
         self.end = start + len(blocks)
-        self.late: list[bytes | int] = []
-        self._tokens = bytearray(tokens)
-        self._blocks = blocks
+        self.tokens = bytearray(tokens)
+        self.blocks = blocks
+        self.users = 0
+        self.writer = NOBODY
         home[key] = self
-
-    @property
-    def tokens(self) -> bytearray:
-        if self.late:
-            self._take_late()
-        return self._tokens
-
-    @property
-    def blocks(self) -> array[int]:
-        if self.late:
-            self._take_late()
-        return self._blocks
 
     def lengthen(self, tokens: bytes, blocks: bytes) -> None:
         """More blocks at its end; it must be open."""
         self.blocks.frombytes(blocks)
-        self._tokens += tokens
-        self.end = self.start + len(self._blocks)
+        self.tokens += tokens
+        self.end = self.start + len(self.blocks)
 
     def equal(self, index: int, tokens: bytes, at: int, count: int, width: int) -> int:
         """How many of `count` blocks from `index` on have the same tokens as those from block `at` of `tokens` on."""
@@ -69,8 +62,8 @@ class Run:
     def split(self, index: int, width: int) -> Run:
         """Its first `index` blocks, as a run of their own that this one, with the rest, follows."""
         head = Run(self.start, self.key, self.home, self.before, self.tokens[: index * width], self.blocks[:index])
-        del self._tokens[: index * width], self._blocks[:index]
-        self.start, self.key = head.end, bytes(self._tokens[:width])
+        del self.tokens[: index * width], self.blocks[:index]
+        self.start, self.key = head.end, bytes(self.tokens[:width])
         self.home = head.after = {self.key: self}
         self.before = head
         return head
@@ -78,7 +71,7 @@ class Run:
     def shorten(self, count: int, width: int) -> None:
         """Its last blocks are gone, and what follows cannot be reached any more. Without blocks it leaves the trie."""
         left = len(self.blocks) - count
-        del self._tokens[left * width :], self._blocks[left:]
+        del self.tokens[left * width :], self.blocks[left:]
         self.end = self.start + left
         self.after = {}
         if not left:
@@ -91,8 +84,3 @@ class Run:
         rest = Run(self.start + at, bytes(tokens[:width]), {}, None, tokens, self.blocks[at:])
         rest.after = self.after
         return rest
-
-    def _take_late(self) -> None:
-        self._tokens += b"".join(self.late[::2])  # type: ignore[arg-type]  # tokens and numbers in turns
-        self._blocks.extend(self.late[1::2])  # type: ignore[arg-type]
-        self.late.clear()

@@ -14,6 +14,7 @@ from treadle.kvcache.invariant import require
 from .config import CoreConfig
 from .planner import Flight
 from .request import NO_ROW, Request, Sequence
+from .rows import NEVER
 from .running import Running
 from .stop_ids import StopIds
 from .waiting import Waiting
@@ -101,7 +102,11 @@ def _check_row(config: CoreConfig, running: Running, sequence: Sequence) -> None
         require(not len(running.cache), "published although the prefix cache is off")
         return
     due = min(known, computed) // size
-    require(int(rows.publish_at[row]) // size - 1 <= due, f"{name}: published what it has not planned")
+    place, publish_at = rows.chain[row], int(rows.publish_at[row])
+    followed = None if isinstance(place, str) or place[0].writer != row else place[0]
+    require((followed is None) == (publish_at < NEVER), f"{name}: it follows a run and publishes, or does neither")
+    published_to = publish_at // size - 1 if followed is None else followed.end
+    require(published_to <= due, f"{name}: published what it has not planned")
     for index, block in enumerate(blocks):
         published = running.cache.content(block)
         if published is not None:

@@ -40,11 +40,12 @@ def span(rows: Rows1D) -> Rows1D | slice:
 
 class Rows:
     """The arrays. tokens: int32 [rows, max_blocks * block_size], table: [rows, max_blocks], the others one number
-    per row. `_tokens`, `_blocks` (a block's tokens at a time) and `_table` show the same memory with one index, by which
-    numpy finds an entry of each row in a third of the time; `_token_begin` and `_block_begin` say where rows begin there.
+    per row. `_tokens` and `_table` show the same memory with one index, by which numpy finds an entry of each row in a
+    third of the time; rows begin there at `_token_begin` and `_block_begin`.
 
-    limit: tokens at which the row ends. nblocks: entries of its block table. publish_at: committed tokens at which
-    its next block is full and can be published. admission: unique number of the row's present use, 0 when free.
+    limit: tokens at which the row ends. nblocks: entries of its block table. filled: tokens that were committed and
+    computed at the last commit. publish_at: what that has to come to for the row's next block to be published, NEVER
+    where the prefix cache asks for blocks (`PrefixCache.follow`). admission: unique number of the row's present use, 0 when free.
     order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count: how many rows
     are so. owner: its sequence. chain: where its next published block hangs. entries: of all block tables.
     Big arrays come from `np.zeros`, so memory is touched only where a row has been. Counters are as wide as an index,
@@ -52,11 +53,11 @@ class Rows:
     """
 
     def __init__(self, max_rows: int, max_blocks: int, block_size: int) -> None:
+        self._block_size = block_size
         width = max_blocks * block_size
         self.tokens: Int32 = np.zeros((max_rows, width), np.int32)
         self.table: Blocks = np.zeros((max_rows, max_blocks), np.int64)
         self._tokens = self.tokens.reshape(-1)
-        self._blocks = self._tokens.view(np.dtype((np.void, block_size * self.tokens.itemsize)))
         self._table = self.table.reshape(-1)
         self._token_begin: Int64 = np.arange(max_rows, dtype=np.int64) * width
         self._block_begin: Int64 = np.arange(max_rows, dtype=np.int64) * max_blocks
@@ -66,6 +67,7 @@ class Rows:
         self.limit: Int64 = np.zeros(max_rows, np.int64)
         self.nblocks: Int64 = np.zeros(max_rows, np.int64)
         self.entries = 0
+        self.filled: Int64 = np.zeros(max_rows, np.int64)
         self.publish_at: Int64 = np.full(max_rows, NEVER, np.int64)
         self.admission: Int64 = np.zeros(max_rows, np.int64)
         self.order: Int64 = np.full(max_rows, NOBODY, np.int64)
@@ -112,6 +114,7 @@ class Rows:
             self.guided_count -= int(self.guided[row])
             self.guided[row] = False
         self.owner[row] = None
+        self.chain[row] = ""
         self.free.append(row)
 
     def blocks_of(self, row: int) -> Blocks:
@@ -124,10 +127,10 @@ class Rows:
         self.nblocks[rows] = held + ONE
         self.entries += rows.size
 
-    def block_at(self, rows: Rows1D, index: Int64) -> tuple[list[bytes], Blocks]:
-        """Of each row, the tokens (int32 bytes) and the number of its block at this index."""
-        at = self._block_begin[rows] + index
-        return self._blocks[at].tolist(), self._table[at]
+    def contents(self, row: int, first: int, last: int) -> tuple[bytes, Blocks]:
+        """Tokens (int32 bytes) and numbers of its blocks from `first` to before `last`."""
+        size = self._block_size
+        return self.tokens[row, first * size : last * size].tobytes(), self.table[row, first:last]
 
     def advance(self, rows: Rows1D) -> None:
         """Plans one token of each, in rising order: its K/V, and a sample."""
@@ -141,6 +144,6 @@ class Rows:
         """Appends the token that came back to each row; returns their lengths now. at: the rows, or their `span`."""
         position = self.known[at]
         self._tokens[self._token_begin[at] + position] = tokens
-        length = position + ONE
+        length: Int64 = position + ONE
         self.known[at] = length
         return length

@@ -19,11 +19,9 @@ from .ledger import Ledger
 from .policies.guard import Guard
 from .request import NO_ROW, Sequence
 from .reservation import Reservation
-from .rows import ONE, Rows, Rows1D
+from .rows import NEVER, Rows, Rows1D
 from .swapping import Swapping
 from .tenant_tally import TenantTally
-
-_NO_ROWS: Rows1D = np.zeros(0, np.intp)
 
 
 class Running:
@@ -38,10 +36,10 @@ class Running:
         self._config = config
         self._guard = guard
         self._block_size = config.block_size
-        self._size_array = np.array(config.block_size)
         self._admissions = 0
         self.rows = Rows(config.max_num_seqs, config.max_blocks_per_row, config.block_size)
         self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks)
+        self.cache.writers = self
         self.swapping = Swapping(config, costs, self.cache)
         self.reservation = Reservation(config, self.rows, self.cache.pool)
         self.ledger = Ledger(self.rows, guard)
@@ -96,6 +94,7 @@ class Running:
         self.ledger.leave(row)
         self.tally.leave(row)
         self.reservation.leave(row)
+        self.cache.leave(self.rows.chain[row], row)
         self.cache.pool.release(self.rows.blocks_of(row))
         self.rows.vacate(row)
         self.released.append(row)
@@ -104,6 +103,7 @@ class Running:
 
     def preempt(self, sequence: Sequence) -> None:
         """Takes row and blocks away; the sequence keeps its committed tokens, and those in flight will still count."""
+        self.cache.catch_up(self.rows.chain[sequence.row])
         self.swapping.preempt(self.rows.blocks_of(sequence.row))
         self._remember(sequence)
         sequence.in_flight = int(self.rows.frontier[sequence.row] - self.rows.known[sequence.row])
@@ -172,35 +172,51 @@ class Running:
         if end - start < size:
             return
         first, last = start // size, end // size
-        tokens, blocks = rows.tokens[row, first * size : last * size].tobytes(), rows.table[row, first:last]
-        rows.chain[row] = self.cache.publish(rows.chain[row], tokens, blocks)
+        self._publish(row, *rows.contents(row, first, last))
         rows.publish_at[row] = (last + 1) * size
 
     def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
-        """Publishes the blocks that committed tokens have filled. With blocks of one token, two can be due at once.
+        """Publishes the blocks that committed tokens have filled, but for those that the cache asks for when it needs
+        them (`PrefixCache.follow`): nearly all rows follow a run from their first such block on.
 
         at: the rows, or their `span`.
         """
-        rows = self._due(rows, at)
-        size, chain = self._size_array, self.rows.chain
-        while rows.size:
-            ends = self.rows.publish_at[rows]
-            last = ends // size - ONE
-            contents, blocks = self.rows.block_at(rows, last)
-            self.rows.publish_at[rows] = ends + size
-            numbers = rows.tolist()
-            parents = self.cache.publish_each([chain[row] for row in numbers], contents, blocks, last)
-            for row, parent in zip(numbers, parents, strict=True):
-                chain[row] = parent
-            rows = self._due(rows, rows) if self._block_size == 1 else _NO_ROWS
+        arrays = self.rows
+        filled = np.minimum(arrays.known[at], arrays.computed[at])
+        arrays.filled[at] = filled
+        due = filled >= arrays.publish_at[at]
+        if due.item(due.argmax()):
+            for row in rows[due].tolist():
+                self._publish_due(row)
+
+    def _publish_due(self, row: int) -> None:
+        rows, size = self.rows, self._block_size
+        last = rows.filled.item(row) // size
+        tokens, blocks = rows.contents(row, rows.publish_at.item(row) // size - 1, last)
+        place = self._publish(row, tokens, blocks)
+        rows.publish_at[row] = NEVER if self.cache.follow(place, row) else (last + 1) * size
+
+    def _publish(self, row: int, tokens: bytes, blocks: Blocks) -> Parent:
+        """Blocks behind the row's place; returns its new one."""
+        old = self.rows.chain[row]
+        self.rows.chain[row] = place = self.cache.publish(old, tokens, blocks)
+        self.cache.leave(old, row)
+        self.cache.join(place)
+        return place
+
+    def filled(self, writer: int, first: int) -> tuple[bytes, Blocks]:
+        """For the cache: what a row that follows a run has filled by the last commit."""
+        return self.rows.contents(writer, first, self.rows.filled.item(writer) // self._block_size)
+
+    def dismissed(self, writer: int, place: Parent) -> None:
+        """By the cache: the row does not follow a run any more."""
+        self.rows.chain[writer] = place
+        self.rows.publish_at[writer] = (self.rows.filled.item(writer) // self._block_size + 1) * self._block_size
 
     def withdraw(self, row: int) -> None:
         """The row's work has failed, so nobody else is to be served what it computed."""
+        self.cache.catch_up(self.rows.chain[row])
         self.cache.pool.withdraw(self.rows.blocks_of(row))
-
-    def _due(self, rows: Rows1D, at: Rows1D | slice) -> Rows1D:
-        filled = np.minimum(self.rows.known[at], self.rows.computed[at])
-        return rows[filled >= self.rows.publish_at[at]]
 
     def _lookup(self, sequence: Sequence) -> tuple[Blocks, Parent]:
         """Cached blocks for the sequence; at least its last token is left to compute, for there must be logits."""
@@ -230,6 +246,7 @@ class Running:
         row = self.rows.occupy(sequence, self._admissions, table, computed)
         if self._config.prefix_cache:
             self.rows.chain[row] = parent
+            self.cache.join(parent)
             self.rows.publish_at[row] = computed + self._block_size
         self.ledger.enter(row, sequence.lane)
         self.tally.enter(row, request.tenant)

@@ -131,7 +131,7 @@ def test_what_is_computed_again_takes_its_place_back() -> None:
     cache.check()
     assert found(cache, TEXT)[1:3] == taken[:2] and cache.in_host(hit_of(cache, TEXT)) == 1
     assert cache.host.take_copies() == ([], [])
-    cache.publish_each([cache.end_of(hit_of(cache, TEXT)[:3], "")], [pack(TEXT[12:])], array(taken[2:]), array([3]))
+    cache.publish(cache.end_of(hit_of(cache, TEXT)[:3], ""), pack(TEXT[12:]), array(taken[2:]))
     cache.check()
     assert not cache.host.kept and found(cache, TEXT)[1:] == taken
 

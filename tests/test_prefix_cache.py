@@ -123,26 +123,6 @@ def test_clear_forgets_everything() -> None:
     assert found(cache, text) == [] and cache.pool.available == 5
 
 
-def test_many_sequences_at_once_are_published_like_one_after_another() -> None:
-    one, many = PrefixCache(20, SIZE), PrefixCache(20, SIZE)
-    begun = [[1, 2, 3, 4], [1, 2, 3, 4], [5, 6, 7, 8]]
-    for cache in (one, many):
-        parents: list[Parent] = ["", "", "salt"]
-        for depth, further in enumerate(([0, 0, 1], [0, 1, 0], [0, 0, 0])):  # the first two part in the second block
-            contents = [pack([*text[:3], text[3] + more]) for text, more in zip(begun, further, strict=True)]
-            blocks = cache.pool.allocate(3)
-            assert blocks is not None
-            if cache is many:
-                parents = cache.publish_each(parents, contents, blocks, array([depth] * 3))
-            else:
-                each = zip(parents, contents, np.split(blocks, 3), strict=True)
-                parents = [cache.publish(parent, content, block) for parent, content, block in each]
-            cache.check()
-    first, second, third = [1, 2, 3, 4] * 3, [1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3, 4], [5, 6, 7, 9, 5, 6, 7, 8, 5, 6, 7, 8]
-    for text, salt, found_blocks in ((first, "", 3), (second, "", 3), (third, "salt", 3), (third, "", 0)):
-        assert found(one, text, salt) == found(many, text, salt) and len(found(many, text, salt)) == found_blocks
-
-
 def test_sequences_part_inside_of_a_run_and_each_goes_on_where_it_was() -> None:
     cache = PrefixCache(30, SIZE)
     text = list(range(16))
@@ -176,7 +156,6 @@ def test_nothing_is_published_behind_what_was_evicted() -> None:
     publish(cache, [9] * 8, parent=cache.match("", pack(text), 1)[1])
     own = array(blocks[2:])
     assert cache.publish(parent, pack([5] * 4), own) == parent
-    assert cache.publish_each([parent], [pack([5] * 4)], own, array([3])) == [parent]
     assert len(found(cache, [*text[:4], *[9] * 8])) == 3
     assert len(found(cache, [*text[:4], *[9] * 8, *[5] * 4])) == 3
     cache.check()
@@ -267,13 +246,11 @@ class RunMachine(RuleBasedStateMachine):
         if blocks is None:
             return
         self._note_host()
-        contents = [[int(more[i])] * 2 for i in range(len(chosen))]
-        parents = [self.held[index][2] for index in chosen]
-        depths = array([len(self.held[index][1]) for index in chosen])
-        following = self.cache.publish_each(parents, [pack(content) for content in contents], blocks, depths)
-        for index, content, block, parent in zip(chosen, contents, blocks.tolist(), following, strict=True):
-            text, table, _ = self.held[index]
+        for index, one, block in zip(chosen, more, blocks.tolist(), strict=False):
+            text, table, parent = self.held[index]
+            content = [int(one)] * 2
             self.content[block] = text + content
+            parent = self.cache.publish(parent, pack(content), array([block]))
             self.held[index] = text + content, [*table, block], parent
 
     @precondition(lambda self: self.held)
