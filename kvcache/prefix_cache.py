@@ -14,10 +14,10 @@ that is behind it is still found.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from .block_pool import BlockId, BlockPool, Blocks
 from .host_tier import HostTier
@@ -61,7 +61,7 @@ class PrefixCache:
         self._width = block_size * TOKEN_BYTES
         self._device = num_blocks
         self._first: Home = {}
-        self._runs: list[Run | None] = [None] * (num_blocks + host_blocks)
+        self._runs: npt.NDArray[np.object_] = np.full(num_blocks + host_blocks, None, np.object_)
         self._depths = np.zeros(num_blocks + host_blocks, np.int64)
         self._counted = np.arange(num_blocks + host_blocks, dtype=np.int64)
         self._wanted: set[int] = set()
@@ -77,7 +77,7 @@ class PrefixCache:
     def clear(self) -> None:
         """The memory behind the blocks is gone: forget everything, owners included."""
         self._first.clear()
-        self._runs = [None] * len(self._runs)
+        self._runs.fill(None)
         self._wanted.clear()
         self.pool.clear()
         self.host.clear()
@@ -195,7 +195,7 @@ class PrefixCache:
 
     def content(self, block: int) -> Key | None:
         """The tokens under which a block is found, with the salt if it begins sequences; None if it is not found."""
-        run = self._runs[block]
+        run: Run | None = self._runs[block]
         if run is None or not (self.pool.published[block] if block < self._device else block in self.host.kept):
             return None
         at = (self._depths.item(block) - run.start) * self._width
@@ -293,7 +293,7 @@ class PrefixCache:
 
     def _run_of(self, block: int) -> Run:
         """Of a published one."""
-        run = self._runs[block]
+        run: Run | None = self._runs[block]
         if run is None:
             raise CoreInvariantError(f"block {block} is published and in no run")
         return run
@@ -329,19 +329,14 @@ class PrefixCache:
 
     def _note(self, run: Run, start: int, blocks: Blocks) -> None:
         """These blocks are in the run now, the first of them behind `start` others."""
-        self._enter(run, blocks.tolist())
+        self._runs[blocks] = run
         self._depths[blocks] = self._counted[start : start + blocks.size]
         self.pool.published[blocks] = True
 
     def _split(self, run: Run, index: int) -> Run:
         head = run.split(index, self._width)
-        self._enter(head, head.blocks)
+        self._runs[np.frombuffer(head.blocks, np.int64)] = head
         return head
-
-    def _enter(self, run: Run, blocks: Iterable[int]) -> None:
-        runs = self._runs
-        for block in blocks:
-            runs[block] = run
 
     def _forget(self, blocks: Blocks) -> None:
         """Takes them out of the trie. Nearly always they are the ends of runs, from the last block on."""
@@ -365,7 +360,7 @@ class PrefixCache:
         behind = len(run.blocks) - index - 1
         if behind:
             rest = run.tail(index, self._width)
-            self._enter(rest, rest.blocks)
+            self._runs[np.frombuffer(rest.blocks, np.int64)] = rest
         run.shorten(behind + 1, self._width)
 
     def check(self) -> None:

@@ -278,4 +278,4 @@ class Planner:
         if samples:
             rows.frontier[row] = frontier + 1
         batch.add_chunk(row, count, end, samples)
-        self._running.publish_prefill(row)
+        self._running.publish_prefill(row, samples)

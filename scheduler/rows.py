@@ -45,9 +45,10 @@ class Rows:
 
     limit: tokens at which the row ends. nblocks: entries of its block table. filled: tokens that were committed and
     computed at the last commit. publish_at: what that has to come to for the row's next block to be published, NEVER
-    where the prefix cache asks for blocks (`PrefixCache.follow`). admission: unique number of the row's present use, 0 when free.
-    order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count: how many rows
-    are so. owner: its sequence. chain: where its next published block hangs. entries: of all block tables.
+    where the prefix cache asks for blocks (`PrefixCache.follow`). admission: unique number of the row's present use, 0
+    when free. order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count:
+    how many rows are so. owner: its sequence. chain: where its next published block hangs. entries: of all block
+    tables.
     Big arrays come from `np.zeros`, so memory is touched only where a row has been. Counters are as wide as an index,
     which numpy would otherwise make of them each time that they are used as one.
     """

@@ -159,21 +159,22 @@ class Running:
         self.rows.append_blocks(rows, blocks)
         return blocks
 
-    def publish_prefill(self, row: int) -> None:
-        """Publishes the blocks of known tokens that a step being planned will fill.
+    def publish_prefill(self, row: int, last: bool) -> None:
+        """Publishes the blocks of known tokens that a step being planned will fill. last: it decodes from then on.
 
         They are not written yet. It is safe all the same: who finds them computes in this step or a later one. Ranks
         execute plans in order, so in a later one they are written. In this one the finder stands behind the writer
         in the plan's rows, and in each layer the K/V of all rows is written before any row attends.
         """
         rows, size = self.rows, self._block_size
-        end = min(rows.known.item(row), rows.computed.item(row))
-        start = rows.publish_at.item(row) - size
-        if end - start < size:
-            return
-        first, last = start // size, end // size
-        self._publish(row, *rows.contents(row, first, last))
-        rows.publish_at[row] = (last + 1) * size
+        end = min(rows.known.item(row), rows.computed.item(row)) // size
+        begin = rows.publish_at.item(row) // size - 1
+        if end > begin:
+            self._publish(row, *rows.contents(row, begin, end))
+            rows.publish_at[row] = (end + 1) * size
+        if last:
+            rows.filled[row] = end * size
+            self._follow(row)
 
     def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
         """Publishes the blocks that committed tokens have filled, but for those that the cache asks for when it needs
@@ -192,17 +193,20 @@ class Running:
     def _publish_due(self, row: int) -> None:
         rows, size = self.rows, self._block_size
         last = rows.filled.item(row) // size
-        tokens, blocks = rows.contents(row, rows.publish_at.item(row) // size - 1, last)
-        place = self._publish(row, tokens, blocks)
-        rows.publish_at[row] = NEVER if self.cache.follow(place, row) else (last + 1) * size
+        self._publish(row, *rows.contents(row, rows.publish_at.item(row) // size - 1, last))
+        rows.publish_at[row] = (last + 1) * size
+        self._follow(row)
 
-    def _publish(self, row: int, tokens: bytes, blocks: Blocks) -> Parent:
-        """Blocks behind the row's place; returns its new one."""
+    def _publish(self, row: int, tokens: bytes, blocks: Blocks) -> None:
+        """Blocks behind the row's place, which is behind them then."""
         old = self.rows.chain[row]
         self.rows.chain[row] = place = self.cache.publish(old, tokens, blocks)
         self.cache.leave(old, row)
         self.cache.join(place)
-        return place
+
+    def _follow(self, row: int) -> None:
+        if self.cache.follow(self.rows.chain[row], row):
+            self.rows.publish_at[row] = NEVER
 
     def filled(self, writer: int, first: int) -> tuple[bytes, Blocks]:
         """For the cache: what a row that follows a run has filled by the last commit."""

@@ -1,4 +1,4 @@
-"""Sequences that follow runs: nothing is told to the cache, and everybody finds what would have been there if it were."""
+"""Sequences that follow runs: the cache is told nothing, and everybody finds what would be there if it were."""
 
 from __future__ import annotations
 
