@@ -119,10 +119,14 @@ class BlockPool:
                 return
         free = blocks[::-1]
         kept = self.published[free]
-        if not all_of(kept):
-            self._make_blank(free[~kept])
-            free = free[kept]
-        self._enqueue(free)
+        first = int(kept.argmax())
+        if all_of(kept[first:]):  # nearly always: unpublished are only the last ones of a table
+            blank, cached = free[:first], free[first:]
+        else:
+            blank, cached = free[~kept], free[kept]
+        if blank.size:
+            self._make_blank(blank)
+        self._enqueue(cached)
 
     def withdraw(self, blocks: Blocks) -> None:
         """Their content is not to be served again. Owners keep them; idle ones become blank."""

@@ -341,13 +341,16 @@ class PrefixCache:
     def _forget(self, blocks: Blocks) -> None:
         """Takes them out of the trie. Nearly always they are the ends of runs, from the last block on."""
         gone, at = array("q", blocks.tobytes()), 0
-        while at < len(gone):
+        size, width = len(gone), self._width
+        while at < size:
             run = self._run_of(gone[at])
             if run.writer != NOBODY:
                 self._dismiss(run)
-            count = _ending(run.blocks, gone, at)
+            count = min(len(run.blocks), size - at)
+            if gone[at : at + count] != run.blocks[: -count - 1 : -1]:
+                count = _ending(run.blocks, gone, at)
             if count:
-                run.shorten(count, self._width)
+                run.shorten(count, width)
             else:
                 self._cut(run, self._depths.item(gone[at]))
             at += max(count, 1)
@@ -400,8 +403,6 @@ class PrefixCache:
 def _ending(blocks: array[int], gone: array[int], at: int) -> int:
     """How many of `gone` from `at` on are the last of `blocks`, from the end."""
     most = min(len(blocks), len(gone) - at)
-    if gone[at + most - 1] == blocks[-most] and gone[at : at + most] == blocks[: -most - 1 : -1]:
-        return most
     count = 0
     while count < most and gone[at + count] == blocks[-1 - count]:
         count += 1

@@ -100,15 +100,15 @@ class Admission:
         if not len(waiting):
             return
         config, count = self._config, submit.params.n
-        everybody = Load(len(waiting), waiting.tokens)
-        self._check_bounds(
-            "", everybody, count, length, config.max_waiting_requests, config.max_waiting_tokens, self._rate, now
-        )
+        most, most_tokens = config.max_waiting_requests, config.max_waiting_tokens
+        if len(waiting) + count > most or waiting.tokens + count * length > most_tokens:
+            everybody = Load(len(waiting), waiting.tokens)
+            self._check_bounds("", everybody, count, length, most, most_tokens, self._rate, now)
         own = waiting.tenants.get(submit.tenant) if self._by_tenant else None
         if own is not None:
             whose, rate = f" of tenant {submit.tenant!r}", self._rates.get(submit.tenant, self._rate)
-            most, most_tokens = config.max_tenant_requests, config.max_tenant_tokens
-            self._check_bounds(whose, own, count, length, most, most_tokens, rate, now)
+            own_most, own_tokens = config.max_tenant_requests, config.max_tenant_tokens
+            self._check_bounds(whose, own, count, length, own_most, own_tokens, rate, now)
 
     def _check_bounds(
         self,

@@ -128,7 +128,10 @@ class Core:
         """When to call `expire`; a time that has passed means now."""
         if self._unsaid:
             return 0.0
-        deadline, latest = self._unfinished.first_deadline, self._waiting.next_latest()
+        deadline = self._unfinished.first_deadline
+        if not self._guard.has_latest_start:
+            return deadline
+        latest = self._waiting.next_latest()
         return deadline if deadline is None or latest is None else min(deadline, latest)
 
     # ── steps ────────────────────────────────────────────────────────────────────────────────────────────────────────

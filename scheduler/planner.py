@@ -92,6 +92,8 @@ class _Batch:
         if not self.chunk_rows:
             return self.decode
         decodes = self.decode.size
+        if not decodes:
+            return np.array(self.chunk_rows, np.intp)
         rows = np.empty(decodes + len(self.chunk_rows), np.intp)  # twice as fast as `np.concatenate`
         rows[:decodes] = self.decode
         rows[decodes:] = self.chunk_rows
@@ -142,7 +144,7 @@ class Planner:
         batch = _Batch(self._budget, decode, context, self._host)
         if preemptions != self.preemptions:
             needs = arrays.frontier - arrays.computed
-        prefills = (needs > ONE).nonzero()[0] if needs.size else _NO_ROWS
+        prefills = (needs > ONE).nonzero()[0] if needs.size and needs.item(needs.argmax()) > 1 else _NO_ROWS
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
         if prefills.size or admits:
             self._limit(batch, now)

@@ -63,9 +63,9 @@ class Running:
         for that is looked at again when somebody has stopped.
         """
         pool, spare = self.cache.pool, self.reservation.spare
-        if (spare and pool.available < sequence.wanted + spare) or self._held == (sequence.order, self._stops):
-            return None
         available = pool.available
+        if (spare and available < sequence.wanted + spare) or self._held == (sequence.order, self._stops):
+            return None
         hit, parent = self._lookup(sequence)
         away = self.cache.in_host(hit)
         here = hit[hit <= pool.total] if away else hit

@@ -125,7 +125,7 @@ class Waiting:
         chosen = None if self._guard.broken else self._choose(now)
         if chosen is None or self._guard.broken:
             return self._arrivals.first()
-        stray = self._strays.first()
+        stray = self._strays.first() if len(self._strays) else None
         return stray if stray is not None and stray.order < chosen.order else chosen
 
     def _choose(self, now: float) -> Sequence | None:

@@ -4,8 +4,9 @@
     bench_simulator.py [--lengths FILE] [--rate 110] [--seconds 30] [--runs 5] [--against TREE] [--json]
 
 Lengths are drawn from a file of JSON lines [input, output], or from a log-normal mixture like that of chats; requests
-arrive at --rate per second for --seconds (at 110 the queue grows), and are simulated to their end. cpu: seconds of
-user time, so other work on the machine counts little. speed: simulated seconds for each of them. step: µs of it.
+arrive at --rate per second for --seconds (at 110 the queue grows), and are simulated to their end, with as few
+collections of garbage as `treadle simulate` has. cpu: seconds of user time, so other work on the machine counts little.
+speed: simulated seconds for each of them. step: µs of it.
 
 --against: another checkout of this repository, in alternation with this one, each run in a process of its own; the
 ratio is of medians. `same`: both gave every request the same times.
@@ -28,6 +29,7 @@ import numpy as np
 
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.simulation import PRESETS
+from treadle.scheduler.simulation.garbage import few_collections
 from treadle.scheduler.simulation.replica import Replica
 from treadle.scheduler.simulation.workload import Process, draw_workload, read_lengths
 
@@ -56,7 +58,8 @@ def once(options: argparse.Namespace) -> dict[str, Any]:
     workload = draw_workload(lengths(options.lengths), Process(rate=options.rate, seconds=options.seconds))
     replica = Replica(CONFIG, next(iter(PRESETS.values())), workload)
     began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-    result = replica.run()
+    with few_collections():
+        result = replica.run()
     cpu = resource.getrusage(resource.RUSAGE_SELF).ru_utime - began
     return {
         "cpu": cpu,

@@ -17,7 +17,7 @@ import msgspec
 from treadle.errors import TreadleError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
-from treadle.scheduler.cost_model import CostModel, StepCosts, StepShape
+from treadle.scheduler.cost_model import CostModel, StepCosts
 from treadle.scheduler.policies import Policy
 from treadle.scheduler.request import Output, Sequence
 from treadle.transport.messages import SamplingParams, StepPlan, StepResult, Submit
@@ -58,13 +58,13 @@ class ReplicaResult(msgspec.Struct, array_like=True):
 
 
 class _Flight(msgspec.Struct, frozen=True, gc=False):
-    """A step on its way. cost: seconds that it takes. ends: when it does."""
+    """A step on its way. ends: when it is over. started: who got a row by it and has no token yet."""
 
     step: int
     tokens: bytes
-    shape: StepShape
-    cost: float
+    decode_rows: int
     ends: float
+    started: list[Sequence]
 
 
 class Replica:
@@ -112,11 +112,11 @@ class Replica:
         its deadline comes too late, as in a service (`Core.apply` ends the overdue first), and whoever arrives finds
         the room that the others left."""
         now = 0.0
-        timeline = self._timeline
+        core, flights, timeline = self.core, self._flights, self._timeline
         while True:
-            result = self._flights[0].ends if self._flights else _NEVER_AGAIN
+            result = flights[0].ends if flights else _NEVER_AGAIN
             arrival = self._offer.arrival if self._offer is not None else _NEVER_AGAIN
-            deadline = self.core.next_deadline()
+            deadline = core.next_deadline()
             due = _NEVER_AGAIN if deadline is None else max(deadline, now)
             time = min(result, arrival, due)
             if time == _NEVER_AGAIN:
@@ -127,7 +127,7 @@ class Replica:
             if result == now:
                 self._apply(now)
             elif due == now:
-                self._end(self.core.expire(now), now)
+                self._end(core.expire(now), now)
                 self._pump(now)
             else:
                 self._arrive(now)
@@ -153,10 +153,11 @@ class Replica:
         flight = self._flights.popleft()
         outputs = self.core.apply(StepResult(flight.step, 0, 0, flight.tokens, 0), now)
         self._pump(now, self._overhead)
-        if flight.shape.decode_rows:
-            self._between.add(now - self._applied_at, flight.shape.decode_rows)
+        if flight.decode_rows:
+            self._between.add(now - self._applied_at, flight.decode_rows)
         self._applied_at = now
-        if self._unheard:
+        if flight.started or self._unheard:
+            self._unheard += flight.started
             self._unheard = [sequence for sequence in self._unheard if not self._heard(sequence, now)]
         if outputs.others:
             self._end(outputs.others, now)
@@ -171,12 +172,11 @@ class Replica:
             cost = self._costs.predict(shape)
             self._free_at = max(now + delay, self._free_at) + cost
             tokens = self._answers.answer(plan, core.last_samples)
-            self._flights.append(_Flight(plan.step, tokens, shape, cost, self._free_at))
+            started = self._new(plan) if plan.start else []
+            self._flights.append(_Flight(plan.step, tokens, shape.decode_rows, self._free_at, started))
             self._steps += 1
             self._busy += cost
             self._row_seconds += cost * (len(plan.rows) // 4)
-            if plan.start:
-                self._note_started(plan)
 
     def _submit(self, index: int, offer: Offer) -> Submit:
         params = self._params.get(offer.outputs)
@@ -194,10 +194,10 @@ class Replica:
 
     # ── what is remembered ──
 
-    def _note_started(self, plan: StepPlan) -> None:
-        """Who has a row now and no token yet: only these are looked at after each step."""
+    def _new(self, plan: StepPlan) -> list[Sequence]:
+        """Who has a row by this plan and no token yet: only these are looked at, from the step's result on."""
         first = self._first
-        self._unheard += [s for s in self.core.started(plan) if first[_index(s)] == NEVER]
+        return [s for s in self.core.started(plan) if first[_index(s)] == NEVER]
 
     def _heard(self, sequence: Sequence, now: float) -> bool:
         """Whether it needs no look any more: it has its first token, or has ended."""
