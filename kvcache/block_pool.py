@@ -18,7 +18,8 @@ Blocks = npt.NDArray[np.int64]
 _SLACK = 64
 _LOOK = 64
 _NOWHERE = -1
-_NONE, _ONE = np.array(0), np.array(1)
+_NONE, _ONE, _OUT = np.array(0), np.array(1), np.array(_NOWHERE)
+NO, YES = np.array(False), np.array(True)
 """Arrays, since numpy makes one of every number that it is given, which takes longer than adding it to a few others."""
 
 
@@ -92,7 +93,7 @@ class BlockPool:
             if end:
                 taken = np.concatenate((taken, self._blank[:end][::-1]))
                 self._blanks = 0
-        self.refs[taken] = 1
+        self.refs[taken] = _ONE
         return taken
 
     def share(self, blocks: Blocks) -> None:
@@ -102,7 +103,7 @@ class BlockPool:
         counts = self.refs[blocks]
         self.cached -= counts.size - int(np.count_nonzero(counts))
         self.refs[blocks] = counts + _ONE
-        self._place[blocks] = _NOWHERE
+        self._place[blocks] = _OUT
 
     def release(self, blocks: Blocks) -> None:
         """Gives back one reference on each block of one block table, in the order of the table.
@@ -134,8 +135,8 @@ class BlockPool:
         if not blocks.size:
             return
         self._on_withdraw(blocks)
-        self.published[blocks] = False
-        self._place[blocks] = _NOWHERE
+        self.published[blocks] = NO
+        self._place[blocks] = _OUT
         idle = blocks[self.refs[blocks] == 0]
         self.cached -= idle.size
         self._make_blank(idle)
@@ -161,7 +162,7 @@ class BlockPool:
         else:
             blocks = self._oldest(count)
         self._on_evict(blocks)
-        self.published[blocks] = False
+        self.published[blocks] = NO
         self.cached -= count
         self.evictions += count
         return blocks

@@ -19,7 +19,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .block_pool import BlockId, BlockPool, Blocks
+from .block_pool import YES, BlockId, BlockPool, Blocks
 from .host_tier import HostTier
 from .invariant import CoreInvariantError, require
 from .run import NOBODY, TOKEN_BYTES, Home, Key, Run
@@ -331,7 +331,7 @@ class PrefixCache:
         """These blocks are in the run now, the first of them behind `start` others."""
         self._runs[blocks] = run
         self._depths[blocks] = self._counted[start : start + blocks.size]
-        self.pool.published[blocks] = True
+        self.pool.published[blocks] = YES
 
     def _split(self, run: Run, index: int) -> Run:
         head = run.split(index, self._width)
