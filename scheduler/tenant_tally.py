@@ -40,15 +40,15 @@ class TenantTally:
 
     def leave(self, row: int) -> None:
         """The row is about to be vacated."""
-        self._generated[int(self._slot[row])] += int(self._rows.known[row] - self._counted[row])
+        self._generated[self._slot.item(row)] += self._rows.known.item(row) - self._counted.item(row)
 
     def late_token(self, tenant: str) -> None:
         """A token that no row shows: of a sequence that was preempted while it was in flight."""
         self._generated[self._slot_of(tenant)] += 1
 
-    def prompt(self, tenant: str, tokens: int, cached: int) -> None:
-        """A prompt begins to be computed; so many of its tokens need not be."""
-        slot = self._slot_of(tenant)
+    def prompt(self, row: int, tokens: int, cached: int) -> None:
+        """The row's prompt begins to be computed; so many of its tokens need not be."""
+        slot = self._slot.item(row)
         self._prompt[slot] += tokens
         self._cached[slot] += cached
 
