@@ -77,14 +77,15 @@ class Core:
         is in use), Overloaded, and DeadlineUnreachable where the policy knows. Nothing has changed then.
         """
         request = self._admission.accept(submit, now, self._waiting, self._unfinished.requests)
-        waiting = [sequence for sequence in request.sequences if not sequence.finish]
         late = False
-        for sequence in waiting:
-            self._waiting.enter(sequence, now)
-            late = late or sequence.latest < now
+        for sequence in request.sequences:
+            if not sequence.finish:
+                self._waiting.enter(sequence, now)
+                late = late or sequence.latest < now
         if late:
-            for sequence in waiting:
-                self._waiting.remove(sequence)
+            for sequence in request.sequences:
+                if not sequence.finish:
+                    self._waiting.remove(sequence)
             self._admission.refused += 1
             raise DeadlineUnreachable(_unreachable(request, now))
         self._unfinished.add(request)

@@ -86,7 +86,8 @@ class _Batch:
         self._pairs += chunk_pairs(count, end)
 
     def shape(self) -> StepShape:
-        return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs, *self._host.pending)
+        copies = self._host.pending if self._host.total else ()
+        return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs, *copies)
 
     def rows(self) -> Rows1D:
         if not self.chunk_rows:

@@ -85,9 +85,10 @@ class Waiting:
             self._lanes.push(sequence)
         else:
             self._strays.push(sequence.order, sequence)
-        load = self.tenants.get(sequence.request.tenant)
+        tenant = sequence.request.tenant
+        load = self.tenants.get(tenant)
         if load is None:
-            load = self.tenants[sequence.request.tenant] = Load()
+            load = self.tenants[tenant] = Load()
         tokens = sequence.known
         load.requests += 1
         load.tokens += tokens
@@ -104,11 +105,12 @@ class Waiting:
             self._latest.remove((sequence.latest, sequence.order))
         tokens = sequence.known
         self.tokens -= tokens
-        load = self.tenants[sequence.request.tenant]
+        tenant = sequence.request.tenant
+        load = self.tenants[tenant]
         load.requests -= 1
         load.tokens -= tokens
         if not load.requests:
-            del self.tenants[sequence.request.tenant]
+            del self.tenants[tenant]
 
     def extend(self, sequence: Sequence, token: bytes) -> None:
         """A waiting sequence's token came back late: it was in flight when the sequence was preempted."""
