@@ -53,8 +53,7 @@ class PrefixCache:
     Numbers of host blocks begin where those of the device end.
 
     writers: who is asked for what sequences that follow runs have filled. host: the second tier, of `host_blocks`
-    blocks. saving: whether blocks that are evicted now move there; those that
-    `want` has named do in any case.
+    blocks. saving: whether blocks that are evicted now move there; those that `want` has named do in any case.
     """
 
     def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
