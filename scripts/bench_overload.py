@@ -2,17 +2,17 @@
 
     python scripts/bench_overload.py --seconds 300 --json overload.json
 
-A `treadle serve` with `--rows` rows, where nobody waits for one. First its capacity: as many requests at a time as it has
-room for, one after the other, so that no row is ever empty. Then requests come at that rate (the run called
-1x), and then at ten times that rate, evenly spaced, from 64 clients in turn, whether or not earlier ones have ended.
-Who is refused does not come again. Compared is the time of accepted requests from the call to the last token; a refusal
-is timed from the call to the error. Exit code 0 when the median and the 99th percentile of 10x are at most 20% above
-those of 1x, every refusal is under 50 ms, nothing else went wrong, and the server's memory did not grow.
+A `treadle serve` with `--rows` rows, where nobody waits for one. First its capacity: as many requests at a time as it
+has room for, one after the other, so that no row is ever empty. Then requests come at that rate (the run called 1x),
+and then at ten times that rate, evenly spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is
+refused does not come again. Compared is the time of accepted requests from the call to the last token; a refusal is
+timed from the call to the error. Exit code 0 when the median and the 99th percentile of 10x are at most 20% above those
+of 1x, every refusal is under 50 ms, nothing else went wrong, and the server's memory did not grow.
 
 The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. It stands for other
 machines, so it gives way to the server (`--nice`); what it takes all the same, `cpu_share` says. Of each refusal that
-took longer, and of the slowest of those accepted, the report says who was late (`holdups.py`): the host, where this is a
-virtual machine that stood still; the load, the server or a rank, which waited for a core or worked.
+took longer, and of the slowest of those accepted, the report says who was late (`holdups.py`): the host, where this is
+a virtual machine that stood still; the load, the server or a rank, which waited for a core or worked.
 `refusals_over_50_ms_of_our_own` leaves out the host's time; the exit code does not.
 """
 
@@ -53,8 +53,8 @@ _SHOWN = 5
 class Phase:
     """What happened to the requests of one phase. Times in seconds; memory: of the server, bytes.
 
-    slow: what `held_up` says of the refusals that took too long. slowest: the same of accepted requests, those that took
-    longest. cpu: seconds of a core that each process had, by name.
+    slow: what `held_up` says of the refusals that took too long. slowest: the same of accepted requests, those that
+    took longest. cpu: seconds of a core that each process had, by name.
     """
 
     offered: int = 0
