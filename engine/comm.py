@@ -26,9 +26,9 @@ DEFAULT_TIMEOUT = 60.0
 # Messages are passed on in pieces of this size, so that both halves of an exchange stay in the cores' caches.
 _BUFFER_BYTES = 256 << 10
 _JOIN_POLL = 0.001
-# A peer is usually microseconds behind; to sleep in the kernel costs tens. Seconds.
-_SPIN = 20e-6
-_YIELD = 2e-3
+# At most, and only while that goes well. A peer is usually microseconds behind. To sleep in the kernel costs tens,
+# and on a virtual machine hundreds, for a core without work is given back to the host. Seconds.
+_SPIN = 2e-3
 
 
 class Communicator(Protocol):
@@ -149,7 +149,7 @@ class SharedMemoryComm:
         self._join(path)
         crowded = world_size > len(os.sched_getaffinity(0))
         self._group = native.group_new(
-            self._address, rank, world_size, _BUFFER_BYTES, 0.0 if crowded else _SPIN, _YIELD, timeout
+            self._address, rank, world_size, _BUFFER_BYTES, 0.0 if crowded else _SPIN, timeout
         )
         if not self._group:
             raise MemoryError("no memory for a communicator")

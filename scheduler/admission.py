@@ -36,11 +36,14 @@ class Admission:
         self._by_tenant = config.max_tenant_requests is not None or config.max_tenant_tokens is not None
         self.refused = 0
 
-    def accept(self, submit: Submit, now: float, waiting: Waiting, in_use: Container[str]) -> Request:
-        """The request with its sequences; raises InvalidRequest and its kinds, or Overloaded."""
+    def accept(self, submit: Submit, now: float, waiting: Waiting, in_use: Container[str], room: int) -> Request:
+        """The request with its sequences; raises InvalidRequest and its kinds, or Overloaded.
+
+        room: rows that whoever waits will get in the next step.
+        """
         try:
             length = self._check(submit, in_use)
-            self._check_load(submit, length, now, waiting)
+            self._check_load(submit, length, now, waiting, room)
         except (InvalidRequest, Overloaded):
             self.refused += 1
             raise
@@ -95,12 +98,15 @@ class Admission:
         room = self._capacity - length
         return length + (room if params.max_tokens is None else min(params.max_tokens, room))
 
-    def _check_load(self, submit: Submit, length: int, now: float, waiting: Waiting) -> None:
-        """A request is taken when nothing waits, whatever its size; else it must fit under both bounds."""
-        if not len(waiting):
-            return
+    def _check_load(self, submit: Submit, length: int, now: float, waiting: Waiting, room: int) -> None:
+        """A request is taken when nothing waits, whatever its size; else it must fit under both bounds.
+
+        Where nobody may wait, it is taken when there is room for it, and as many with it as there is room for.
+        """
         config, count = self._config, submit.params.n
-        most, most_tokens = config.max_waiting_requests, config.max_waiting_tokens
+        if not len(waiting) and (room or config.max_waiting_requests):
+            return
+        most, most_tokens = config.max_waiting_requests + room, config.max_waiting_tokens
         if len(waiting) + count > most or waiting.tokens + count * length > most_tokens:
             everybody = Load(len(waiting), waiting.tokens)
             self._check_bounds("", everybody, count, length, most, most_tokens, self._rate, now)

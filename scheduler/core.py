@@ -76,7 +76,7 @@ class Core:
         Raises InvalidRequest and its kinds (empty prompt, ids out of range, a prompt that can never fit, an id that
         is in use), Overloaded, and DeadlineUnreachable where the policy knows. Nothing has changed then.
         """
-        request = self._admission.accept(submit, now, self._waiting, self._unfinished.requests)
+        request = self._admission.accept(submit, now, self._waiting, self._unfinished.requests, self._planner.room)
         late = False
         for sequence in request.sequences:
             if not sequence.finish:

@@ -26,7 +26,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("max_num_batched_tokens", 1, 1 << 20),
     ("max_model_len", 0, 1 << 24),
     ("pipeline_depth", 1, 8),
-    ("max_waiting_requests", 1, 1 << 30),
+    ("max_waiting_requests", 0, 1 << 30),
     ("max_waiting_tokens", 1, 1 << 40),
     ("watermark", 0.0, MOST_WATERMARK),
     ("start_timeout", 0.1, 86_400),

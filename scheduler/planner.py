@@ -128,6 +128,12 @@ class Planner:
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
         self.trials = Trials()
         self.preemptions = 0
+        self._stuck = False
+
+    @property
+    def room(self) -> int:
+        """Rows for those who wait: the free ones, or none where a row is not what the first of them waits for."""
+        return 0 if self._stuck and len(self._waiting) else len(self._running.rows.free)
 
     def compose(self, step: int, now: float) -> tuple[StepPlan, Flight] | None:
         """The next step, already entered into the rows as planned; None when nothing can run.
@@ -147,6 +153,7 @@ class Planner:
             needs = arrays.frontier - arrays.computed
         prefills = (needs > ONE).nonzero()[0] if needs.size and needs.item(needs.argmax()) > 1 else _NO_ROWS
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
+        self._stuck = preemptions != self.preemptions
         if prefills.size or admits:
             self._limit(batch, now)
             if prefills.size:
@@ -243,13 +250,16 @@ class Planner:
         self._running.reservation.begin()
         accused = self.trials.accused()
         if accused is not None:
+            self._stuck = True
             self._try_alone(accused, batch)
             return
         while self._running.rows.free and self._room(batch, 0):
             sequence = self._waiting.first(now)
-            if sequence is None or sequence.in_flight or not self.trials.may_begin(sequence.request):
+            if sequence is None:
                 return
-            if not self._start(sequence, batch):
+            begins = not sequence.in_flight and self.trials.may_begin(sequence.request)
+            if not (begins and self._start(sequence, batch)):
+                self._stuck = True
                 return
 
     def _start(self, sequence: Sequence, batch: _Batch) -> bool:

@@ -132,7 +132,7 @@ class Service:
         return GuidedRequests(
             lambda: make_matching(tokenizer_info, self.facts),
             self.options.grammar_timeout,
-            self.options.max_waiting_requests,
+            self.options.max_waiting_requests + self.options.max_num_seqs,
             enter=self._enter,
             abort=self.abort,
             broadcast=self._steps.send_masks,

@@ -67,6 +67,8 @@ class MaskTimes:
         Guide.make_masks = timed  # type: ignore[method-assign]
 
     def report(self) -> dict[str, float]:
+        if not self.seconds:
+            return {}
         ordered = sorted(self.seconds)
         found = {
             "p50_ms": round(statistics.median(ordered) * 1e3, 3),
@@ -113,6 +115,7 @@ async def measure(options: argparse.Namespace) -> dict[str, Any]:
         prefix_cache=False,
         max_num_seqs=max(options.rows),
         pipeline_depth=options.pipeline_depth,
+        in_process=not options.own_process,
     ) as llm:
         for rows in options.rows:
             for kind in KINDS:
@@ -151,6 +154,7 @@ def main() -> None:
     parser.add_argument("--largest-id", type=int, default=49_000, help="of a prompt's random tokens")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--pipeline-depth", type=int, default=2)
+    parser.add_argument("--own-process", action="store_true", help="of the scheduler; `masks` is not measured then")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     options = parser.parse_args()
     shown = {name: str(value) for name, value in vars(options).items()}

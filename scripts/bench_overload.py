@@ -2,17 +2,18 @@
 
     python scripts/bench_overload.py --seconds 300 --json overload.json
 
-A `treadle serve` with `--rows` rows and a short queue. First its capacity: as many requests at a time as it has rows,
-one after the other. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly
-spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is refused does not come again. Compared is
-the time of accepted requests from the call to the last token; a refusal is timed from the call to the error. Exit code
-0 when the median and the 99th percentile of 10x are at most 20% above those of 1x, every refusal is under 50 ms,
-nothing else went wrong, and the server's memory did not grow.
+A `treadle serve` with `--rows` rows, where nobody waits for one. First its capacity: as many requests at a time as it
+has room for, one after the other, so that no row is ever empty. Then requests come at that rate (the run called 1x),
+and then at ten times that rate, evenly spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is
+refused does not come again. Compared is the time of accepted requests from the call to the last token; a refusal is
+timed from the call to the error. Exit code 0 when the median and the 99th percentile of 10x are at most 20% above those
+of 1x, every refusal is under 50 ms, nothing else went wrong, and the server's memory did not grow.
 
-The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. Of each refusal that
-took longer the report says who was late (`holdups.py`): the host, where this is a virtual machine that stood still; the
-load or the server, which waited for a core or worked. `refusals_over_50_ms_of_our_own` leaves out the host's time; the
-exit code does not.
+The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. It stands for other
+machines, so it gives way to the server (`--nice`); what it takes all the same, `cpu_share` says. Of each refusal that
+took longer, and of the slowest of those accepted, the report says who was late (`holdups.py`): the host, where this is
+a virtual machine that stood still; the load, the server or a rank, which waited for a core or worked.
+`refusals_over_50_ms_of_our_own` leaves out the host's time; the exit code does not.
 """
 
 from __future__ import annotations
@@ -45,13 +46,15 @@ _MOST_REFUSAL_MS = 50.0
 _MOST_GROWTH_MB = 32.0
 _SAMPLE_SECONDS = 0.5
 _AGAIN_SECONDS = 0.02
+_SHOWN = 5
 
 
 @dataclass
 class Phase:
     """What happened to the requests of one phase. Times in seconds; memory: of the server, bytes.
 
-    slow: what `held_up` says of the refusals that took too long.
+    slow: what `held_up` says of the refusals that took too long. slowest: the same of accepted requests, those that
+    took longest. cpu: seconds of a core that each process had, by name.
     """
 
     offered: int = 0
@@ -59,6 +62,8 @@ class Phase:
     first: list[float] = field(default_factory=list)
     refusal: list[float] = field(default_factory=list)
     slow: list[dict[str, float]] = field(default_factory=list)
+    slowest: list[dict[str, float]] = field(default_factory=list)
+    cpu: dict[str, float] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
@@ -75,6 +80,8 @@ class Phase:
             "ttft_ms": spread(self.first),
             "refusal_ms": spread(self.refusal),
             "slow_refusals": self.slow,
+            "slowest_accepted": self.slowest,
+            "cpu_share": {name: round(seconds / self.seconds, 3) for name, seconds in self.cpu.items()},
             "server_rss_mb": [round(size / 1e6, 1) for size in (self.memory[0], max(self.memory), self.memory[-1])],
         }
 
@@ -96,12 +103,14 @@ class Load:
         self._options = options
         self._clients = clients
         self._server = server
-        self._pids = {"load": os.getpid(), "server": server.pid}
+        self._processes = {"load": psutil.Process(), "server": server}
+        self._processes |= {f"rank_{number}": rank for number, rank in enumerate(server.children())}
+        self._pids = {name: process.pid for name, process in self._processes.items()}
         self._random = random.Random(options.seed)
         self._running: set[asyncio.Task[bool]] = set()
 
     async def capacity(self, seconds: float) -> Phase:
-        """As many requests at a time as there are rows."""
+        """As many requests at a time as there is room for."""
         phase = Phase()
 
         async def one_after_the_other(number: int) -> None:
@@ -110,29 +119,45 @@ class Load:
                 if not await self._request(client, phase):
                     await asyncio.sleep(_AGAIN_SECONDS)
 
-        began = time.perf_counter()
-        end = began + seconds
-        phase.memory.append(self._server.memory_info().rss)
-        await asyncio.gather(*(one_after_the_other(number) for number in range(self._options.rows)))
-        phase.memory.append(self._server.memory_info().rss)
-        phase.seconds = time.perf_counter() - began
+        end = time.perf_counter() + seconds
+        with self._counted(phase):
+            phase.memory.append(self._server.memory_info().rss)
+            room = self._options.rows + self._options.queue
+            await asyncio.gather(*(one_after_the_other(number) for number in range(room)))
+            phase.memory.append(self._server.memory_info().rss)
         return phase
 
     async def offer(self, rate: float, seconds: float) -> Phase:
         """`rate` requests a second, evenly spaced. What comes before the server is as full as it will be counts not."""
-        filling, phase = Phase(), Phase()
+        phase = Phase()
+        await self._send(rate, self._options.fill_seconds, Phase())
         sampler = asyncio.create_task(self._sample(phase))
-        began = time.perf_counter()
-        for number in range(int(rate * (self._options.fill_seconds + seconds))):
-            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
-            counted = phase if number / rate >= self._options.fill_seconds else filling
-            task = asyncio.create_task(self._request(self._clients[number % len(self._clients)], counted))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-        phase.seconds = time.perf_counter() - began - self._options.fill_seconds
+        with self._counted(phase):
+            await self._send(rate, seconds, phase)
         await asyncio.gather(*self._running)
         sampler.cancel()
         return phase
+
+    async def _send(self, rate: float, seconds: float, phase: Phase) -> None:
+        """Does not wait for the last ones."""
+        began = time.perf_counter()
+        for number in range(int(rate * seconds)):
+            await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
+            task = asyncio.create_task(self._request(self._clients[number % len(self._clients)], phase))
+            self._running.add(task)
+            task.add_done_callback(self._running.discard)
+
+    @contextmanager
+    def _counted(self, phase: Phase) -> Iterator[None]:
+        """How long it lasts, and what each process does meanwhile."""
+        began, before = time.perf_counter(), self._cpu()
+        yield
+        phase.seconds = time.perf_counter() - began
+        phase.cpu = {name: seconds - before[name] for name, seconds in self._cpu().items()}
+
+    def _cpu(self) -> dict[str, float]:
+        times = {name: process.cpu_times() for name, process in self._processes.items()}
+        return {name: spent.user + spent.system for name, spent in times.items()}
 
     async def _request(self, client: Client, phase: Phase) -> bool:
         """Whether it was accepted and ended."""
@@ -152,6 +177,9 @@ class Load:
         else:
             phase.latency.append(time.perf_counter() - began)
             phase.first.append(output.ttft or 0.0)
+            phase.slowest.append(held_up(before, look(self._pids)))
+            phase.slowest.sort(key=lambda slow: -slow["ms"])
+            del phase.slowest[_SHOWN:]
             return True
         return False
 
@@ -182,6 +210,7 @@ def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
 async def measure(options: argparse.Namespace, endpoint: str, server: psutil.Process) -> dict[str, object]:
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Client(endpoint)) for _ in range(options.clients)]
+        os.nice(options.nice)
         load = Load(options, clients, server)
         gc.freeze()
         gc.disable()  # a pause of the load must not count as one of the server
@@ -231,7 +260,7 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--queue", type=int, default=1, help="requests that may wait (default %(default)s)")
+    parser.add_argument("--queue", type=int, default=0, help="requests that may wait for a row (default %(default)s)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--times", type=float, default=10.0, help="the capacity (default %(default)s)")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
@@ -241,6 +270,7 @@ def main() -> int:
     parser.add_argument("--fill-seconds", type=float, default=10.0, help="of each run, before it counts")
     parser.add_argument("--warm-seconds", type=float, default=10.0)
     parser.add_argument("--capacity-seconds", type=float, default=20.0)
+    parser.add_argument("--nice", type=int, default=10, help="of the load (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -29,7 +29,7 @@ def test_a_tenant_has_bounds_of_its_own() -> None:
 
 
 def test_the_bound_of_everybody_holds_for_each_tenant() -> None:
-    rig = Rig(config(max_waiting_requests=2, max_tenant_requests=2))
+    rig = Rig(config(max_num_seqs=2, max_waiting_requests=0, max_tenant_requests=2))
     rig.add("a", [1], tenant="a")
     rig.add("b", [1], tenant="b")
     with pytest.raises(Overloaded, match=r"2 requests with 2 tokens are waiting; at most 2 requests and \d+ tokens"):

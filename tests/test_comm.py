@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,35 @@ def test_a_peer_that_never_starts_is_an_error(tmp_path: Path) -> None:
         pytest.skip("no C compiler here")
     with pytest.raises(EngineStartFailed, match="1 of 2"):
         SharedMemoryComm(0, 2, tmp_path, native, timeout=0.05)
+
+
+def core() -> float:
+    """Where this thread is."""
+    return float(Path("/proc/thread-self/stat").read_text().rpartition(")")[2].split()[36])
+
+
+def test_ranks_on_one_core_part_and_are_bound_to_none(tmp_path: Path) -> None:
+    """Two threads that were put on one core, and then may go where they like."""
+    native, cores = load_native(), os.sched_getaffinity(0)
+    if native is None or len(cores) < 2:
+        pytest.skip("no C compiler, or one core")
+
+    def rank(number: int) -> bool:
+        """Whether it may still go everywhere. Cores are noted round by round: both see the same."""
+        comm = SharedMemoryComm(number, 2, tmp_path, native, timeout=60)
+        os.sched_setaffinity(0, {min(cores)})
+        comm.barrier()
+        os.sched_setaffinity(0, cores)
+        for _ in range(100_000):
+            where = comm.all_gather(torch.tensor([core()]))
+            if where[0] != where[1]:
+                break
+        else:
+            return False
+        return os.sched_getaffinity(0) == cores
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == [True, True]
 
 
 def test_a_group_of_one_talks_to_nobody(tmp_path: Path) -> None:

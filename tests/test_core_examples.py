@@ -67,7 +67,7 @@ def test_an_id_can_be_used_again_after_the_end_and_not_before() -> None:
 
 
 def test_the_queue_is_bounded_in_requests_and_tokens() -> None:
-    rig = Rig(config(max_waiting_requests=3, max_waiting_tokens=50))
+    rig = Rig(config(max_num_seqs=1, max_waiting_requests=2, max_waiting_tokens=50))
     rig.add("a", text(45))  # alone it is taken, whatever its size
     with pytest.raises(Overloaded, match="45 tokens"):
         rig.add("tokens", text(10))
@@ -80,8 +80,51 @@ def test_the_queue_is_bounded_in_requests_and_tokens() -> None:
     rig.drain()
 
 
+def test_who_gets_a_row_in_the_next_step_does_not_count_as_waiting() -> None:
+    rig = Rig(config(max_num_seqs=3, max_waiting_requests=1))
+    for name in "abcd":
+        rig.add(name, [1], max_tokens=9, ignore_eos=True)
+    for _ in range(2):  # before they have their rows and after
+        with pytest.raises(Overloaded, match="are waiting"):
+            rig.add("e", [1])
+        rig.step()
+    rig.abort("a")
+    with pytest.raises(Overloaded):
+        rig.add("e", [1], n=2)
+    rig.add("e", [1])
+    rig.drain()
+
+
+def test_where_nobody_may_wait_as_many_are_taken_as_there_are_rows() -> None:
+    rig = Rig(config(max_num_seqs=2, max_waiting_requests=0))
+    rig.add("both", [1], n=2, max_tokens=9, ignore_eos=True)
+    for _ in range(2):
+        with pytest.raises(Overloaded, match=r"at most [20] requests"):
+            rig.add("third", [1])
+        rig.step()
+    rig.abort("both", 1)
+    rig.add("third", [1], max_tokens=9, ignore_eos=True)
+    rig.drain()
+    rig.add("more than there are rows", [1], n=5)  # else it could never be taken
+    rig.drain()
+
+
+def test_rows_that_nobody_can_have_leave_no_room() -> None:
+    """Rows are free and blocks are not: whoever comes now would wait, too."""
+    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=8, max_waiting_requests=2, reserve_output="full"))
+    rig.add("a", text(8), max_tokens=20, ignore_eos=True)
+    rig.step()
+    rig.add("b", text(20, 1), max_tokens=20, ignore_eos=True)
+    rig.step()
+    assert rig.core.stats().waiting == 1
+    rig.add("c", [1])
+    with pytest.raises(Overloaded, match="at most 2 requests"):
+        rig.add("d", [1])
+    rig.drain()
+
+
 def test_retry_after_follows_the_rate_of_ends() -> None:
-    rig = Rig(config(max_waiting_requests=1))
+    rig = Rig(config(max_num_seqs=1, max_waiting_requests=0))
     for i in range(10):
         rig.add(str(i), text(3, i), max_tokens=1)
         rig.now += 0.5

@@ -31,7 +31,7 @@ configs = st.builds(
     pipeline_depth=st.integers(1, 3),
     prefix_cache=st.booleans(),
     max_prefill_chunk=st.sampled_from([None, 1, 2, 5]),
-    max_waiting_requests=st.sampled_from([3, 100, 100]),
+    max_waiting_requests=st.sampled_from([0, 1, 100, 100]),
     eos_token_ids=st.sampled_from([(), (0,)]),
     policy=st.sampled_from(sorted(POLICIES)),
     max_tenant_requests=st.sampled_from([None, None, 2]),
@@ -117,7 +117,9 @@ class CoreMachine(RuleBasedStateMachine):
         except PromptTooLong:
             assert len(prompt) >= self.rig.config.capacity
         except Overloaded as error:
-            assert before.waiting and error.retry_after > 0
+            assert error.retry_after > 0
+            config = self.rig.config
+            assert before.waiting or (before.running == config.max_num_seqs and not config.max_waiting_requests)
         else:
             assert len(prompt) < self.rig.config.capacity
 

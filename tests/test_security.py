@@ -172,7 +172,7 @@ async def test_a_flood_of_messages_is_refused_and_the_others_are_served(tmp_path
 
 @pytest.mark.asyncio
 async def test_requests_that_wait_for_their_grammars_are_bounded_too(tmp_path: Path) -> None:
-    async with faulty(tmp_path, max_waiting_requests=2) as f:
+    async with faulty(tmp_path, max_num_seqs=1, max_waiting_requests=1) as f:
         guided = SamplingParams(guided=Guided(regex="a+"))
         for name in ("a", "b"):
             f.submit(name, [1], guided)

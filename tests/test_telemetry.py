@@ -50,7 +50,7 @@ def test_a_histogram_counts_as_prometheus_does(values: list[float], bounds: set[
 
 def test_tenants_get_what_their_requests_got() -> None:
     """Few blocks, so that some are preempted; aborts, a dead engine and a refusal in between."""
-    rig = Rig(config(num_blocks=20, max_waiting_requests=12, max_num_seqs=6))
+    rig = Rig(config(num_blocks=20, max_waiting_requests=6, max_num_seqs=6))
     chance = random.Random(5)
     tenants = {f"{i}": ("a", "b", "")[i % 3] for i in range(12)}
     for name, tenant in tenants.items():

@@ -31,7 +31,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "prefix_cache": "reuse the KV cache of prompts that begin alike",
     "native": "compiled CPU kernels, where a C compiler is found",
     "threads": "CPU threads of each rank",
-    "max_waiting_requests": "waiting requests; more are refused as Overloaded",
+    "max_waiting_requests": "requests that may wait for a row; more are refused as Overloaded; 0: nobody waits for one",
     "max_waiting_tokens": "waiting tokens; more are refused as Overloaded",
     "max_tenant_requests": "waiting requests of one tenant; not given: no bound of its own",
     "max_tenant_tokens": "waiting tokens of one tenant; not given: no bound of its own",

@@ -5,7 +5,10 @@
    a rank that reaches round n+1 has finished reading round n, and nobody enters n+2 before all have reached n+1, so a
    buffer is never overwritten while someone reads it.
 
-   A wait spins briefly, then offers the core to others between looks, then sleeps on the peer's counter. */
+   A wait spins, then sleeps on the peer's counter. How long it spins follows from the waits before, as far as a bound: half
+   as long after a wait that went beyond the bound, as where the peer had no core to run on (after Karlin, Li, Manasse,
+   Owicki: Empirical Studies of Competitive Spinning for a Shared-Memory Multiprocessor, SOSP 1991). It never yields: that
+   gives away a slice of milliseconds to whoever else is there, however unimportant. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <limits.h>
@@ -20,11 +23,14 @@
 #include "common.h"
 
 #define MAX_RANKS 16
+#define LEAST_SPIN_NS 20000
+#define STAY_NS 5000000
 
 typedef struct {
     _Atomic uint32_t round;
     _Atomic uint32_t sleepers; /* who waits for `round` in the kernel */
-    char padding[120];         /* two cache lines: neighbours are fetched in pairs */
+    _Atomic int32_t core;      /* where it was when it raised `round` */
+    char padding[116];         /* two cache lines: neighbours are fetched in pairs */
 } counter;
 
 typedef struct {
@@ -37,7 +43,8 @@ typedef struct {
     header *shared;
     char *buffers;
     size_t capacity; /* bytes of one buffer, a multiple of 64 */
-    int64_t spin_ns, yield_ns, timeout_ns;
+    int64_t most_spin_ns, spin_ns, timeout_ns;
+    int64_t stays_until; /* on its core */
     uint32_t round;
     int rank, world;
 } group;
@@ -60,18 +67,44 @@ INLINE int reached(counter *peer, uint32_t round) {
     return (int32_t)(atomic_load_explicit(&peer->round, memory_order_acquire) - round) >= 0;
 }
 
-/* 0 when the peer has reached the round, -1 when the time is up. */
-static int wait_for(const group *g, counter *peer, uint32_t round) {
-    if (reached(peer, round)) return 0;
-    const int64_t start = now_ns();
+/* Two ranks that take turns never want a core at the same time, so nothing tells the kernel that they should have one each:
+   it may leave both on one for good. So of two ranks on one core the later one goes. It may come back. */
+static void leave_core(group *g, const counter *peer, int64_t now) {
+    const int core = sched_getcpu();
+    if (core < 0 || now < g->stays_until || atomic_load_explicit(&peer->core, memory_order_relaxed) != core) return;
+    g->stays_until = now + STAY_NS;
+    cpu_set_t all, others;
+    if (sched_getaffinity(0, sizeof all, &all) || core >= CPU_SETSIZE) return;
+    others = all;
+    CPU_CLR(core, &others);
+    if (CPU_COUNT(&others) && !sched_setaffinity(0, sizeof others, &others)) sched_setaffinity(0, sizeof all, &all);
+}
+
+/* Whether the peer reached the round while this rank spun. */
+static int spun(const group *g, counter *peer, uint32_t round, int64_t start) {
     for (int64_t waited = 0; waited < g->spin_ns; waited = now_ns() - start)
         for (int i = 0; i < 32; i++) {
-            if (reached(peer, round)) return 0;
+            if (reached(peer, round)) return 1;
             relax();
         }
-    for (int64_t waited = 0; waited < g->yield_ns; waited = now_ns() - start) {
-        if (reached(peer, round)) return 0;
-        sched_yield();
+    return 0;
+}
+
+/* After a wait of so long. One that was short enough should have been spun through. */
+static void learn(group *g, int64_t waited) {
+    if (waited <= g->most_spin_ns)
+        g->spin_ns = g->most_spin_ns;
+    else if (g->spin_ns > LEAST_SPIN_NS)
+        g->spin_ns /= 2;
+}
+
+/* 0 when the peer has reached the round, -1 when the time is up. */
+static int wait_for(group *g, counter *peer, uint32_t round) {
+    if (reached(peer, round)) return 0;
+    const int64_t start = now_ns();
+    if (g->most_spin_ns) {
+        if (peer < &g->shared->counters[g->rank]) leave_core(g, peer, start);
+        if (spun(g, peer, round, start)) return 0;
     }
     atomic_fetch_add(&peer->sleepers, 1);
     int result = 0;
@@ -87,11 +120,13 @@ static int wait_for(const group *g, counter *peer, uint32_t round) {
         syscall(SYS_futex, &peer->round, FUTEX_WAIT, seen, &limit, NULL, 0);
     }
     atomic_fetch_sub(&peer->sleepers, 1);
+    if (g->most_spin_ns) learn(g, now_ns() - start);
     return result;
 }
 
 static void announce(group *g) {
     counter *own = &g->shared->counters[g->rank];
+    atomic_store_explicit(&own->core, sched_getcpu(), memory_order_relaxed);
     atomic_store(&own->round, ++g->round);
     if (atomic_load(&own->sleepers)) syscall(SYS_futex, &own->round, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
 }
@@ -119,12 +154,11 @@ EXPORT int treadle_group_join(void *mapping, int comes) {
 }
 
 /* `mapping`: treadle_group_bytes long, shared by all ranks, zero before the first rank came. Null: no memory. */
-EXPORT void *treadle_group_new(void *mapping, int rank, int world, size_t capacity, double spin, double yield,
-                               double timeout) {
+EXPORT void *treadle_group_new(void *mapping, int rank, int world, size_t capacity, double spin, double timeout) {
     group *g = calloc(1, sizeof *g);
     if (!g) return NULL;
-    *g = (group){mapping, (char *)mapping + sizeof(header), capacity, (int64_t)(spin * 1e9), (int64_t)(yield * 1e9),
-                 (int64_t)(timeout * 1e9), 0, rank, world};
+    *g = (group){mapping, (char *)mapping + sizeof(header), capacity, (int64_t)(spin * 1e9), (int64_t)(spin * 1e9),
+                 (int64_t)(timeout * 1e9), 0, 0, rank, world};
     return g;
 }
 

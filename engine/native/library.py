@@ -49,9 +49,7 @@ class Native:
             self.keep_memory = declared("keep_memory", None)
             self.group_bytes = declared("group_bytes", c_size_t, c_int, c_size_t)
             self.group_join = declared("group_join", c_int, pointer, c_int)
-            self.group_new = declared(
-                "group_new", pointer, pointer, c_int, c_int, c_size_t, c_double, c_double, c_double
-            )
+            self.group_new = declared("group_new", pointer, pointer, c_int, c_int, c_size_t, c_double, c_double)
             self.group_free = declared("group_free", None, pointer)
             self.barrier = declared("barrier", c_int, pointer)
             self.all_reduce = declared("all_reduce", c_int, pointer, pointer, c_size_t, c_int)
