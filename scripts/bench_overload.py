@@ -3,14 +3,14 @@
     python scripts/bench_overload.py --seconds 300 --json overload.json
 
 A `treadle serve` with `--rows` rows, where nobody waits for one. First its capacity: as many requests at a time as it
-has room for, one after the other, so that no row is ever empty. Then requests come at that rate (the run called 1x),
-and then at ten times that rate, evenly spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is
+has room for, one after the other, begun at even distances, so that no row is ever empty and rows do not end all in one
+step. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is
 refused does not come again. Compared is the time of accepted requests from the call to the last token; a refusal is
 timed from the call to the error. Exit code 0 when the median and the 99th percentile of 10x are at most 20% above those
 of 1x, every refusal is under 50 ms, nothing else went wrong, and the server's memory did not grow.
 
 The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. It stands for other
-machines, so it gives way to the server (`--nice`); what it takes all the same, `cpu_share` says. Of each refusal that
+machines; what it takes from the ranks, `cpu_share` says. Of each refusal that
 took longer, and of the slowest of those accepted, the report says who was late (`holdups.py`): the host, where this is
 a virtual machine that stood still; the load, the server or a rank, which waited for a core or worked.
 `refusals_over_50_ms_of_our_own` leaves out the host's time; the exit code does not.
@@ -68,6 +68,14 @@ class Phase:
     memory: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
+    def add(self, other: Phase) -> None:
+        """Its requests count here, too."""
+        self.offered += other.offered
+        self.latency += other.latency
+        self.first += other.first
+        self.refusal += other.refusal
+        self.errors += other.errors
+
     def summary(self) -> dict[str, object]:
         return {
             "seconds": round(self.seconds, 1),
@@ -109,22 +117,31 @@ class Load:
         self._random = random.Random(options.seed)
         self._running: set[asyncio.Task[bool]] = set()
 
-    async def capacity(self, seconds: float) -> Phase:
-        """As many requests at a time as there is room for."""
-        phase = Phase()
+    async def capacity(self, seconds: float, apart: float = 0.0) -> Phase:
+        """As many requests at a time as there is room for, until `seconds` have gone after the last of them began.
+
+        apart: seconds from one to the next in the beginning. What ends before the last has begun counts not.
+        """
+        filling, phase = Phase(), Phase()
+        room = self._options.rows + self._options.queue
+        counts = time.perf_counter() + apart * (room - 1)
 
         async def one_after_the_other(number: int) -> None:
+            await asyncio.sleep(apart * number)
             client = self._clients[number % len(self._clients)]
-            while time.perf_counter() < end:
-                if not await self._request(client, phase):
+            while time.perf_counter() < counts + seconds:
+                one = Phase()
+                if not await self._request(client, one):
                     await asyncio.sleep(_AGAIN_SECONDS)
+                (phase if counts <= time.perf_counter() < counts + seconds else filling).add(one)
 
-        end = time.perf_counter() + seconds
+        everybody = asyncio.gather(*(one_after_the_other(number) for number in range(room)))
+        await asyncio.sleep(counts - time.perf_counter())
         with self._counted(phase):
             phase.memory.append(self._server.memory_info().rss)
-            room = self._options.rows + self._options.queue
-            await asyncio.gather(*(one_after_the_other(number) for number in range(room)))
+            await asyncio.sleep(counts + seconds - time.perf_counter())
             phase.memory.append(self._server.memory_info().rss)
+        await everybody
         return phase
 
     async def offer(self, rate: float, seconds: float) -> Phase:
@@ -210,12 +227,12 @@ def served(options: argparse.Namespace) -> Iterator[tuple[str, psutil.Process]]:
 async def measure(options: argparse.Namespace, endpoint: str, server: psutil.Process) -> dict[str, object]:
     async with AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Client(endpoint)) for _ in range(options.clients)]
-        os.nice(options.nice)
         load = Load(options, clients, server)
         gc.freeze()
         gc.disable()  # a pause of the load must not count as one of the server
-        await load.capacity(options.warm_seconds)
-        capacity = await load.capacity(options.capacity_seconds)
+        warm = await load.capacity(options.warm_seconds)
+        apart = statistics.fmean(warm.latency) / (options.rows + options.queue) if warm.latency else 0.0
+        capacity = await load.capacity(options.capacity_seconds, apart)
         rate = len(capacity.latency) / capacity.seconds
         once = await load.offer(rate, options.seconds / options.shorter)
         many = await load.offer(options.times * rate, options.seconds)
@@ -259,7 +276,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--queue", type=int, default=0, help="requests that may wait for a row (default %(default)s)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--times", type=float, default=10.0, help="the capacity (default %(default)s)")
@@ -270,7 +287,6 @@ def main() -> int:
     parser.add_argument("--fill-seconds", type=float, default=10.0, help="of each run, before it counts")
     parser.add_argument("--warm-seconds", type=float, default=10.0)
     parser.add_argument("--capacity-seconds", type=float, default=20.0)
-    parser.add_argument("--nice", type=int, default=10, help="of the load (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
