@@ -4,10 +4,12 @@
 
 A `treadle serve` with `--rows` rows, where nobody waits for one. First its capacity: as many requests at a time as it
 has room for, one after the other, begun at even distances, so that no row is ever empty and rows do not end all in one
-step. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly spaced, from 64 clients in turn, whether or not earlier ones have ended. Who is
-refused does not come again. Compared is the time of accepted requests from the call to the last token; a refusal is
-timed from the call to the error. Exit code 0 when the median and the 99th percentile of 10x are at most 20% above those
-of 1x, every refusal is under 50 ms, nothing else went wrong, and the server's memory did not grow.
+step. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly spaced, from 64
+clients in turn, whether or not earlier ones have ended. Who is refused does not come again. Compared is the time of
+accepted requests from the call to the last token; a refusal is timed from the call to the error. Exit code 0 when the
+median and the 99th percentile of 10x are at most 20% above those of 1x, every refusal is under 50 ms, nothing else went
+wrong, and the server's memory did not grow. Where steps take as long as rows are many, as on CPUs, more rows make no
+more tokens, and 10x, which has all of them, looks worse than 1x, which needs fewer: choose rows that pay.
 
 The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. It stands for other
 machines; what it takes from the ranks, `cpu_share` says. Of each refusal that
