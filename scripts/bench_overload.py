@@ -2,20 +2,20 @@
 
     python scripts/bench_overload.py --seconds 300 --json overload.json
 
-A `treadle serve` with `--rows` rows, where nobody waits for one. First its capacity: as many requests at a time as it
-has room for, one after the other, begun at even distances, so that no row is ever empty and rows do not end all in one
-step. Then requests come at that rate (the run called 1x), and then at ten times that rate, evenly spaced, from 64
-clients in turn, whether or not earlier ones have ended. Who is refused does not come again. Compared is the time of
-accepted requests from the call to the last token; a refusal is timed from the call to the error. Exit code 0 when the
-median and the 99th percentile of 10x are at most 20% above those of 1x, every refusal is under 50 ms, nothing else went
-wrong, and the server's memory did not grow. Where steps take as long as rows are many, as on CPUs, more rows make no
-more tokens, and 10x, which has all of them, looks worse than 1x, which needs fewer: choose rows that pay.
+A `treadle serve` with `--rows` rows, where nobody waits for one. At capacity, the run called 1x: as many requests at a
+time as it has room for, one after the other, begun at even distances, so that no row is ever empty and rows do not end
+all in one step. How many these are in a second is the capacity at that time, whatever the machine's speed is then. Ten
+times as many then come at even distances, from 64 clients in turn, whether or not earlier ones have ended. Who is
+refused does not come again. Then 1x again: the speed of virtual machines drifts, so both halves together are what 10x
+is compared with, by the time of accepted requests from the call to the last token. A refusal is timed from the call to
+the error. Exit code 0 when the median and the 99th percentile of 10x are at most 20% above those of 1x, every refusal
+is under 50 ms, nothing else went wrong, and the server's memory did not grow.
 
 The load runs on the machine that it measures, in one process that looks for no garbage meanwhile. It stands for other
-machines; what it takes from the ranks, `cpu_share` says. Of each refusal that
-took longer, and of the slowest of those accepted, the report says who was late (`holdups.py`): the host, where this is
-a virtual machine that stood still; the load, the server or a rank, which waited for a core or worked.
-`refusals_over_50_ms_of_our_own` leaves out the host's time; the exit code does not.
+machines; what it takes from the ranks, `cpu_share` says. Of each refusal that took longer, and of the slowest of those
+accepted, the report says who was late (`holdups.py`): the host, where this is a virtual machine that stood still; the
+load, the server or a rank, which waited for a core or worked. `refusals_over_50_ms_of_our_own` leaves out the host's
+time; the exit code does not.
 """
 
 from __future__ import annotations
@@ -76,7 +76,12 @@ class Phase:
         self.latency += other.latency
         self.first += other.first
         self.refusal += other.refusal
+        self.slow += other.slow
+        self.note_slowest(*other.slowest)
         self.errors += other.errors
+
+    def note_slowest(self, *accepted: dict[str, float]) -> None:
+        self.slowest = sorted([*self.slowest, *accepted], key=lambda slow: -slow["ms"])[:_SHOWN]
 
     def summary(self) -> dict[str, object]:
         return {
@@ -196,9 +201,7 @@ class Load:
         else:
             phase.latency.append(time.perf_counter() - began)
             phase.first.append(output.ttft or 0.0)
-            phase.slowest.append(held_up(before, look(self._pids)))
-            phase.slowest.sort(key=lambda slow: -slow["ms"])
-            del phase.slowest[_SHOWN:]
+            phase.note_slowest(held_up(before, look(self._pids)))
             return True
         return False
 
@@ -234,16 +237,20 @@ async def measure(options: argparse.Namespace, endpoint: str, server: psutil.Pro
         gc.disable()  # a pause of the load must not count as one of the server
         warm = await load.capacity(options.warm_seconds)
         apart = statistics.fmean(warm.latency) / (options.rows + options.queue) if warm.latency else 0.0
-        capacity = await load.capacity(options.capacity_seconds, apart)
-        rate = len(capacity.latency) / capacity.seconds
-        once = await load.offer(rate, options.seconds / options.shorter)
+        before = await load.capacity(options.seconds / options.shorter / 2, apart)
+        rate = len(before.latency) / before.seconds
         many = await load.offer(options.times * rate, options.seconds)
+        after = await load.capacity(options.seconds / options.shorter / 2, apart)
         stats = await clients[0].stats()
+    once = Phase()
+    for half in (before, after):
+        once.add(half)
     return judged(once, many) | {
         "capacity_per_s": round(rate, 2),
-        "capacity": capacity.summary(),
-        "1x": once.summary(),
+        "1x_ms": spread(once.latency),
+        "1x_before": before.summary(),
         f"{options.times:g}x": many.summary(),
+        "1x_after": after.summary(),
         "blocks_left": stats.blocks_used,
     }
 
@@ -278,17 +285,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--queue", type=int, default=0, help="requests that may wait for a row (default %(default)s)")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--times", type=float, default=10.0, help="the capacity (default %(default)s)")
     parser.add_argument("--prompt", type=int, default=32, help="tokens")
     parser.add_argument("--tokens", type=int, default=64, help="of output")
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload (default %(default)s)")
-    parser.add_argument("--shorter", type=float, default=2.0, help="1x lasts so much shorter (default %(default)s)")
-    parser.add_argument("--fill-seconds", type=float, default=10.0, help="of each run, before it counts")
+    parser.add_argument(
+        "--shorter", type=float, default=2.0, help="1x lasts so much shorter in all (default %(default)s)"
+    )
+    parser.add_argument("--fill-seconds", type=float, default=10.0, help="of 10x, before it counts")
     parser.add_argument("--warm-seconds", type=float, default=10.0)
-    parser.add_argument("--capacity-seconds", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
