@@ -20,6 +20,8 @@ _LOOK = 64
 _NOWHERE = -1
 _NONE, _ONE, _OUT = np.array(0), np.array(1), np.array(_NOWHERE)
 NO, YES = np.array(False), np.array(True)
+for _constant in (_NONE, _ONE, _OUT, NO, YES):
+    _constant.setflags(write=False)
 """Arrays, since numpy makes one of every number that it is given, which takes longer than adding it to a few others."""
 
 

@@ -36,14 +36,15 @@ class Admission:
         self._by_tenant = config.max_tenant_requests is not None or config.max_tenant_tokens is not None
         self.refused = 0
 
-    def accept(self, submit: Submit, now: float, waiting: Waiting, in_use: Container[str], room: int) -> Request:
+    def accept(self, submit: Submit, now: float, waiting: Waiting, in_use: Container[str], room: int | None) -> Request:
         """The request with its sequences; raises InvalidRequest and its kinds, or Overloaded.
 
-        room: rows that whoever waits will get in the next step.
+        room: rows that whoever waits will get in the next step; None: no bound counts.
         """
         try:
             length = self._check(submit, in_use)
-            self._check_load(submit, length, now, waiting, room)
+            if room is not None:
+                self._check_load(submit, length, now, waiting, room)
         except (InvalidRequest, Overloaded):
             self.refused += 1
             raise

@@ -23,8 +23,8 @@ class CoreConfig:
     max_num_seqs: rows. max_num_batched_tokens: budget of one step. max_model_len: prompt and output together.
     vocab_size: token ids are in [0, vocab_size). pipeline_depth: plans in flight; 1 is synchronous.
     max_prefill_chunk: most tokens of one prompt in one step; None is what the budget leaves.
-    max_waiting_requests, max_waiting_tokens: over these `add` raises Overloaded; a continuation counts as one. Requests
-    for which a row is free do not count.
+    max_waiting_requests, max_waiting_tokens: over these `add` raises Overloaded; a continuation counts as one. Under
+    the first, requests for which a row is free do not count.
     max_tenant_requests, max_tenant_tokens: the same for each tenant, None is no bound of its own.
     policy: one of `scheduler.policies.POLICIES`. target_tpot: seconds that a step with decodes may take (`pace.py`),
     None for most throughput. watermark: share of the blocks that admission leaves free while anything runs.

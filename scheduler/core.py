@@ -70,13 +70,16 @@ class Core:
 
     # ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def add(self, submit: Submit, now: float) -> Request:
+    def add(self, submit: Submit, now: float, *, bounded: bool = True) -> Request:
         """A request begins to wait. `submit.params` has been checked by `check_params`.
 
         Raises InvalidRequest and its kinds (empty prompt, ids out of range, a prompt that can never fit, an id that
         is in use), Overloaded, and DeadlineUnreachable where the policy knows. Nothing has changed then.
+
+        bounded: False for one that was accepted before, by another core: no bound keeps it out.
         """
-        request = self._admission.accept(submit, now, self._waiting, self._unfinished.requests, self._planner.room)
+        room = self._planner.room if bounded else None
+        request = self._admission.accept(submit, now, self._waiting, self._unfinished.requests, room)
         late = False
         for sequence in request.sequences:
             if not sequence.finish:
@@ -196,6 +199,7 @@ class Core:
                 message = f"the engine died {request.failures} times in a row while this request was running"
                 outputs += self._unfinished.end_request(request, "error", now, EngineFailed.code, message)
         self._planner.trials.begin(suspects)
+        self._planner.blocked = None
         return outputs
 
     # ── state ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -27,7 +27,7 @@ from treadle.transport.codec import MAX_ENGINE_FRAME
 from treadle.transport.messages import StepResult, Submit
 
 MAGIC = b"treadle-events"
-VERSION = 1
+VERSION = 2
 _FILE_HEAD = struct.Struct("<14sH")
 _SUMMED = struct.Struct("<II")
 _FRAME_HEAD = struct.Struct("<III")
@@ -88,6 +88,7 @@ class Added(Event, frozen=True, tag=1):
     submit: Submit
     seeds: list[int]
     raised: str = ""
+    bounded: bool = True
 
 
 class Aborted(Event, frozen=True, tag=2):

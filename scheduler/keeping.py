@@ -55,7 +55,8 @@ class Keeping:
         taken: list[Request] = []
         for number, submit in self._journal.unfinished.items():
             try:
-                request = core.add(msgspec.structs.replace(submit, id=self._orphan_name(submit.key)), now)
+                named = msgspec.structs.replace(submit, id=self._orphan_name(submit.key))
+                request = core.add(named, now, bounded=False)
             except TreadleError as error:
                 logger.error("a request of the journal cannot go on: %s", error)
                 self._journal.end_all(number, submit)

@@ -128,19 +128,24 @@ class Planner:
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
         self.trials = Trials()
         self.preemptions = 0
-        self._stuck = False
+        self.blocked: Sequence | None = None
 
     @property
     def room(self) -> int:
-        """Rows for those who wait: the free ones, or none where a row is not what the first of them waits for."""
-        return 0 if self._stuck and len(self._waiting) else len(self._running.rows.free)
+        """Rows for those who wait: the free ones, as far as there is a block for each, or none where a row is not what
+        the first of them waits for (`blocked`)."""
+        first = self.blocked
+        if first is not None and first.row == NO_ROW and not first.finish:
+            return 0
+        running = self._running
+        return min(len(running.rows.free), max(0, running.cache.pool.available - running.reservation.spare))
 
     def compose(self, step: int, now: float) -> tuple[StepPlan, Flight] | None:
         """The next step, already entered into the rows as planned; None when nothing can run.
 
         Rows that were released stay on the list for the plan that can carry them.
         """
-        preemptions = self.preemptions
+        preemptions, self.blocked = self.preemptions, None
         self._guard.broken = False
         self._running.swapping.begin()
         arrays = self._running.rows
@@ -153,7 +158,6 @@ class Planner:
             needs = arrays.frontier - arrays.computed
         prefills = (needs > ONE).nonzero()[0] if needs.size and needs.item(needs.argmax()) > 1 else _NO_ROWS
         admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
-        self._stuck = preemptions != self.preemptions
         if prefills.size or admits:
             self._limit(batch, now)
             if prefills.size:
@@ -230,6 +234,7 @@ class Planner:
         self._running.preempt(victim)
         self._waiting.push(victim)
         self.preemptions += 1
+        self.blocked = victim
 
     def _continue_prefills(self, batch: _Batch, prefills: Rows1D) -> None:
         rows = self._running.rows
@@ -250,8 +255,8 @@ class Planner:
         self._running.reservation.begin()
         accused = self.trials.accused()
         if accused is not None:
-            self._stuck = True
             self._try_alone(accused, batch)
+            self.blocked = next((s for s in accused.sequences if s.row == NO_ROW and not s.finish), None)
             return
         while self._running.rows.free and self._room(batch, 0):
             sequence = self._waiting.first(now)
@@ -259,7 +264,7 @@ class Planner:
                 return
             begins = not sequence.in_flight and self.trials.may_begin(sequence.request)
             if not (begins and self._start(sequence, batch)):
-                self._stuck = True
+                self.blocked = sequence
                 return
 
     def _start(self, sequence: Sequence, batch: _Batch) -> bool:

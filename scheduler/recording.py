@@ -65,14 +65,14 @@ class RecordedCore:
         own_policy = "" if policy is None else policy.name
         sink.write(Opened(time.time(), PROTOCOL_VERSION, config_to_log(config), own_policy))
 
-    def add(self, submit: Submit, now: float) -> Request:
+    def add(self, submit: Submit, now: float, *, bounded: bool = True) -> Request:
         self._drawn = []
         try:
-            request = self._core.add(submit, now)
+            request = self._core.add(submit, now, bounded=bounded)
         except Exception as error:
-            self._sink.write(Added(now, submit, self._drawn, _told(error)))
+            self._sink.write(Added(now, submit, self._drawn, _told(error), bounded))
             raise
-        self._sink.write(Added(now, submit, self._drawn))
+        self._sink.write(Added(now, submit, self._drawn, "", bounded))
         return request
 
     def abort(self, request_id: str, now: float, index: int = -1) -> list[Output]:

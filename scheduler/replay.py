@@ -151,7 +151,7 @@ class _Again:
         match event:
             case Added():
                 self._seeds = list(event.seeds)
-                return core.add(event.submit, event.now)
+                return core.add(event.submit, event.now, bounded=event.bounded)
             case Aborted():
                 return core.abort(event.id, event.now, event.index)
             case Planned():

@@ -23,7 +23,8 @@ from .request import Sequence
 Rows1D = npt.NDArray[np.intp]
 Int64 = npt.NDArray[np.int64]
 
-ZERO, ONE = np.array(0), np.array(1)
+ONE = np.array(1)
+ONE.setflags(write=False)
 """Arrays, since numpy makes one of every number that it is given, which takes longer than adding it to 256 others."""
 
 WIRE_INT = np.dtype("<i4")

@@ -15,7 +15,7 @@ from time import perf_counter
 
 import msgspec
 
-from treadle.errors import EngineFailed, ProtocolError, ServiceClosed, Unsatisfiable
+from treadle.errors import EngineFailed, ProtocolError, ServiceClosed
 from treadle.transport.endpoints import RuntimeDir
 from treadle.transport.messages import (
     Abort,
@@ -358,11 +358,11 @@ class Service:
             self._outbox.deliver(self._standing.core.abort(name, self._loop.time(), index))
             self._steps.pump()
 
-    def _fail(self, name: str, index: int, message: str) -> None:
+    def _fail(self, name: str, index: int, code: str, message: str) -> None:
         """Its grammar does not go on."""
         core = self._standing.core
         if core is not None:
-            self._outbox.deliver(core.fail(name, index, Unsatisfiable.code, message, self._loop.time()))
+            self._outbox.deliver(core.fail(name, index, code, message, self._loop.time()))
 
     def detach(self, sink: Sink) -> None:
         """The receiver is gone: its requests end."""

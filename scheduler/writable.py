@@ -15,7 +15,7 @@ def check_directory(option: str, directory: Path) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot(option, directory, error) from error
 
 
@@ -23,12 +23,13 @@ def check_file(option: str, path: Path) -> None:
     """The same of a file and its directory; a file that is there is not changed."""
     check_directory(option, path.parent)
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK))  # nobody reads a pipe
     except FileNotFoundError:
         pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise _cannot(option, path, error) from error
 
 
-def _cannot(option: str, path: Path, error: OSError) -> ConfigError:
-    return ConfigError(f"{option}={str(path)!r}: it cannot be written: {error.strerror or error}")
+def _cannot(option: str, path: Path, error: OSError | ValueError) -> ConfigError:
+    why = error.strerror if isinstance(error, OSError) else None
+    return ConfigError(f"{option}={str(path)!r}: it cannot be written: {why or error}")

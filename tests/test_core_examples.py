@@ -123,6 +123,55 @@ def test_rows_that_nobody_can_have_leave_no_room() -> None:
     rig.drain()
 
 
+def test_room_comes_back_when_whoever_was_blocked_is_gone() -> None:
+    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=8, max_waiting_requests=0, reserve_output="full"))
+    rig.add("a", text(8), max_tokens=20, ignore_eos=True)
+    rig.step()
+    rig.add("b", text(20, 1), max_tokens=20, ignore_eos=True)
+    rig.step()
+    with pytest.raises(Overloaded):
+        rig.add("c", [1])
+    rig.abort("b")
+    for name in "cd":
+        rig.add(name, [1], max_tokens=1)
+    rig.drain()
+
+
+def test_where_nobody_may_wait_there_must_be_blocks_too() -> None:
+    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=8, max_waiting_requests=0))
+    rig.add("a", text(36), max_tokens=20, ignore_eos=True)
+    rig.step()
+    rig.add("b", [1])
+    with pytest.raises(Overloaded):
+        rig.add("c", [1])
+    rig.drain()
+
+
+def test_the_death_of_the_engine_leaves_room_as_far_as_rows_go() -> None:
+    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=3, max_waiting_requests=1, reserve_output="full"))
+    rig.add("a", text(8), max_tokens=20, ignore_eos=True)
+    rig.step()
+    rig.add("b", text(20, 1), max_tokens=20, ignore_eos=True)
+    rig.step()
+    with pytest.raises(Overloaded):
+        rig.add("c", [1])
+    rig.reset()
+    rig.add("c", [1])
+    rig.add("d", [1])
+    with pytest.raises(Overloaded):
+        rig.add("e", [1])
+    rig.drain()
+
+
+def test_what_another_core_had_accepted_is_under_no_bound() -> None:
+    rig = Rig(config(max_num_seqs=1, max_waiting_requests=0, max_tenant_requests=1, max_waiting_tokens=5))
+    for name in "abcd":
+        rig.core.add(Submit(id=name, tokens=pack(text(4)), params=SamplingParams(max_tokens=2)), 0.0, bounded=False)
+    with pytest.raises(Overloaded):
+        rig.add("e", [1])
+    assert rig.core.stats().waiting == 4
+
+
 def test_retry_after_follows_the_rate_of_ends() -> None:
     rig = Rig(config(max_num_seqs=1, max_waiting_requests=0))
     for i in range(10):

@@ -584,7 +584,7 @@ def _desk(matching: TrieMatching, failed: list[str]) -> GuidedRequests:
         enter=nothing,
         abort=nothing,
         broadcast=nothing,
-        fail=lambda name, index, why: failed.append(f"{name} {index} {why}"),
+        fail=lambda name, index, code, why: failed.append(f"{name} {index} {why}"),
         pump=nothing,
         idle=nothing,
         refused=nothing,

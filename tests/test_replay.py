@@ -51,11 +51,11 @@ class RecordedRig(Rig):
 @pytest.fixture
 def rig(tmp_path: Path) -> RecordedRig:
     """Some of everything has happened."""
-    rig = RecordedRig(tmp_path / "log", replace(CONFIG, max_waiting_requests=0))
+    rig = RecordedRig(tmp_path / "log", replace(CONFIG, max_waiting_requests=2))
     rig.add("a", [1, 2, 3], max_tokens=20)
     rig.add("b", [4, 5], max_tokens=30, n=2, seed=5)
     with pytest.raises(Overloaded):
-        rig.add("c", [1], n=6)
+        rig.add("c", [1], n=8)
     rig.step()
     rig.add("d", [1, 2, 3], timeout=3.0, max_tokens=None)
     rig.step()

@@ -28,7 +28,8 @@ class GuidedRequests:
 
     make: see `Guide`. seconds: for compiling a grammar. most: requests that may wait for theirs. What it has the
     service do: enter: accept a request whose grammar is there, or raise. abort: one that has entered. broadcast: masks
-    to the group that they were made for. fail: one continuation of a request, by its name in the core, and why.
+    to the group that they were made for. fail: one continuation of a request, by its name in the core, the
+    error's code, and why.
     pump: go on. idle: something has ended. refused: a request that was taken in is not accepted after all.
     """
 
@@ -41,7 +42,7 @@ class GuidedRequests:
         enter: Callable[[Submit, Sink, Grammar], None],
         abort: Callable[[Abort, Sink], None],
         broadcast: Callable[[EngineGroup | None, Masks], None],
-        fail: Callable[[str, int, str], None],
+        fail: Callable[[str, int, str, str], None],
         pump: Callable[[], None],
         idle: Callable[[], None],
         refused: Callable[[Submit, Exception], None],
@@ -130,7 +131,7 @@ class GuidedRequests:
             grammar = await self._compile_by(until, guided)
         except TreadleError as error:
             for index in range(request.params.n):
-                self._fail(request.id, index, f"guided: {error}")
+                self._fail(request.id, index, error.code, f"guided: {error}")
         else:
             self.begin(request, grammar)
 
@@ -191,7 +192,7 @@ class GuidedRequests:
             return
         self._broadcast(group, made.masks)
         for sequence, message in made.failed:
-            self._fail(sequence.request.id, sequence.index, f"guided: {message}")
+            self._fail(sequence.request.id, sequence.index, made.code, f"guided: {message}")
         self._pump()
 
 

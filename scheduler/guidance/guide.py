@@ -48,6 +48,7 @@ class Guide:
         """What runs is not waited for; nothing of it is delivered."""
         self._compilers.close()
         self._masks.shutdown(wait=False, cancel_futures=True)
+        self._rows = GuidedRows()  # for rows that are gone no grammar is compiled again
 
     # ── grammars ──
 

@@ -14,6 +14,7 @@ import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, Self, TypeVar
 
@@ -140,8 +141,9 @@ class Replicas(Generic[M]):
     def _kept(self) -> list[Replica[M]]:
         """Those that there are. What has just been built is kept by the rows that move there, or not at all."""
         found = [replica for ref in self._others if (replica := ref()) is not None]
-        while self._ready:
-            found.append(self._ready.popleft())
+        with suppress(IndexError):  # the builder may clear it at any time
+            while True:
+                found.append(self._ready.popleft())
         self._others = [weakref.ref(replica) for replica in found]
         return [self._first, *found]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from treadle.errors import RequestFailed, Unsatisfiable
 from treadle.scheduler.request import Request, Sequence
 from treadle.transport.masks import encode_masks, words_for
 from treadle.transport.messages import Masks
@@ -30,10 +31,14 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class MadeMasks:
-    """failed: sequences whose grammar cannot go on, and why; their rows may sample anything, for nobody will see it."""
+    """failed: sequences whose grammar cannot go on, and why; their rows may sample anything, for nobody will see it.
+
+    code: of the error with which they end: the request's own, or ours.
+    """
 
     masks: Masks
     failed: list[tuple[Sequence, str]]
+    code: str = Unsatisfiable.code
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +62,7 @@ class MaskJob:
         """What to send when `run` raised: the step must go on for the others."""
         words = np.zeros((self.size, words_for(matching.vocab_size)), np.uint32)
         masks = encode_masks(self.step, words, np.ones(self.size, np.bool_))
-        return MadeMasks(masks, [(sequence, message) for _, sequence, *_ in self.places])
+        return MadeMasks(masks, [(sequence, message) for _, sequence, *_ in self.places], RequestFailed.code)
 
 
 class GuidedRows:

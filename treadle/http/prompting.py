@@ -13,7 +13,7 @@ import msgspec
 from treadle.errors import InvalidRequest, PromptTooLong
 from treadle.transport.messages import Guided
 
-from .chat_bodies import ChatMessage, FunctionTool, NamedTool, ResponseFormat, Role, Tool
+from .chat_bodies import ChatMessage, FunctionTool, NamedTool, ResponseFormat, Tool
 from .errors import bad_request
 from .gateway import off_loop
 from .generation import needs_tokenizer
@@ -123,7 +123,7 @@ def _allowed(variables: dict[str, Any]) -> dict[str, Any]:
     return variables
 
 
-def role_for(role: Role, template: str) -> str:
+def role_for(role: str, template: str) -> str:
     """OpenAI's newer name for a system message, and its older one for a tool's, as those that templates know."""
     if role == "developer" and not re.search("""['"]developer['"]""", template):
         return "system"

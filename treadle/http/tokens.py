@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,6 +12,7 @@ from .bodies import DetokenizeAnswer, DetokenizeRequest, TokenizeAnswer, Tokeniz
 from .errors import bad_request
 from .gateway import Gateway, off_loop
 from .generation import needs_tokenizer
+from .prompting import role_for
 from .reading import read_body
 from .streaming import encode as to_json
 
@@ -23,7 +26,8 @@ async def tokenize(gateway: Gateway, request: Request) -> Response:
     special = body.add_special_tokens is not False
     text = body.prompt
     if text is None:
-        text = tokenizer.apply_chat_template(body.messages or [], add_generation_prompt=body.add_generation_prompt)
+        messages = [_named(message, tokenizer.chat_template) for message in body.messages or []]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=body.add_generation_prompt)
         special = bool(body.add_special_tokens)  # the template writes its own
     tokens = await off_loop(lambda long: tokenizer.encode(long, add_special_tokens=special), text)
     answer = TokenizeAnswer(len(tokens), served.info.max_model_len, tokens)
@@ -41,3 +45,9 @@ async def detokenize(gateway: Gateway, request: Request) -> Response:
 
 def _json(answer: msgspec.Struct) -> Response:
     return Response(to_json(answer), media_type="application/json")
+
+
+def _named(message: dict[str, Any], template: str) -> dict[str, Any]:
+    """The role by the name that chat gives it, so that both count the same tokens."""
+    role = message.get("role")
+    return {**message, "role": role_for(role, template)} if isinstance(role, str) else message
