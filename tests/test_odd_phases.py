@@ -89,7 +89,7 @@ async def test_other_weights_that_die_before_they_serve_change_nothing(tmp_path:
 @pytest.mark.asyncio
 async def test_both_groups_of_a_change_die(tmp_path: Path) -> None:
     """The one that serves while the other loads, and then the other."""
-    async with faulty(tmp_path, "0 3 exit 1", "0 0 stop 2", pace=0.02, tensor_parallel_size=1) as f:
+    async with faulty(tmp_path, "0 3 exit 1", "0 0 hang 2", pace=0.02, tensor_parallel_size=1) as f:
         changing = asyncio.create_task(f.service.change_weights(FACTS))
         (other,) = await others(f.service, but=set())
         f.submit("0", PROMPTS[0], params(0))
@@ -105,7 +105,7 @@ async def test_both_groups_of_a_change_die(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_a_recovery_tells_nothing_of_other_weights(tmp_path: Path) -> None:
     """They are at their files; whoever is to serve is at its program."""
-    faults = ("0 3 exit 1", "0 -1 stop 2", "0 0 stop 3")
+    faults = ("0 3 exit 1", "0 -1 stop 2", "0 0 hang 3")
     async with faulty(tmp_path, *faults, tensor_parallel_size=1, stop_timeout=0.1) as f:
         first = set(f.service.engine_pids)
         f.submit("0", PROMPTS[0], params(0))
@@ -140,7 +140,7 @@ async def test_a_service_that_is_closed_while_its_weights_change_says_so(tmp_pat
 
 @pytest.mark.asyncio
 async def test_health_and_error_name_the_rank_and_what_it_was_at(tmp_path: Path) -> None:
-    f = Faulty(tmp_path, ["0 0 stop 1", "1 -1 stop 1"], 0.0, {})
+    f = Faulty(tmp_path, ["0 0 hang 1", "1 -1 stop 1"], 0.0, {})
     starting = asyncio.create_task(f.service.start())
     async with asyncio.timeout(30):
         while "rank 0: reading weights (0%)" not in (health := f.service.health()).progress:
