@@ -119,7 +119,10 @@ class CoreMachine(RuleBasedStateMachine):
         except Overloaded as error:
             assert error.retry_after > 0
             config = self.rig.config
-            assert before.waiting or (before.running == config.max_num_seqs and not config.max_waiting_requests)
+            left = self.rig.core._running.cache.pool.available
+            scarce = left <= max(before.running, config.watermark * config.num_blocks)
+            full = before.running == config.max_num_seqs or scarce
+            assert before.waiting or (full and not config.max_waiting_requests)
         else:
             assert len(prompt) < self.rig.config.capacity
 
