@@ -126,3 +126,4 @@ def run_rank(directory: Path, rank: int, world_size: int, native: bool) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     run_rank(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), native=False)
+    torch.distributed.destroy_process_group()  # its threads, left to the end of the process, may abort it
