@@ -109,13 +109,19 @@ def test_where_nobody_may_wait_as_many_are_taken_as_there_are_rows() -> None:
     rig.drain()
 
 
-def test_rows_that_nobody_can_have_leave_no_room() -> None:
-    """Rows are free and blocks are not: whoever comes now would wait, too."""
-    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=8, max_waiting_requests=2, reserve_output="full"))
+def one_blocked(**changes: object) -> Rig:
+    """ "a" runs and "b" waits for blocks, though rows are free."""
+    rig = Rig(config(num_blocks=12, block_size=4, reserve_output="full", **changes))
     rig.add("a", text(8), max_tokens=20, ignore_eos=True)
     rig.step()
     rig.add("b", text(20, 1), max_tokens=20, ignore_eos=True)
     rig.step()
+    return rig
+
+
+def test_rows_that_nobody_can_have_leave_no_room() -> None:
+    """Rows are free and blocks are not: whoever comes now would wait, too."""
+    rig = one_blocked(max_num_seqs=8, max_waiting_requests=2)
     assert rig.core.stats().waiting == 1
     rig.add("c", [1])
     with pytest.raises(Overloaded, match="at most 2 requests"):
@@ -124,11 +130,7 @@ def test_rows_that_nobody_can_have_leave_no_room() -> None:
 
 
 def test_room_comes_back_when_whoever_was_blocked_is_gone() -> None:
-    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=8, max_waiting_requests=0, reserve_output="full"))
-    rig.add("a", text(8), max_tokens=20, ignore_eos=True)
-    rig.step()
-    rig.add("b", text(20, 1), max_tokens=20, ignore_eos=True)
-    rig.step()
+    rig = one_blocked(max_num_seqs=8, max_waiting_requests=0)
     with pytest.raises(Overloaded):
         rig.add("c", [1])
     rig.abort("b")
@@ -148,11 +150,7 @@ def test_where_nobody_may_wait_there_must_be_blocks_too() -> None:
 
 
 def test_the_death_of_the_engine_leaves_room_as_far_as_rows_go() -> None:
-    rig = Rig(config(num_blocks=12, block_size=4, max_num_seqs=3, max_waiting_requests=1, reserve_output="full"))
-    rig.add("a", text(8), max_tokens=20, ignore_eos=True)
-    rig.step()
-    rig.add("b", text(20, 1), max_tokens=20, ignore_eos=True)
-    rig.step()
+    rig = one_blocked(max_num_seqs=3, max_waiting_requests=1)
     with pytest.raises(Overloaded):
         rig.add("c", [1])
     rig.reset()
