@@ -22,6 +22,8 @@ def check_directory(option: str, directory: Path) -> None:
 def check_file(option: str, path: Path) -> None:
     """The same of a file and its directory; a file that is there is not changed."""
     check_directory(option, path.parent)
+    if path.exists() and not path.is_file():  # to open a pipe may wait for ever
+        raise ConfigError(f"{option}={str(path)!r}: it is no regular file")
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK))  # nobody reads a pipe
     except FileNotFoundError:
