@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NewType
+from typing import Any, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,18 @@ Blocks = npt.NDArray[np.int64]
 _SLACK = 64
 _LOOK = 64
 _NOWHERE = -1
-_NONE, _ONE, _OUT = np.array(0), np.array(1), np.array(_NOWHERE)
-NO, YES = np.array(False), np.array(True)
-for _constant in (_NONE, _ONE, _OUT, NO, YES):
-    _constant.setflags(write=False)
-"""Arrays, since numpy makes one of every number that it is given, which takes longer than adding it to a few others."""
+
+
+def constant(value: bool | float) -> npt.NDArray[Any]:
+    """An array that cannot be changed. numpy makes one of every number that it is given, which takes longer than adding
+    it to a few others."""
+    array = np.array(value)
+    array.setflags(write=False)
+    return array
+
+
+_NONE, _ONE, _OUT = constant(0), constant(1), constant(_NOWHERE)
+NO, YES = constant(False), constant(True)
 
 
 def all_of(flags: npt.NDArray[np.bool_]) -> bool:

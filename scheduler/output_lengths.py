@@ -7,12 +7,13 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
+from treadle.kvcache.block_pool import constant
+
 OVERALL = 0
 _TENANTS = 256
 _MEMORY = 256
 """Ends after which one counts a third."""
-_KEPT = np.array(1 - 1 / _MEMORY)
-"""An array, since numpy would make one of a number each time, which takes longer than the product."""
+_KEPT = constant(1 - 1 / _MEMORY)
 _PRIOR = 8.0
 """Ends of everybody that a tenant's own are mixed with."""
 _FIRST_GUESS = 128

@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from treadle.kvcache import HostTier
+from treadle.kvcache.block_pool import constant
 from treadle.transport.codec import pack
 from treadle.transport.messages import RowStart, StepPlan
 
@@ -119,7 +120,7 @@ class Planner:
     def __init__(self, config: CoreConfig, running: Running, waiting: Waiting, guard: Guard, costs: CostModel) -> None:
         self._budget = config.max_num_batched_tokens
         self._chunk = config.max_prefill_chunk or config.max_num_batched_tokens
-        self._size_array = np.array(config.block_size)
+        self._size_array = constant(config.block_size)
         self._running = running
         self._host = running.cache.host
         self._waiting = waiting

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.kvcache import Blocks, Parent
+from treadle.kvcache.block_pool import constant
 from treadle.transport.codec import Int32
 
 from .request import Sequence
@@ -23,9 +24,7 @@ from .request import Sequence
 Rows1D = npt.NDArray[np.intp]
 Int64 = npt.NDArray[np.int64]
 
-ONE = np.array(1)
-ONE.setflags(write=False)
-"""Arrays, since numpy makes one of every number that it is given, which takes longer than adding it to 256 others."""
+ONE = constant(1)
 
 WIRE_INT = np.dtype("<i4")
 NOBODY = np.iinfo(np.int64).min

@@ -25,7 +25,7 @@ def check_file(option: str, path: Path) -> None:
     if path.exists() and not path.is_file():  # to open a pipe may wait for ever
         raise ConfigError(f"{option}={str(path)!r}: it is no regular file")
     try:
-        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NONBLOCK))  # nobody reads a pipe
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC))
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:

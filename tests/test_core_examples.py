@@ -110,7 +110,7 @@ def test_where_nobody_may_wait_as_many_are_taken_as_there_are_rows() -> None:
 
 
 def one_blocked(**changes: object) -> Rig:
-    """ "a" runs and "b" waits for blocks, though rows are free."""
+    """One runs, "a", and another waits for blocks, "b", though rows are free."""
     rig = Rig(config(num_blocks=12, block_size=4, reserve_output="full", **changes))
     rig.add("a", text(8), max_tokens=20, ignore_eos=True)
     rig.step()

@@ -119,7 +119,7 @@ class CoreMachine(RuleBasedStateMachine):
         except Overloaded as error:
             assert error.retry_after > 0
             config = self.rig.config
-            left = self.rig.core._running.cache.pool.available
+            left = before.blocks_total - before.blocks_used
             scarce = left <= max(before.running, config.watermark * config.num_blocks)
             full = before.running == config.max_num_seqs or scarce
             assert before.waiting or (full and not config.max_waiting_requests)
