@@ -76,6 +76,18 @@ def test_masks_that_differ_by_a_token_are_told_apart(bit: int) -> None:
     assert np.frombuffer(masks.counts, np.int32).tolist().count(1) == 500
 
 
+def test_masks_whose_sums_are_alike_are_told_apart() -> None:
+    """The sum is of pairs of words, and of the highest bit of a pair it tells only whether it changed an odd number of
+    times."""
+    words = np.full((64, 32), 0xFFFFFFFF, np.uint32)
+    for row in range(1, 16):
+        words[row, [1, 2 * row + 1]] ^= np.uint32(1 << 31)
+    words[32:] = words[:32]
+    masks = decode_masks(encode_masks(0, words, np.zeros(64, bool)), 64, 1024)
+    assert len(masks.words) == 16
+    assert (masks.words[masks.rows] == words).all()
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -94,37 +94,58 @@ def _words(data: bytes) -> Words:
 def _distinct(words: Words) -> tuple[Counts, Counts]:
     """For the rows of words: where each distinct one stands first, and which of these each row is.
 
-    By a weighted sum of a row's words, checked word for word; in the unlikely case that two differ and sum alike, every
-    row counts as distinct.
+    By a weighted sum of a row's words, checked word for word. Where two differ and sum alike, as those may that differ
+    in the last tokens of some words only, all are compared byte for byte.
     """
-    sums = np.einsum("rw,w->r", words, _weights(words.shape[1]))
-    _, first, which = np.unique(sums, return_index=True, return_inverse=True)
+    _, first, which = np.unique(_sums(words), return_index=True, return_inverse=True)
     every = np.arange(len(words))
     again = np.flatnonzero(first[which] != every)
     if not again.size:
         return every, every
     if all(np.array_equal(words[part], words[first[which[part]]]) for part in _parts(again)):
         return first, which
-    return every, every
+    found: dict[bytes, int] = {}
+    equal = np.array([found.setdefault(row.tobytes(), place) for place, row in enumerate(words)])
+    return np.unique(equal, return_inverse=True)
+
+
+def _sums(words: Words) -> npt.NDArray[np.uint64]:
+    """Two words at a time: numpy takes a third of the time where it need not widen them."""
+    wide = words.view(np.uint64) if words.shape[1] % 2 == 0 else words
+    sums: npt.NDArray[np.uint64] = np.einsum("rw,w->r", wide, _weights(wide.shape[1]))
+    return sums
 
 
 @cache
 def _weights(words: int) -> npt.NDArray[np.uint64]:
-    """Masks often differ by a token or two: so these are unrelated to each other, and wide, lest a sum lose bits."""
-    return np.random.default_rng(0).integers(1 << 63, size=words, dtype=np.uint64)
+    """Masks often differ by a token or two: so these are unrelated to each other, and odd, lest a sum lose bits."""
+    return np.random.default_rng(0).integers(1 << 64, size=words, dtype=np.uint64) | np.uint64(1)
 
 
 def _encode(words: Words) -> tuple[Counts, Counts, Counts, Words, Words]:
-    """kinds and counts of some masks, the places and the words that are given, and the masks that are given whole."""
-    named, most = words != 0, words != _ALL
-    counts, forbidding = np.count_nonzero(named, axis=1), np.count_nonzero(most, axis=1)
-    kinds = np.where(forbidding < counts, EXCEPT, ONLY)
-    named[kinds == EXCEPT] = most[kinds == EXCEPT]
-    counts = np.minimum(counts, forbidding)
-    plain = 2 * counts >= words.shape[1]  # a word that is named takes two
+    """kinds and counts of some masks, the places and the words that are given, and the masks that are given whole.
+
+    Of one with less than half of its words to forbid, no other count can be the shorter.
+    """
+    width = words.shape[1]
+    named = words != _ALL
+    kinds, counts = np.full(len(words), EXCEPT), _count(named)
+    some = np.flatnonzero(2 * counts >= width)
+    if some.size:
+        allowing = words[some] != 0
+        fewer = _count(allowing)
+        only = fewer <= counts[some]
+        some = some[only]
+        named[some], counts[some], kinds[some] = allowing[only], fewer[only], ONLY
+    plain = 2 * counts >= width  # a word that is named takes two
     kinds[plain], counts[plain], named[plain] = BITS, 0, False
     where = np.flatnonzero(named)
-    return kinds, counts, where % words.shape[1], words.reshape(-1)[where], words[plain].reshape(-1)
+    return kinds, counts, where % width, words.reshape(-1)[where], words[plain].reshape(-1)
+
+
+def _count(flags: npt.NDArray[np.bool_]) -> Counts:
+    """How many are set in each row. Row by row it takes an eighth of the time that numpy takes for an axis."""
+    return np.array([np.count_nonzero(row) for row in flags], np.intp)
 
 
 def _bytes(words: Words) -> bytes:
