@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import BinaryIO, TypeAlias
 
 import msgspec
 
@@ -85,6 +85,25 @@ class Encoder:
         into += body
 
 
+def check_mark(path: Path) -> None:
+    """Whether a file is a journal, or none yet, from how it begins. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            _read_mark(path, file)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ConfigError(f"journal {path}: {error.strerror}") from error
+
+
+def _read_mark(path: Path, file: BinaryIO) -> int:
+    """Its bytes, fewer where the file was cut off in it."""
+    mark = file.read(len(_MARK))
+    if not _MARK.startswith(mark):
+        raise ConfigError(f"journal {path}: it is there and is no journal of this version; name another file")
+    return len(mark)
+
+
 def read_journal(path: Path) -> dict[int, Submit]:
     """The unfinished requests of a file by number, as they would be sent again, in the order in which they came.
 
@@ -113,10 +132,7 @@ def _bodies(path: Path, end: int | None) -> Iterator[tuple[int, bytes]]:
     try:
         with path.open("rb", _READ_AT_ONCE) as file:
             size = os.fstat(file.fileno()).st_size if end is None else end
-            mark = file.read(len(_MARK))
-            if not _MARK.startswith(mark):
-                raise ConfigError(f"journal {path}: it is there and is no journal of this version; name another file")
-            at = len(mark)
+            at = _read_mark(path, file)
             while at + _HEAD.size <= size:
                 length, crc = _HEAD.unpack(file.read(_HEAD.size))
                 body = file.read(length) if length <= min(_MAX_RECORD, size - at - _HEAD.size) else b""

@@ -41,6 +41,7 @@ from .engine_group import ENGINE_COMMAND, Death
 from .event_log import EventWriter
 from .guidance.desk import GuidedRequests, make_matching
 from .guidance.matching import Grammar
+from .journal_file import check_mark
 from .keeping import Keeping
 from .lifecycle import GaveUp, ServiceEvent
 from .observers import Observers
@@ -183,6 +184,7 @@ class Service:
             check_directory("dump_dir", dump_directory(self.options.dump_dir))
         if self.options.journal:
             check_file("journal", Path(self.options.journal))
+            check_mark(Path(self.options.journal))
 
     def _check_open(self) -> None:
         if self._closing is not None:

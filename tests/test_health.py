@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from treadle import Client, SamplingParams
-from treadle.errors import ConfigError, PromptTooLong
+from treadle.errors import ConfigError, EventLogError, PromptTooLong, TreadleError
 from treadle.scheduler.watchdog import dump_directory, write_dump
 
 from .conftest import eventually
@@ -132,6 +132,23 @@ async def test_what_cannot_be_written_later_is_said_before_engines_start(
     with pytest.raises(ConfigError, match=f"{option}='{tmp_path / 'file' if place != 'd' else tmp_path / 'd'}"):
         await f.service.start()
     assert f.service._standing.supervisor is None and not list((tmp_path / "d").iterdir())
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("option", "error", "words"),
+    [("journal", ConfigError, "no journal of this version"), ("event_log", EventLogError, "not an event log")],
+)
+async def test_a_file_of_somebody_else_is_refused_before_engines_start(
+    tmp_path: Path, option: str, error: type[TreadleError], words: str
+) -> None:
+    (tmp_path / "novel").write_text("It was a dark and stormy night")
+    f = Faulty(tmp_path, [], 0.0, {option: str(tmp_path / "novel")})
+    with pytest.raises(error, match=words):
+        await f.service.start()
+    assert f.service._standing.supervisor is None
+    assert (tmp_path / "novel").read_text() == "It was a dark and stormy night"
+    assert [name for name in os.listdir(tmp_path) if "novel" in name] == ["novel"]
 
 
 def test_dumps_are_few_and_go_where_state_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
