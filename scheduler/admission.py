@@ -107,36 +107,38 @@ class Admission:
         config, count = self._config, submit.params.n
         if not len(waiting) and (room or config.max_waiting_requests):
             return
-        most, most_tokens = config.max_waiting_requests + room, config.max_waiting_tokens
-        if len(waiting) + count > most or waiting.tokens + count * length > most_tokens:
+        most, most_tokens, tokens = config.max_waiting_requests, config.max_waiting_tokens, count * length
+        if len(waiting) + count > most + room or waiting.tokens + tokens > most_tokens:
             everybody = Load(len(waiting), waiting.tokens)
-            self._check_bounds("", everybody, count, length, most, most_tokens, self._rate, now)
+            self._check_bounds("", everybody, Load(count, tokens), most, most_tokens, room, self._rate, now)
         own = waiting.tenants.get(submit.tenant) if self._by_tenant else None
         if own is not None:
             whose, rate = f" of tenant {submit.tenant!r}", self._rates.get(submit.tenant, self._rate)
             own_most, own_tokens = config.max_tenant_requests, config.max_tenant_tokens
-            self._check_bounds(whose, own, count, length, own_most, own_tokens, rate, now)
+            self._check_bounds(whose, own, Load(count, tokens), own_most, own_tokens, 0, rate, now)
 
     def _check_bounds(
         self,
         whose: str,
         load: Load,
-        count: int,
-        length: int,
+        more: Load,
         most: int | None,
         most_tokens: int | None,
+        room: int,
         rate: Rate,
         now: float,
     ) -> None:
-        """Raises Overloaded; None is no bound."""
-        requests = 0 if most is None else load.requests + count - most
-        tokens = 0 if most_tokens is None else load.tokens + count * length - most_tokens
+        """Raises Overloaded; None is no bound. room: rows for these; whoever gets one does not count under `most`."""
+        requests = 0 if most is None else load.requests + more.requests - most - room
+        tokens = 0 if most_tokens is None else load.tokens + more.tokens - most_tokens
         if requests <= 0 and tokens <= 0:
             return
         retry_after = rate.seconds(requests, tokens, now)
-        allowed = [f"{most} requests"] * (most is not None) + [f"{most_tokens} tokens"] * (most_tokens is not None)
+        rows, over = (f" (rows for them: {room})", " over these rows") if room and most is not None else ("", "")
+        allowed = [f"{most} requests{over}"] * (most is not None)
+        allowed += [f"{most_tokens} tokens"] * (most_tokens is not None)
         raise Overloaded(
-            f"{load.requests} requests{whose} with {load.tokens} tokens are waiting; at most "
+            f"{load.requests} requests{whose} with {load.tokens} tokens are waiting{rows}; at most "
             f"{' and '.join(allowed)} are allowed; try again in {retry_after:.2f} s",
             retry_after,
             bound="tenant" if whose else "queue",
