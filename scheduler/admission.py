@@ -103,6 +103,7 @@ class Admission:
         """A request is taken when nothing waits, whatever its size; else it must fit under both bounds.
 
         Where nobody may wait, it is taken when there is room for it, and as many with it as there is room for.
+        Under bounds in requests those do not count who surely get a row; under bounds in tokens they do.
         """
         config, count = self._config, submit.params.n
         if not len(waiting) and (room or config.max_waiting_requests):
@@ -115,7 +116,8 @@ class Admission:
         if own is not None:
             whose, rate = f" of tenant {submit.tenant!r}", self._rates.get(submit.tenant, self._rate)
             own_most, own_tokens = config.max_tenant_requests, config.max_tenant_tokens
-            self._check_bounds(whose, own, Load(count, tokens), own_most, own_tokens, 0, rate, now)
+            left = max(0, room - (len(waiting) - own.requests))  # whoever else waits may get the others
+            self._check_bounds(whose, own, Load(count, tokens), own_most, own_tokens, left, rate, now)
 
     def _check_bounds(
         self,

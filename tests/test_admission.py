@@ -13,7 +13,9 @@ from treadle.scheduler.rates import Rate
 
 
 def test_a_tenant_has_bounds_of_its_own() -> None:
-    rig = Rig(config(max_tenant_requests=2, max_tenant_tokens=20))
+    rig = Rig(config(max_num_seqs=1, max_tenant_requests=2, max_tenant_tokens=20))
+    rig.add("runs", [1])
+    rig.plan()
     rig.add("a1", list(range(12)), tenant="a")
     rig.add("a2", [1, 2], tenant="a")
     with pytest.raises(Overloaded, match="2 requests of tenant 'a' with 14 tokens are waiting; at most 2 requests and"):
@@ -22,10 +24,31 @@ def test_a_tenant_has_bounds_of_its_own() -> None:
     with pytest.raises(Overloaded, match="tenant 'b'"):
         rig.add("b2", [1], tenant="b")
     rig.add("c", [1])
+    rig.abort("runs")
     rig.plan()
     rig.add("a3", [1], tenant="a")
     rig.drain()
     assert not rig.core._waiting.tenants
+
+
+def test_who_surely_gets_a_row_does_not_count_under_the_bound_of_its_tenant() -> None:
+    rig = Rig(config(max_num_seqs=4, max_tenant_requests=1, max_tenant_tokens=30))
+    for i in range(3):
+        rig.add(f"a{i}", [1, i], tenant="a")
+    rig.add("b", [1], tenant="b")  # a row is left for it, or for another of "a"
+    rig.add("a3", [1], tenant="a")
+    said = r"4 requests of tenant 'a' with 7 tokens are waiting \(rows for them: 3\); at most 1 requests over these"
+    with pytest.raises(Overloaded, match=said):
+        rig.add("a4", [1], tenant="a")
+    rig.step()  # four of the five have rows
+    assert rig.core.stats().waiting == 1
+    with pytest.raises(Overloaded, match="1 requests of tenant 'a' with 1 tokens are waiting; at most 1 requests and"):
+        rig.add("a5", [1], tenant="a")
+    rig.drain()
+    rig.add("long", [1] * 25, tenant="a")
+    with pytest.raises(Overloaded, match=r"25 tokens are waiting \(rows for them: 4\)"):  # tokens count nevertheless
+        rig.add("longer", [1] * 6, tenant="a")
+    rig.drain()
 
 
 def test_the_bound_of_everybody_holds_for_each_tenant() -> None:

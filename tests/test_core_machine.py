@@ -15,7 +15,8 @@ from treadle.errors import DeadlineUnreachable, Overloaded, PromptTooLong
 from treadle.scheduler.config import RESERVE_OUTPUT, CoreConfig
 from treadle.scheduler.policies import POLICIES
 from treadle.scheduler.request import Output
-from treadle.transport.messages import Guided, RowFault, StepResult
+from treadle.scheduler.tenant_tally import NOBODY
+from treadle.transport.messages import Guided, RowFault, Stats, StepResult
 
 VOCAB = 12
 PREFIX = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]
@@ -109,6 +110,7 @@ class CoreMachine(RuleBasedStateMachine):
     ) -> None:
         self.serial += 1
         before = self.rig.core.stats()
+        own = {figures.name: figures.waiting for figures in self.rig.core.tenants()}.get(tenant or NOBODY, 0)
         more = {"salt": salt, "timeout": timeout, "priority": priority, "tenant": tenant}
         try:
             self.rig.add(str(self.serial), prompt, **more, **chosen)  # type: ignore[arg-type]
@@ -123,8 +125,18 @@ class CoreMachine(RuleBasedStateMachine):
             scarce = left <= max(before.running, config.watermark * config.num_blocks)
             full = before.running == config.max_num_seqs or scarce
             assert before.waiting or (full and not config.max_waiting_requests)
+            assert own or error.bound == "queue"
         else:
             assert len(prompt) < self.rig.config.capacity
+            self._check_tenant(own, before, chosen["n"])
+
+    def _check_tenant(self, own: int, before: Stats, count: object) -> None:
+        """Of a tenant that already waited, at most so many are there now for whom no row may be left."""
+        assert isinstance(count, int)
+        config = self.rig.config
+        if own and config.max_tenant_requests is not None:
+            left = config.max_num_seqs - before.running - (before.waiting - own)
+            assert own + count - max(0, left) <= config.max_tenant_requests
 
     @rule()
     def plan(self) -> None:

@@ -278,10 +278,11 @@ def test_bounds_say_which_they_are() -> None:
         with pytest.raises(Overloaded) as error:
             refused()
         telemetry.note_refused(error.value)
-    rig = Rig(config(max_tenant_requests=1))
-    rig.add("0", [1], tenant="t")
+    rig = Rig(config(max_num_seqs=1, max_tenant_requests=1))
+    for name in ("0", "1"):
+        rig.add(name, [1], tenant="t")
     with pytest.raises(Overloaded) as error:
-        rig.add("1", [1], tenant="t")
+        rig.add("2", [1], tenant="t")
     telemetry.note_refused(error.value)
     telemetry.note_refused(RuntimeError("ours"))
     assert telemetry.refused == {"client": 2, "tenant": 1, "internal": 1}

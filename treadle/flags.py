@@ -33,7 +33,7 @@ SERVICE_HELP: Mapping[str, str] = {
     "threads": "CPU threads of each rank",
     "max_waiting_requests": "requests that may wait for a row; more are refused as Overloaded; 0: nobody waits for one",
     "max_waiting_tokens": "waiting tokens; more are refused as Overloaded",
-    "max_tenant_requests": "waiting requests of one tenant; not given: no bound of its own",
+    "max_tenant_requests": "requests of one tenant that may wait for a row; not given: no bound of its own",
     "max_tenant_tokens": "waiting tokens of one tenant; not given: no bound of its own",
     "policy": f"who goes first: {', '.join(POLICIES)}",
     "target_tpot": "seconds between tokens that prompts may not push steps over; not given: most throughput",
