@@ -13,6 +13,11 @@ def check_directory(option: str, directory: Path) -> None:
     """Makes it where it is not there, for its owner alone. Raises ConfigError that names the option; leaves no file."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ConfigError(f"{option}={str(directory)!r}: it is there and is no directory") from error
+    except (OSError, ValueError) as error:
+        raise _cannot(option, directory, error) from error
+    try:
         with tempfile.TemporaryFile(dir=directory):
             pass
     except (OSError, ValueError) as error:

@@ -120,16 +120,24 @@ def test_the_command_says_it_by_exit_code(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    ("option", "place"),
-    [("dump_dir", "file"), ("dump_dir", "file/in"), ("journal", "file/in"), ("journal", "d"), ("event_log", "file/in")],
+    ("option", "place", "said"),
+    [
+        ("dump_dir", "file", "file': it is there and is no directory"),
+        ("dump_dir", "pipe", "pipe': it is there and is no directory"),
+        ("dump_dir", "file/in", "file/in': it cannot be written: Not a directory"),
+        ("journal", "file/in", "file': it is there and is no directory"),
+        ("journal", "d", "d': it is no regular file"),
+        ("event_log", "file/in", "file/in': Not a directory"),
+    ],
 )
 async def test_what_cannot_be_written_later_is_said_before_engines_start(
-    tmp_path: Path, option: str, place: str
+    tmp_path: Path, option: str, place: str, said: str
 ) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "d").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     f = Faulty(tmp_path, [], 0.0, {option: str(tmp_path / place)})
-    with pytest.raises(ConfigError, match=f"{option}='{tmp_path / 'file' if place != 'd' else tmp_path / 'd'}"):
+    with pytest.raises(ConfigError, match=f"{option}='{tmp_path}/{said}"):
         await f.service.start()
     assert f.service._standing.supervisor is None and not list((tmp_path / "d").iterdir())
 
