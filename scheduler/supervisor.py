@@ -31,7 +31,8 @@ _SPARE_DELAY = 1.0
 class Supervisor:
     """All methods run on the loop's thread. `group`: the one that serves, None while there is none.
 
-    attempts: restarts since the last finished step, which the owner sets to 0.
+    attempts: restarts since the last finished step, which the owner sets to 0. failure: why the last one of those that
+    are to replace a lost group did not start, "" while none has failed.
     on_result, on_death: of the serving group. on_spare_lost: what happened to the other one.
     """
 
@@ -49,6 +50,7 @@ class Supervisor:
         self.configure = configure
         self.group: EngineGroup | None = None
         self.attempts = 0
+        self.failure = ""
         self._phase = "loading"
         self._runtime = runtime
         self._options = options
@@ -79,7 +81,7 @@ class Supervisor:
 
     async def replace(self, error: TreadleError) -> TreadleError | None:
         """Ends the serving group and gives another; None when it serves, else why the last attempt failed."""
-        lost, self.group = self.group, None
+        lost, self.group, self.failure = self.group, None, ""
         if lost is not None:
             self._phase = "ending the lost group"
             await self._bury(lost)
@@ -93,7 +95,7 @@ class Supervisor:
                 self.group = await self._next()
             except TreadleError as failed:
                 logger.error("engine group did not start: %s", failed)
-                error = failed
+                error, self.failure = failed, str(failed)
                 continue
             self._phase, self._spare_losses = "", 0
             self._order_spare(_SPARE_DELAY)
