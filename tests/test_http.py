@@ -243,6 +243,10 @@ def test_answers_are_held_to_a_form(api: openai.OpenAI) -> None:
         "yes",
         "no",
     )
+    text["format"]["schema"] = {"type": "nothing"}
+    with pytest.raises(openai.BadRequestError, match=r"text\.format: ") as caught:
+        api.responses.create(model=MODEL, input="Hi", text=text)
+    assert caught.value.param == "text.format"
     with pytest.raises(openai.BadRequestError, match="give one of them"):
         api.chat.completions.create(response_format=form, extra_body=extra, **ask)
 
@@ -260,6 +264,9 @@ def test_what_a_grammar_leaves_no_way_for_is_the_requests_fault(server: Server, 
     with pytest.raises(openai.BadRequestError, match="no token is allowed"):
         biased = {"structured_outputs": {"choice": ["yes"]}, "banned_token_ids": list(range(256))}
         api.chat.completions.create(model=MODEL, messages=HI, stream=True, extra_body=biased)
+
+
+_OWN_NAME = r"(?s)^response_format: .* response_format$"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +297,9 @@ def test_what_a_grammar_leaves_no_way_for_is_the_requests_fault(server: Server, 
         ({"messages": [{"role": "user", "content": "x" * 600}]}, r"6\d\d tokens"),
         ({"top_logprobs": 2}, "logprobs"),
         ({"response_format": {"type": "json_schema"}}, "needs a schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, "guided"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, _OWN_NAME),
+        ({"structured_outputs": {"regex": "((("}}, r"(?s)^structured_outputs\.regex: .* structured_outputs\.regex$"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos and structured_outputs contradict"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "defines no tools"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens"),

@@ -248,7 +248,7 @@ async def what_cannot_be_held(api: openai.AsyncOpenAI, ask: Any) -> None:
         asking = api.chat.completions.create(**{**ask, "tools": tools, "max_tokens": 5}, tool_choice="required")
         if strict:
             for one in (asking, free):
-                with pytest.raises(openai.BadRequestError, match="guided"):
+                with pytest.raises(openai.BadRequestError, match="tools: "):
                     await one
         else:
             assert [(await one).choices[0].finish_reason for one in (asking, free)] == ["length"] * 2

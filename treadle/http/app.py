@@ -61,10 +61,13 @@ def _endpoint(gateway: Gateway, op: Operation) -> Callable[[Request], Awaitable[
     async def endpoint(request: Request) -> ASGIApp:
         if op.guarded:
             request.state.tenant = gateway.keys.check(request.headers.get("authorization", ""))
+        request.state.guided = "structured_outputs"  # where no other field of the body asks for a form
         try:
             return await op.handler(gateway, request)
-        except (ApiError, TreadleError, ClientGone):
+        except (ApiError, ClientGone):
             raise
+        except TreadleError as error:
+            raise from_treadle(error, request.state.guided) from error
         except Exception as error:  # one request's trouble is said to its client, in the shape that it understands
             logger.exception("%s %s raised", op.method, op.path)
             raise ApiError(500, f"internal error: {type(error).__name__}", type="server_error") from error

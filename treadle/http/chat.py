@@ -30,7 +30,7 @@ from .exchange import Exchange
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
 from .link import Served
-from .prompting import ToolPlan, chat_prompt, guided_by, held_if_possible, plan_tools
+from .prompting import ToolPlan, chat_prompt, guided_by, guided_name, held_if_possible, plan_tools
 from .reading import read_body
 from .sampling import sampling_params
 from .streaming import DONE, EventStream, event, plain_failure
@@ -46,6 +46,7 @@ async def create_chat_completion(gateway: Gateway, request: Request) -> Response
     plan = plan_tools(served, body.tools, body.tool_choice)
     if plan is not None and body.structured_outputs is not None:
         plan = plan.loosened()  # the client has a grammar of its own
+    request.state.guided = guided_name(body, plan)
     return await held_if_possible(plan, partial(_answer, gateway, request, served, body))
 
 

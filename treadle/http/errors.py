@@ -23,6 +23,7 @@ _RETRY_SECONDS = 1
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
 _NOT_ONE_OF = re.compile(r"Invalid (?:enum )?value ")
 _UNKNOWN = re.compile(r"unknown field `(.*?)`")
+_GUIDED = re.compile(r"(ignore_eos and )?guided(\.\w+)?\b")
 
 
 class ErrorDetail(msgspec.Struct):
@@ -87,13 +88,16 @@ def from_validation(error: msgspec.ValidationError, kind: object) -> ApiError:
     return bad_request(f"{text}; allowed: {allowed}" if allowed else text, path or None)
 
 
-def from_treadle(error: TreadleError) -> ApiError:
-    """The status of a typed error: 400 the caller's, 429 and 503 later or elsewhere, 500 and 504 ours."""
-    text = str(error)
+def from_treadle(error: TreadleError, guided: str = "") -> ApiError:
+    """The status of a typed error: 400 the caller's, 429 and 503 later or elsewhere, 500 and 504 ours.
+
+    guided: the field of the body that became `SamplingParams.guided`, of which it does not know.
+    """
+    text, param = _as_written(str(error), guided)
     if isinstance(error, PromptTooLong):
         return bad_request(text, code="context_length_exceeded")
     if isinstance(error, InvalidRequest | Unsatisfiable):
-        return bad_request(text, code=error.code)
+        return bad_request(text, param, error.code)
     if isinstance(error, Overloaded):
         seconds = max(1, math.ceil(error.retry_after))
         return ApiError(429, text, type="rate_limit_error", code=error.code, retry_after=seconds)
@@ -102,3 +106,12 @@ def from_treadle(error: TreadleError) -> ApiError:
     if isinstance(error, ServiceError):
         return ApiError(503, text, type="service_unavailable", code=error.code, retry_after=_RETRY_SECONDS)
     return ApiError(500, text, type="server_error", code=error.code)
+
+
+def _as_written(text: str, guided: str) -> tuple[str, str | None]:
+    """What is said of a grammar with its name in the body, and that name; only `structured_outputs` has its parts."""
+    found = _GUIDED.match(text)
+    if found is None or not guided:
+        return text, None
+    name = guided + (found[2] or "") if guided == "structured_outputs" else guided
+    return f"{found[1] or ''}{name}{text[found.end() :]}", name

@@ -31,6 +31,7 @@ class Exchange:
     """Made before anything is generated, `close`d in the end whatever happened.
 
     The tenant is that of the request's API key. model: the name under which it is counted. limit: of open requests.
+    guided: see `from_treadle`.
     While it is open it watches the connection: a client that goes aborts its generations at once.
     """
 
@@ -42,6 +43,7 @@ class Exchange:
         self._metrics = metrics
         self._model = model
         self._tenant = str(request.state.tenant)
+        self.guided = str(request.state.guided)
         self._trace_headers = _trace_context(request)
         self._began = time.perf_counter()
         self._streams: list[Stream] = []

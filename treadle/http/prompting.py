@@ -18,6 +18,7 @@ from .errors import bad_request
 from .gateway import off_loop
 from .generation import needs_tokenizer
 from .link import Served
+from .sampling import SamplingFields
 from .tool_formats import ToolFormat
 from .tool_grammars import rest_of_call
 from .tool_grammars_auto import text_or_calls
@@ -97,6 +98,13 @@ def guided_by(format: ResponseFormat | None, plan: ToolPlan | None, param: str =
     if not isinstance(schema, dict):
         raise bad_request(f"{param} json_schema needs a schema, which is an object", param)
     return Guided(json=schema)
+
+
+def guided_name(fields: SamplingFields, plan: ToolPlan | None, param: str = "response_format") -> str:
+    """The field of the body that says what the answer must be. param: see `guided_by`."""
+    if fields.structured_outputs is not None:
+        return "structured_outputs"
+    return param if plan is None else "tools"
 
 
 async def chat_prompt(

@@ -28,7 +28,7 @@ from .exchange import Exchange
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
 from .link import Served
-from .prompting import ToolChoice, ToolPlan, chat_prompt, guided_by, held_if_possible, plan_tools
+from .prompting import ToolChoice, ToolPlan, chat_prompt, guided_by, guided_name, held_if_possible, plan_tools
 from .reading import read_body
 from .response_events import ResponseEvents
 from .responses_bodies import (
@@ -61,6 +61,7 @@ async def create_response(gateway: Gateway, request: Request) -> Response | Even
     plan = plan_tools(served, tools, _choice(body))
     if plan is not None and body.structured_outputs is not None:
         plan = plan.loosened()  # the client has a grammar of its own
+    request.state.guided = guided_name(body, plan, "text.format")
     return await held_if_possible(plan, partial(_answer, gateway, request, served, body, tools))
 
 

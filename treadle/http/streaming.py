@@ -73,7 +73,7 @@ class EventStream:
         except ClientGone:
             pass
         except TreadleError as error:
-            await send(part(self._failure(from_treadle(error))))
+            await send(part(self._failure(from_treadle(error, self._exchange.guided))))
         except Exception as error:  # the client has its 200: all that is left is to say so in the stream
             logger.exception("a stream raised")
             failed = ApiError(500, f"internal error: {type(error).__name__}", type="server_error")
