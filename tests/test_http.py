@@ -280,7 +280,13 @@ _OWN_NAME = r"(?s)^response_format: .* response_format$"
         ({"stop": [""]}, "stop"),
         ({"logit_bias": {"999": 1}}, "logit_bias"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"temprature": 1}, "temprature"),
+        ({"temprature": 1}, "`temprature`; allowed: temperature, …"),
+        ({"xyzzy": 1}, "`xyzzy`; allowed: n, temperature, .*, chat_template_kwargs xyzzy"),
+        (
+            {"stream_options": {"usage": 1}},
+            r"; allowed: include_usage, include_obfuscation stream_options.usage",
+        ),
+        ({"structured_outputs": {"schema": {}}}, "; allowed: json, json_object, regex, choice, grammar structured"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user"}]}, "content of message 0"),
         (

@@ -17,7 +17,7 @@ from treadle.errors import (
     Unsatisfiable,
 )
 
-from .allowed import allowed_at
+from .allowed import allowed_at, known_at
 
 _RETRY_SECONDS = 1
 _AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
@@ -82,8 +82,10 @@ def from_validation(error: msgspec.ValidationError, kind: object) -> ApiError:
     path = at.group(1) if at else ""
     unknown = _UNKNOWN.search(text)
     if unknown:
-        path = f"{path}.{unknown.group(1)}".lstrip(".")
-    allowed = allowed_at(kind, path) if _NOT_ONE_OF.match(text) else ""
+        allowed = known_at(kind, path, unknown[1])
+        path = f"{path}.{unknown[1]}".lstrip(".")
+    else:
+        allowed = allowed_at(kind, path) if _NOT_ONE_OF.match(text) else ""
     text = text.replace("`$.", "`").replace("`$`", "the body")
     return bad_request(f"{text}; allowed: {allowed}" if allowed else text, path or None)
 
