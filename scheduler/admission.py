@@ -103,7 +103,8 @@ class Admission:
         """A request is taken when nothing waits, whatever its size; else it must fit under both bounds.
 
         Where nobody may wait, it is taken when there is room for it, and as many with it as there is room for.
-        Under bounds in requests those do not count who surely get a row; under bounds in tokens they do.
+        Under bounds in requests those do not count for whom a row is free now; under bounds in tokens they do. Whoever
+        comes later may go first and take these rows.
         """
         config, count = self._config, submit.params.n
         if not len(waiting) and (room or config.max_waiting_requests):
@@ -136,7 +137,9 @@ class Admission:
         if requests <= 0 and tokens <= 0:
             return
         retry_after = rate.seconds(requests, tokens, now)
-        rows, over = (f" (rows for them: {room})", " over these rows") if room and most is not None else ("", "")
+        counts = room > 0 and most is not None
+        rows = f" (rows for them: {room})" if counts else ""
+        over = " over these rows" if counts else ""
         allowed = [f"{most} requests{over}"] * (most is not None)
         allowed += [f"{most_tokens} tokens"] * (most_tokens is not None)
         raise Overloaded(

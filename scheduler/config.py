@@ -26,7 +26,7 @@ class CoreConfig:
     max_waiting_requests, max_waiting_tokens: over these `add` raises Overloaded; a continuation counts as one. Under
     the first, requests for which a row is free do not count.
     max_tenant_requests, max_tenant_tokens: the same for each tenant, None is no bound of its own. Under the first,
-    those do not count who get a row even when everybody else who waits gets one before.
+    those do not count for whom a row is free, even if everybody else who waits gets one before.
     policy: one of `scheduler.policies.POLICIES`. target_tpot: seconds that a step with decodes may take (`pace.py`),
     None for most throughput. watermark: share of the blocks that admission leaves free while anything runs.
     reserve_output: what admission keeps for outputs to come: "estimate", "none" or "full" (`reservation.py`).

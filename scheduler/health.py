@@ -53,12 +53,12 @@ def _stuck(health: Health, oldest: Step, missing: list[int], now: float) -> Heal
 
 
 def _degraded(health: Health, lost: GroupLost, supervisor: Supervisor, seconds: float) -> Health:
-    """A lost group is being replaced, since `seconds`. Where the next one was lost too, both are said."""
+    """A lost group is being replaced, since `seconds`. Where the next one did not start, both are said."""
     failure = supervisor.failure
     return msgspec.structs.replace(
         health,
         state="degraded",
-        detail=f"a restart failed: {failure}\nbefore that: {health.detail}" if failure else health.detail,
+        detail=f"a restart failed: {failure}; before that: {health.detail}" if failure else health.detail,
         rank=lost.rank,
         at_step=lost.step,
         doing=lost.doing,

@@ -86,7 +86,7 @@ class Encoder:
 
 
 def check_mark(path: Path) -> None:
-    """Whether a file is a journal, or none yet, from how it begins. Raises ConfigError."""
+    """Raises ConfigError unless the file is a journal, by how it begins, or is not there."""
     try:
         with path.open("rb") as file:
             _read_mark(path, file)
@@ -97,7 +97,7 @@ def check_mark(path: Path) -> None:
 
 
 def _read_mark(path: Path, file: BinaryIO) -> int:
-    """Its bytes, fewer where the file was cut off in it."""
+    """How many bytes of the mark are there: fewer than all where the file was cut off in it."""
     mark = file.read(len(_MARK))
     if not _MARK.startswith(mark):
         raise ConfigError(f"journal {path}: it is there and is no journal of this version; name another file")

@@ -267,6 +267,8 @@ class Planner:
             if not (begins and self._start(sequence, batch)):
                 self.blocked = sequence
                 return
+        if self._running.rows.free and len(self._waiting):  # the budget of this step is used up
+            self.blocked = self._waiting.earliest(1)[0]
 
     def _start(self, sequence: Sequence, batch: _Batch) -> bool:
         """Whether there are blocks for it."""

@@ -81,7 +81,7 @@ class Supervisor:
 
     async def replace(self, error: TreadleError) -> TreadleError | None:
         """Ends the serving group and gives another; None when it serves, else why the last attempt failed."""
-        lost, self.group, self.failure = self.group, None, ""
+        lost, self.group = self.group, None
         if lost is not None:
             self._phase = "ending the lost group"
             await self._bury(lost)
@@ -95,9 +95,9 @@ class Supervisor:
                 self.group = await self._next()
             except TreadleError as failed:
                 logger.error("engine group did not start: %s", failed)
-                error, self.failure = failed, str(failed)
+                error, self.failure = failed, _first_line(failed)
                 continue
-            self._phase, self._spare_losses = "", 0
+            self._phase, self.failure, self._spare_losses = "", "", 0
             self._order_spare(_SPARE_DELAY)
             return None
         return error

@@ -26,6 +26,8 @@ def check_directory(option: str, directory: Path) -> None:
 
 def check_file(option: str, path: Path) -> None:
     """The same of a file and its directory; a file that is there is not changed."""
+    if path.parent.exists() and not path.parent.is_dir():
+        raise ConfigError(f"{option}={str(path)!r}: {path.parent} is no directory")
     check_directory(option, path.parent)
     if path.exists() and not path.is_file():  # to open a pipe may wait for ever
         raise ConfigError(f"{option}={str(path)!r}: it is no regular file")

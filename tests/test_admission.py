@@ -51,6 +51,17 @@ def test_who_surely_gets_a_row_does_not_count_under_the_bound_of_its_tenant() ->
     rig.drain()
 
 
+def test_a_free_row_is_nobodys_while_the_budget_of_a_step_keeps_somebody_waiting() -> None:
+    rig = Rig(config(max_num_seqs=8, max_num_batched_tokens=16, max_tenant_requests=1))
+    for i in range(3):
+        rig.add(f"a{i}", [i] * 40, tenant="a")
+    rig.step()
+    assert (rig.core.stats().running, rig.core.stats().waiting) == (1, 2)
+    with pytest.raises(Overloaded, match="2 requests of tenant 'a' with 80 tokens are waiting; at most 1 requests are"):
+        rig.add("a3", [1], tenant="a")
+    rig.drain()
+
+
 def test_the_bound_of_everybody_holds_for_each_tenant() -> None:
     rig = Rig(config(max_num_seqs=2, max_waiting_requests=0, max_tenant_requests=2))
     rig.add("a", [1], tenant="a")

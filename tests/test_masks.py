@@ -30,7 +30,7 @@ def unpacked(words: Words, vocab: int) -> np.ndarray:
 
 @settings(deadline=None, max_examples=200)
 @given(
-    vocab=st.sampled_from([1, 31, 32, 33, 100, 1000]),
+    vocab=st.sampled_from([1, 31, 32, 33, 70, 100, 1000]),
     shares=st.lists(st.sampled_from([0.0, 0.002, 0.5, 0.998, 1.0]), min_size=1, max_size=9),
     same=st.booleans(),
     free=st.integers(0, 511),

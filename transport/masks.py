@@ -45,8 +45,8 @@ def words_for(vocab_size: int) -> int:
 
 
 def encode_masks(step: int, words: Words, free: npt.NDArray[np.bool_]) -> Masks:
-    """words: uint32 [rows, words_for(vocab_size)], bits beyond the vocabulary 0. free: bool [rows], whose words do not
-    count."""
+    """words: uint32 [rows, words_for(vocab_size)], C-contiguous, bits beyond the vocabulary 0. free: bool [rows], whose
+    words do not count."""
     rows = np.full(len(words), ANYTHING, np.int32)
     bound = np.flatnonzero(~free)
     first, rows[bound] = _distinct(words if len(bound) == len(words) else words[bound])
@@ -135,8 +135,8 @@ def _encode(words: Words) -> tuple[Counts, Counts, Counts, Words, Words]:
         allowing = words[some] != 0
         fewer = _count(allowing)
         only = fewer <= counts[some]
-        some = some[only]
-        named[some], counts[some], kinds[some] = allowing[only], fewer[only], ONLY
+        shorter = some[only]
+        named[shorter], counts[shorter], kinds[shorter] = allowing[only], fewer[only], ONLY
     plain = 2 * counts >= width  # a word that is named takes two
     kinds[plain], counts[plain], named[plain] = BITS, 0, False
     where = np.flatnonzero(named)
