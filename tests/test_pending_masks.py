@@ -31,8 +31,7 @@ def test_a_first_sample_is_due_at_once_and_the_next_after_its_token() -> None:
     plans.append(core.plan(0.0))
     assert [unpack(plan.guided).tolist() for plan in plans if plan is not None] == [[request.sequences[0].row]] * 2
     (due,) = first
-    (sample,) = due.samples
-    assert due.step == 0 and sample is not None and sample.output.size == 0
+    assert due.step == 0 and due.sequences == request.sequences and due.output(0, 0) == []
     assert core.masks_due() == [], "step 1 is planned, and nobody knows what step 0 samples"
 
 
@@ -96,7 +95,7 @@ def test_a_row_that_has_ended_wants_nothing() -> None:
     rig.abort("a")
     rig.core.apply(rig.execute(), 0.0)
     (due,) = rig.core.masks_due()
-    assert [sample is None for sample in due.samples] == [True, False]
+    assert [sequence is None for sequence in due.sequences] == [True, False]
 
 
 def test_one_sequence_can_fail_alone() -> None:

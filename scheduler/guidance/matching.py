@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from treadle.transport.masks import Words
 from treadle.transport.messages import Guided
@@ -27,8 +28,7 @@ class Grammar(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Advance:
+class Advance(msgspec.Struct, frozen=True, eq=False):
     """Tokens that a matcher has not seen yet, and the row of the masks that what may follow them goes to."""
 
     matcher: Matcher

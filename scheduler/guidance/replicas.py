@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from array import array
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -120,14 +120,13 @@ class Replicas(Generic[M]):
         """Gives each row of a step a matcher. Some rows move, so that in the end no prototype has many more than
         another."""
         held: dict[Replica[M], list[Row[M]]] = {replica: [] for replica in self._kept()}
+        fresh: list[Row[M]] = []
         for row in rows:
-            if row.replica is not None:
-                held[row.replica].append(row)
-        for row in rows:
-            if row.replica is None:
-                replica = min(held, key=lambda each: len(held[each]))
-                row.change(replica)
-                held[replica].append(row)
+            (fresh if row.replica is None else held[row.replica]).append(row)
+        for row in fresh:
+            replica = min(held, key=lambda each: len(held[each]))
+            row.change(replica)
+            held[replica].append(row)
         self._even(held)
         missing = min(self._most, -(-len(rows) // ROWS_EACH)) - len(held)
         fullest = max(held.values(), key=len)
@@ -179,9 +178,9 @@ class Replicas(Generic[M]):
 
 def spread(rows: Sequence[Row[M]]) -> list[M]:
     """The matchers of a step's rows, of any grammars, each where it works beside as few others as can be."""
-    grammars: dict[Replicas[M], list[Row[M]]] = {}
+    grammars: defaultdict[Replicas[M], list[Row[M]]] = defaultdict(list)
     for row in rows:
-        grammars.setdefault(row.replicas, []).append(row)
+        grammars[row.replicas].append(row)
     for replicas, some in grammars.items():
         replicas.spread(some)
     return [row.matcher for row in rows if row.matcher is not None]

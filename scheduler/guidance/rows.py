@@ -85,14 +85,14 @@ class GuidedRows:
 
     def job(self, due: MasksDue) -> MaskJob:
         places: list[tuple[int, Sequence, _Place, list[int]]] = []
-        for row, sample in enumerate(due.samples):
-            place = None if sample is None else self._places.get(sample.sequence)
-            if sample is None or place is None:
+        for row, sequence in enumerate(due.sequences):
+            place = None if sequence is None else self._places.get(sequence)
+            if sequence is None or place is None:
                 continue
-            tokens: list[int] = sample.output[place.seen :].tolist()
+            tokens = due.output(row, place.seen)
             place.seen += len(tokens)
-            places.append((row, sample.sequence, place, tokens))
-        return MaskJob(due.step, len(due.samples), places)
+            places.append((row, sequence, place, tokens))
+        return MaskJob(due.step, len(due.sequences), places)
 
 
 def _advance(row: int, _: Sequence, place: _Place, tokens: Ordered[int]) -> Advance:
