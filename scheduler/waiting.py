@@ -12,7 +12,7 @@ from treadle.kvcache.invariant import require
 
 from .config import CoreConfig
 from .cost_model import CostModel
-from .lanes import Lanes
+from .lanes import Lanes, Queue
 from .ordered_queue import OrderedQueue
 from .policies import Ticket, View
 from .policies.guard import Guard
@@ -33,6 +33,7 @@ class Waiting:
 
     A sequence is placed by the policy once. Whoever is preempted comes back to its place. One that the policy could
     not place stands among the others by its arrival. When the policy fails, the order of arrival holds for that step.
+    Where the policy has no places to give, there is the first order alone.
     """
 
     def __init__(self, config: CoreConfig, guard: Guard, running: Running, costs: CostModel) -> None:
@@ -60,7 +61,8 @@ class Waiting:
     def check(self) -> None:
         """Raises CoreInvariantError unless both orders hold the same, and tenants are counted right."""
         here = Counter(id(sequence) for sequence in self._arrivals)
-        require(here == Counter(id(s) for s in (*self._lanes, *self._strays)), "the policy's order lost somebody")
+        placed = Counter(id(s) for s in (*self._lanes, *self._strays))
+        require(placed == (here if self._guard.has_place else Counter()), "the policy's order lost somebody")
         loads = Counter(sequence.request.tenant for sequence in self._arrivals)
         require(loads == {tenant: load.requests for tenant, load in self.tenants.items()}, "tenants are miscounted")
         require(sum(load.tokens for load in self.tenants.values()) == self.tokens, "tokens of tenants are miscounted")
@@ -81,10 +83,11 @@ class Waiting:
     def push(self, sequence: Sequence) -> None:
         """Waits again, in its old place."""
         self._arrivals.push(sequence.order, sequence)
-        if sequence.placed:
-            self._lanes.push(sequence)
-        else:
-            self._strays.push(sequence.order, sequence)
+        if self._guard.has_place:
+            if sequence.placed:
+                self._lanes.push(sequence)
+            else:
+                self._strays.push(sequence.order, sequence)
         tenant = sequence.request.tenant
         load = self.tenants.get(tenant)
         if load is None:
@@ -97,10 +100,11 @@ class Waiting:
     def remove(self, sequence: Sequence) -> None:
         """Waits no longer: it has a row, or has ended."""
         self._arrivals.remove(sequence.order)
-        if sequence.placed:
-            self._lanes.remove(sequence)
-        else:
-            self._strays.remove(sequence.order)
+        if self._guard.has_place:
+            if sequence.placed:
+                self._lanes.remove(sequence)
+            else:
+                self._strays.remove(sequence.order)
         if sequence.latest < inf:
             self._latest.remove((sequence.latest, sequence.order))
         tokens = sequence.known
@@ -131,7 +135,9 @@ class Waiting:
         return stray if stray is not None and stray.order < chosen.order else chosen
 
     def _choose(self, now: float) -> Sequence | None:
-        queue = self._lanes.next()
+        queue: Queue | OrderedQueue[int, Sequence] | None = self._arrivals
+        if self._guard.has_place:
+            queue = self._lanes.next()
         if queue is None:
             return None  # only strays wait, or the policy failed
         if self._guard.window == 1:
