@@ -25,10 +25,11 @@ from treadle.transport.messages import Stats, StepPlan, StepResult, Submit, Tena
 from .admission import Admission
 from .config import CoreConfig
 from .cost_model import CostModel, StepCosts, StepShape
+from .flight import Flight
 from .guidance.pending import MasksDue, PendingMasks
 from .invariants import CoreInvariantError as CoreInvariantError
 from .invariants import check_core
-from .planner import Flight, Planner
+from .planner import Planner
 from .policies import Policy, make_policy
 from .policies.guard import Guard
 from .request import Output, Outputs, Request, Sequence

@@ -12,7 +12,7 @@ from treadle.kvcache import CoreInvariantError as CoreInvariantError
 from treadle.kvcache.invariant import require
 
 from .config import CoreConfig
-from .planner import Flight
+from .flight import Flight
 from .request import NO_ROW, Request, Sequence
 from .rows import NEVER
 from .running import Running

@@ -11,7 +11,7 @@ from treadle.kvcache.block_pool import all_of
 from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 
-from .planner import Flight
+from .flight import Flight
 from .request import NO_ROW, Output, Outputs, Sequence
 from .rows import Int64, Rows1D, span
 from .running import Running

@@ -9,7 +9,8 @@ import numpy as np
 
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.cost_model import StepCosts
-from treadle.scheduler.simulation.replica import Replica, ReplicaResult
+from treadle.scheduler.simulation.replica import Replica
+from treadle.scheduler.simulation.result import ReplicaResult
 from treadle.scheduler.simulation.workload import Workload, make_workload
 
 SECOND = StepCosts(step=1.0)

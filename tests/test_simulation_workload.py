@@ -15,7 +15,8 @@ from treadle.scheduler.replay import replay
 from treadle.scheduler.simulation.costs import PRESETS, costs_from_log, step_costs
 from treadle.scheduler.simulation.prompts import offers
 from treadle.scheduler.simulation.recorded import read_event_log
-from treadle.scheduler.simulation.replica import Replica, ReplicaResult
+from treadle.scheduler.simulation.replica import Replica
+from treadle.scheduler.simulation.result import ReplicaResult
 from treadle.scheduler.simulation.workload import (
     Process,
     Workload,

@@ -9,18 +9,18 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-import msgspec
 import numpy as np
 
 from treadle.kvcache.block_pool import all_of
-from treadle.scheduler.planner import Flight
+from treadle.scheduler.flight import Flight
 from treadle.scheduler.request import NO_ROW, Sequence
 from treadle.scheduler.rows import Int64, Rows1D
 from treadle.scheduler.running import Running
 from treadle.transport.codec import Int32, pack, unpack
 
 
-class _Step(msgspec.Struct, frozen=True, eq=False):
+@dataclass(frozen=True, slots=True, eq=False)
+class _Step:
     """The guided rows of a step. lengths: tokens that there are before each sample. admissions: of the rows when they
     were planned. sequences: whose they were."""
 

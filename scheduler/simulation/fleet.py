@@ -14,7 +14,8 @@ from treadle.scheduler.cost_model import StepCosts
 from treadle.scheduler.policies import Policy
 
 from .parallel import run_parallel
-from .replica import Replica, ReplicaResult
+from .replica import Replica
+from .result import ReplicaResult
 from .routing import route
 from .workload import Workload
 

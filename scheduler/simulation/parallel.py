@@ -25,7 +25,8 @@ from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.cost_model import StepCosts
 from treadle.scheduler.recording import config_from_log, config_to_log
 
-from .replica import Replica, ReplicaResult
+from .replica import Replica
+from .result import ReplicaResult
 from .workload import Workload
 
 _LENGTH = struct.Struct("<I")

@@ -6,11 +6,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 
-import msgspec
 import numpy as np
 
 from treadle.transport.codec import pack
 
+from .offer import Offer
 from .workload import Workload
 
 _POOL = 1 << 18
@@ -19,17 +19,6 @@ _STRIDE = 7919
 """A prime, so that the slices of neighbours begin far from each other."""
 _AT_ONCE = 4096
 """Rows of the columns that are Python objects at a time."""
-
-
-class Offer(msgspec.Struct, frozen=True, gc=False):
-    """A request when it arrives. prompt: int32 bytes. The others are its row of the `Workload`."""
-
-    arrival: float
-    outputs: int
-    tenant: int
-    priority: int
-    timeout: float
-    prompt: bytes
 
 
 def offers(workload: Workload, vocab_size: int) -> Iterator[Offer]:

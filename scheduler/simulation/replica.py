@@ -23,8 +23,11 @@ from treadle.scheduler.request import Output, Sequence
 from treadle.transport.messages import SamplingParams, StepPlan, StepResult, Submit
 
 from .answers import Answers, MadeUpAnswers
+from .flight import TimedFlight
 from .histogram import Histogram
-from .prompts import Offer, offers
+from .offer import Offer
+from .prompts import offers
+from .result import ReplicaResult
 from .timeline import Moment, Timeline
 from .workload import Workload
 
@@ -35,36 +38,6 @@ FINISHED = ("stop", "length")
 Progress = Callable[[float, int], None]
 """Simulated seconds, and requests that have come so far."""
 _PROGRESS_STEPS = 512
-
-
-class ReplicaResult(msgspec.Struct, array_like=True):
-    """first, finish: float64 [requests], seconds from the beginning of the first token and of the end, -1 for never.
-
-    ends: how many requests ended in which way: "length", "deadline", or the code of an error. seconds: when all was
-    over. busy: seconds in steps. row_seconds: rows times seconds of the steps that they were in.
-    """
-
-    first: bytes
-    finish: bytes
-    ends: dict[str, int]
-    seconds: float
-    steps: int
-    busy: float
-    row_seconds: float
-    between: list[int]
-    width: float
-    timeline: list[Moment]
-    stats: dict[str, int]
-
-
-class _Flight(msgspec.Struct, frozen=True, gc=False):
-    """A step on its way. ends: when it is over. started: who got a row by it and has no token yet."""
-
-    step: int
-    tokens: bytes
-    decode_rows: int
-    ends: float
-    started: list[Sequence]
 
 
 class Replica:
@@ -94,7 +67,7 @@ class Replica:
         self._offers: Iterator[Offer] = offers(workload, config.vocab_size)
         self._offer = next(self._offers, None)
         self._came = 0
-        self._flights: deque[_Flight] = deque()
+        self._flights: deque[TimedFlight] = deque()
         self._params: dict[int, SamplingParams] = {}
         self._unheard: list[Sequence] = []
         self._free_at = 0.0
@@ -173,7 +146,7 @@ class Replica:
             self._free_at = max(now + delay, self._free_at) + cost
             tokens = self._answers.answer(plan, core.last_samples)
             started = self._new(plan) if plan.start else []
-            self._flights.append(_Flight(plan.step, tokens, shape.decode_rows, self._free_at, started))
+            self._flights.append(TimedFlight(plan.step, tokens, shape.decode_rows, self._free_at, started))
             self._steps += 1
             self._busy += cost
             self._row_seconds += cost * (len(plan.rows) // 4)
