@@ -29,6 +29,8 @@ from typing import Any
 
 from scheduler_cases import Admission, Decode, End, queued_bytes
 
+from treadle.scheduler.form import is_compiled
+
 HERE = Path(__file__).parent
 CONTEXT = 1_024
 PROMPT = 2_048
@@ -165,7 +167,7 @@ def delivery() -> Report:
 
 def measure(asked: argparse.Namespace, theirs: Peer | None) -> Report:
     sections = asked.only.split(",")
-    report: Report = {"unit": "us"}
+    report: Report = {"unit": "us", "compiled": is_compiled()}
     if "decode" in sections:
         report["decode_step"] = {rows: decode(int(rows), asked.steps, theirs) for rows in asked.rows.split(",")}
     if "admission" in sections:

@@ -8,8 +8,9 @@ arrive at --rate per second for --seconds (at 110 the queue grows), and are simu
 collections of garbage as `treadle simulate` has. cpu: seconds of user time, so other work on the machine counts little.
 speed: simulated seconds for each of them. step: µs of it.
 
---against: another checkout of this repository, in alternation with this one, each run in a process of its own; the
-ratio is of medians. `same`: both gave every request the same times.
+--against: another checkout of this repository, or a directory in which it was installed (`pip install --no-deps
+--target DIR`), in alternation with this one, each run in a process of its own; the ratio is of medians. `same`: both
+gave every request the same times. compiled: the form of the scheduler (docs/decisions/015-compiled-scheduler.md).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from treadle.scheduler import core
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.simulation import PRESETS
 from treadle.scheduler.simulation.garbage import few_collections
@@ -66,6 +68,7 @@ def once(options: argparse.Namespace) -> dict[str, Any]:
         "simulated": result.seconds,
         "steps": result.steps,
         "rows": result.row_seconds / result.busy,
+        "compiled": not core.__file__.endswith(".py"),  # `is_compiled` is not in older checkouts
         "times": hashlib.sha256(result.first + result.finish).hexdigest(),
     }
 
@@ -80,7 +83,7 @@ def in_tree(tree: Path, arguments: list[str]) -> dict[str, Any]:
     return found
 
 
-def told(runs: list[dict[str, Any]]) -> dict[str, float]:
+def told(runs: list[dict[str, Any]]) -> dict[str, float | bool]:
     cpu = statistics.median(run["cpu"] for run in runs)
     first = runs[0]
     return {
@@ -89,6 +92,7 @@ def told(runs: list[dict[str, Any]]) -> dict[str, float]:
         "speed": round(first["simulated"] / cpu, 1),
         "step": round(cpu / first["steps"] * 1e6, 1),
         "rows": round(first["rows"], 1),
+        "compiled": first["compiled"],
     }
 
 

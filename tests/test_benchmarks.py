@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.scriptkit import script
+from treadle.scheduler.form import is_compiled
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -24,7 +25,7 @@ def report(script: str, *arguments: str) -> dict[str, Any]:
 
 def test_the_cost_of_the_scheduler() -> None:
     found = report("bench_scheduler.py", "--only", "decode,admission", "--rows", "1,20", "--steps", "20")
-    assert set(found["decode_step"]) == {"1", "20"}
+    assert set(found["decode_step"]) == {"1", "20"} and found["compiled"] == is_compiled()
     assert all(found[f"admission_2048_{how}"]["ours"] > 0 for how in ("cold", "cached"))
 
 

@@ -233,7 +233,7 @@ def test_the_image_has_all_of_the_package() -> None:
     docker, ignored = (DEPLOY / "Dockerfile").read_text(), (ROOT / ".dockerignore").read_text().split()
     for room in ("treadle", "transport", "kvcache", "scheduler", "engine"):
         assert f"COPY {room} {room}\n" in docker and f"!{room}" in ignored
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         assert file in docker and f"!{file}" in ignored
 
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from treadle.errors import TreadleError
+from treadle.scheduler.form import is_compiled
 
 from . import __version__
 from .asking import add_chat_command, add_generate_command
@@ -38,9 +39,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+def _version() -> str:
+    return f"treadle {__version__}, scheduler compiled" if is_compiled() else f"treadle {__version__}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="treadle", description="Continuous-batching inference, embedded or served.")
-    parser.add_argument("--version", action="version", version=f"treadle {__version__}")
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_serve_command(commands)
     add_gateway_command(commands)
