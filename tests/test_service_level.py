@@ -63,7 +63,7 @@ def test_steps_with_decodes_stay_under_the_target(requests: list[tuple[int, int,
             return
         shape = rig.core.last_shape
         if shape.decode_rows and shape.prefill_tokens > rig.config.block_size:
-            assert TRUTH.predict(shape) <= target
+            assert TRUTH.predict(shape) <= target * (1 + 1e-9)  # sums are rounded
         rig.apply()
 
     for serial, (prompt, output, steps) in enumerate(requests):
