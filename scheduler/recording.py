@@ -38,6 +38,7 @@ from .running import Running
 from .waiting import Waiting
 
 _encode = msgspec.msgpack.Encoder().encode
+_decode_submit = msgspec.msgpack.Decoder(Submit).decode
 _order = attrgetter("order")
 
 
@@ -67,6 +68,7 @@ class RecordedCore:
 
     def add(self, submit: Submit, now: float, *, bounded: bool = True) -> Request:
         self._drawn = []
+        submit = _decode_submit(_encode(submit))  # a number may be an int where the log has a float, as ranks are told
         try:
             request = self._core.add(submit, now, bounded=bounded)
         except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from math import nan
 from typing import Any
 
@@ -90,6 +92,27 @@ def test_a_method_that_raises_is_named(method: str) -> None:
     rig.add("after", [1, 2], max_tokens=2)
     rig.drain()
     assert rig.core.policy_errors == errors, "a policy that has come to its senses is asked again"
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, SystemExit])
+def test_what_is_no_exception_goes_no_further_either(kind: type[BaseException]) -> None:
+    """A service asks on a thread of its own. On the main thread a KeyboardInterrupt is somebody's Ctrl-C."""
+
+    class Stops(Policy):
+        name = "stops"
+
+        def key(self, ticket: Ticket, now: float) -> float:
+            raise kind("of mine\nin two lines")
+
+    rig = Rig(TIGHT, Stops())
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(rig.add, "a", [1, 2], max_tokens=2).result(timeout=30)
+    said = f"policy 'stops': key raised {kind.__name__}: of mine in two lines; the step"
+    assert str(rig.core.policy_error).startswith(said)
+    rig.drain()
+    if kind is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            rig.add("b", [1])
 
 
 def test_the_methods_are_all_of_them() -> None:

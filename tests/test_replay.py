@@ -91,6 +91,16 @@ def test_everything_that_can_happen_replays(rig: RecordedRig) -> None:
     assert {"Opened", "Added", "Aborted", "Planned", "Applied", "WasReset", "FailedAll"} <= set(seen)
 
 
+def test_whole_numbers_where_floats_belong_replay(tmp_path: Path) -> None:
+    """A program writes `temperature=0`; the log, and whoever decodes it, has 0.0."""
+    rig = RecordedRig(tmp_path / "log")
+    rig.add("a", [1, 2], temperature=0, top_p=1, presence_penalty=1, logit_bias={5: -100}, timeout=50, max_tokens=3)
+    rig.drain()
+    rig.writer.close()
+    report = replay(rig.path)
+    assert report.difference is None and report.good and report.steps
+
+
 def test_seeds_that_were_drawn_are_in_the_log(rig: RecordedRig) -> None:
     added = {event.submit.id: event.seeds for event in EventReader(rig.path) if isinstance(event, Added)}
     assert added == {"a": [7], "b": [], "c": [], "d": [7], "e": [7]}

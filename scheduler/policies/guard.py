@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from threading import current_thread, main_thread
 from typing import TypeVar
 
 from treadle.errors import ConfigError, PolicyFailed
@@ -100,7 +101,9 @@ class Guard:
             if allowed(answer):
                 return answer
             problem = f"gave {_show(answer)}; allowed is {what}"
-        except (Exception, SystemExit) as error:  # a stranger's code
+        except BaseException as error:  # a stranger's code
+            if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
+                raise  # somebody's Ctrl-C: it comes to this thread alone
             problem = f"raised {type(error).__name__}: {_show(error)}"
         self.broken = True
         self.errors += 1
@@ -141,10 +144,10 @@ def _anything(answer: object) -> bool:
 
 
 def _show(value: object) -> str:
-    """A short, printable form, whatever the object does when asked for one."""
+    """A short, printable form in one line, whatever the object does when asked for one."""
     try:
         text = str(value) if isinstance(value, BaseException) else repr(value)
-    except Exception:
+    except BaseException:  # a stranger's code, too
         return f"{type(value).__name__} (cannot be shown)"
-    text = text.encode("ascii", "backslashreplace").decode()
+    text = " ".join(text.encode("ascii", "backslashreplace").decode().splitlines())
     return text if len(text) <= 120 else text[:117] + "..."
