@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from treadle.errors import ConfigError
+from treadle.commands import run
+from treadle.errors import ConfigError, EventLogError
 from treadle.scheduler.cost_model import StepCosts
-from treadle.scheduler.event_log import EventWriter
+from treadle.scheduler.event_log import EventWriter, Tail
 from treadle.scheduler.recording import RecordedCore
 from treadle.scheduler.replay import replay
 from treadle.scheduler.simulation.costs import PRESETS, costs_from_log, step_costs
@@ -190,3 +191,34 @@ def test_logs_without_steps_or_requests_are_refused(tmp_path: Path) -> None:
         costs_from_log(tmp_path / "log")
     with pytest.raises(ConfigError, match="no requests"):
         read_event_log(tmp_path / "log")
+
+
+def test_a_log_that_is_not_whole_is_told_of(
+    recorded: tuple[Path, Workload, ReplicaResult], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cut-off end is said and the rest taken, as after a kill; of a damaged file nothing is."""
+    path, workload, _ = recorded
+    data = path.read_bytes()
+    path.write_bytes(data[:-3])
+    tails: list[Tail] = []
+    assert len(read_event_log(path, tails.append)) == len(workload)
+    costs_from_log(path, tails.append)
+    assert [tail.torn for tail in tails] == [True, True] and 0 < tails[0].offset < len(data) - 3
+    command = [
+        "simulate",
+        "--event-log",
+        str(path),
+        "--costs-from",
+        str(path),
+        "--json",
+        str(path.with_suffix(".json")),
+    ]
+    assert run(command) == 0
+    assert capsys.readouterr().err.count(f"the last event was cut off at byte {tails[0].offset}") == 1
+    middle = len(data) // 2
+    path.write_bytes(data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :])
+    for read in (read_event_log, costs_from_log):
+        with pytest.raises(EventLogError, match="log: the file is damaged at byte"):
+            read(path)
+    assert run(command) == 2
+    assert "EventLogError: " in capsys.readouterr().err

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import msgspec
 from treadle.errors import ConfigError
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.cost_model import StepCosts
-from treadle.scheduler.event_log import EventReader, Opened
+from treadle.scheduler.event_log import EventReader, Opened, Tail
 from treadle.scheduler.recording import config_from_log
 from treadle.scheduler.simulation import (
     PRESETS,
@@ -116,7 +117,7 @@ def _workload(options: argparse.Namespace) -> Workload:
     if options.trace is not None:
         return read_trace(options.trace)
     if options.event_log is not None:
-        return read_event_log(_existing(options.event_log))
+        return read_event_log(_existing(options.event_log), _tell_cut_off(options.event_log))
     if options.rate is None:
         raise ConfigError("--lengths says nothing of arrivals: give their --rate")
     process = Process(
@@ -136,7 +137,12 @@ def _step_costs(options: argparse.Namespace) -> StepCosts:
         return step_costs(options.costs or _COSTS)
     if options.costs is not None:
         raise ConfigError("--costs and --costs-from: give one of them")
-    return costs_from_log(_existing(options.costs_from))
+    same = options.costs_from == options.event_log  # then it was told of already
+    return costs_from_log(_existing(options.costs_from), None if same else _tell_cut_off(options.costs_from))
+
+
+def _tell_cut_off(path: Path) -> Callable[[Tail], None]:
+    return lambda tail: print(f"treadle: {path}: {tail}; what stands before it is taken", file=sys.stderr)
 
 
 def _with_copies(costs: StepCosts, config: CoreConfig) -> StepCosts:

@@ -11,10 +11,11 @@ from treadle.errors import ConfigError
 from treadle.scheduler.cost_model import CostModel, StepCosts, StepShape
 from treadle.scheduler.event_log import AnyEvent, Applied, Opened, WasReset
 from treadle.scheduler.recording import config_from_log
-from treadle.scheduler.replay import Decision, replay
+from treadle.scheduler.replay import Decision
 from treadle.transport.messages import StepPlan
 
 from .engine import SimulatedEngine
+from .whole_log import CutOff, replay_whole
 
 PRESETS: Mapping[str, StepCosts] = MappingProxyType(
     {
@@ -44,14 +45,14 @@ def step_costs(name: str) -> StepCosts:
         raise ConfigError(f"costs={name!r}: {', '.join(PRESETS)}, or a JSON file; {error.strerror}") from error
 
 
-def costs_from_log(path: Path) -> StepCosts:
-    """Learns from the steps in an event log. Raises ConfigError when it has none, and whatever `replay` raises.
+def costs_from_log(path: Path, cut_off: CutOff | None = None) -> StepCosts:
+    """Learns from the steps in an event log. Raises ConfigError when it has none, and whatever `replay_whole` raises.
 
     A step counts from when it was planned or the one before it came back, whichever is later, to when it came back
-    itself: engine, transport and scheduler together.
+    itself: engine, transport and scheduler together. cut_off: is told where the last event is not whole.
     """
     learner = _Learner()
-    replay(path, observer=learner.see)
+    replay_whole(path, learner.see, cut_off)
     if not learner.model.observations:
         raise ConfigError(f"{path}: no steps to learn from")
     return learner.model.coefficients
