@@ -123,8 +123,11 @@ def test_errors_of_a_process_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
         simulate(fleet, workload)
 
 
-@pytest.mark.parametrize("wrong", [{"replicas": 0}, {"jobs": 0}, {"overhead": -1.0}])
-def test_bad_fleets_are_refused(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [{"replicas": 0}, {"jobs": 0}, {"overhead": -1.0}, {"overhead": float("nan")}, {"overhead": float("inf")}],
+)
+def test_bad_fleets_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="at least"):
         Fleet(config=CONFIG, costs=SECOND, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="goal for ttft"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 import numpy as np
 
@@ -40,13 +41,11 @@ class Fleet:
     policy: Callable[[], Policy] | None = None
 
     def __post_init__(self) -> None:
-        for name, value, least in (
-            ("replicas", self.replicas, 1),
-            ("jobs", self.jobs, 1),
-            ("overhead", self.overhead, 0),
-        ):
-            if value < least:
-                raise ConfigError(f"{name}={value}: it must be at least {least}")
+        for name, value in (("replicas", self.replicas), ("jobs", self.jobs)):
+            if value < 1:
+                raise ConfigError(f"{name}={value}: it must be at least 1")
+        if not 0 <= self.overhead < inf:  # also NaN, with which no time would ever be the next
+            raise ConfigError(f"overhead={self.overhead}: it must be a finite number of seconds, at least 0")
 
 
 @dataclass(frozen=True, slots=True)
