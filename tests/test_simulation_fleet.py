@@ -134,6 +134,46 @@ def test_bad_fleets_are_refused(wrong: dict[str, float]) -> None:
         Goals(ttft=-1)
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--requests 1 --replicas 2000000000", "replicas=2000000000: a simulation may have at most 65536"),
+        ("--requests 1 --max-num-seqs 100000000000", "max_num_seqs=100000000000: "),
+        ("--requests 1 --num-blocks 1000000000000", "num_blocks=1000000000000: "),
+        ("--requests 1 --max-model-len 10000000000", "max_model_len=10000000000: "),
+        ("--requests 1 --block-size 1000000000", "block_size=1000000000: "),
+        ("--requests 1 --vocab-size 1000000000000", "vocab_size=1000000000000: "),
+        ("--requests 1 --prefixes 2 --prefix-tokens 99999999999", "prefix_tokens=99999999999: "),
+        ("--requests 1 --prefixes 99999999999999999999", "prefixes=99999999999999999999: "),
+        ("--requests 100000000000", "requests=100000000000: "),
+        ("--rate 1e12 --seconds 1e12", "rate times seconds=1e+24: a simulation may have at most 100000000"),
+        ("--requests 1 --cv 1e200", "cv=1e+200: "),
+        ("--requests 1 --cv 1e-200", "too large together"),
+    ],
+)
+def test_sizes_that_no_memory_holds_are_refused_in_one_line(
+    flags: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").write_text("[1, 1]\n")
+    assert run(["simulate", "--lengths", str(tmp_path / "x"), "--rate", "1", *flags.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("treadle: ConfigError: ") and says in error and error.count("\n") == 1
+
+
+def test_a_simulating_process_that_gets_no_memory_says_so_too(tmp_path: Path) -> None:
+    """Each of the two sizes is allowed, and together they are 4 TiB of rows."""
+    (tmp_path / "x").write_text("[1, 1]\n")
+    sizes = ("--max-num-seqs", 65_536, "--max-model-len", 1 << 24)
+    flags = ("--lengths", tmp_path / "x", "--rate", 1, "--requests", 4, "--replicas", 2, "--jobs", 2, *sizes)
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36)); "
+    command = limited + "from treadle.commands import run; sys.exit(run(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "simulate", *map(str, flags)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "ConfigError: the sizes of this simulation are too large together: Unable to allocate" in done.stderr
+
+
 class ShortFirst(Policy):
     """The shortest prompt first."""
 

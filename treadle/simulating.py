@@ -34,6 +34,7 @@ from treadle.scheduler.simulation import (
 from treadle.scheduler.simulation.garbage import few_collections
 from treadle.scheduler.simulation.plots import FORMATS, check_plots, write_plots
 from treadle.scheduler.simulation.recorded import read_event_log
+from treadle.scheduler.simulation.sizes import TOO_LARGE, too_large
 from treadle.scheduler.simulation.workload import Process, draw_workload, read_lengths, read_trace
 
 from .flags import SERVICE_HELP, flag
@@ -80,6 +81,13 @@ _COSTS = next(iter(PRESETS))
 
 def run_simulate(options: argparse.Namespace) -> int:
     """Simulates, prints the report; how fast it was goes to standard error, so that the report is always the same."""
+    try:
+        return _simulate(options)
+    except TOO_LARGE as error:
+        raise too_large(error) from error
+
+
+def _simulate(options: argparse.Namespace) -> int:
     if options.plots is not None:
         check_plots(options.plots)
     workload = _workload(options)

@@ -18,6 +18,7 @@ from .parallel import run_parallel
 from .replica import Replica
 from .result import ReplicaResult
 from .routing import route
+from .sizes import MOST_REPLICAS, check_most, check_sizes
 from .workload import Workload
 
 FleetProgress = Callable[[int, float, int], None]
@@ -46,6 +47,8 @@ class Fleet:
                 raise ConfigError(f"{name}={value}: it must be at least 1")
         if not 0 <= self.overhead < inf:  # also NaN, with which no time would ever be the next
             raise ConfigError(f"overhead={self.overhead}: it must be a finite number of seconds, at least 0")
+        check_most("replicas", self.replicas, MOST_REPLICAS)
+        check_sizes(self.config)
 
 
 @dataclass(frozen=True, slots=True)

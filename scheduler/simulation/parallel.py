@@ -27,6 +27,7 @@ from treadle.scheduler.recording import config_from_log, config_to_log
 
 from .replica import Replica
 from .result import ReplicaResult
+from .sizes import TOO_LARGE, too_large
 from .workload import Workload
 
 _LENGTH = struct.Struct("<I")
@@ -149,6 +150,9 @@ def serve(stdin: IO[bytes], stdout: IO[bytes]) -> None:
             send(stdout, Done(_run(decoder.decode(frame), lambda *came: send(stdout, Came(*came)))))
         except TreadleError as error:
             send(stdout, Refusal(error.code, str(error)))
+        except TOO_LARGE as error:
+            refused = too_large(error)
+            send(stdout, Refusal(refused.code, str(refused)))
 
 
 def _run(task: Task, progress: Callable[[float, int], None]) -> ReplicaResult:

@@ -14,8 +14,11 @@ import numpy.typing as npt
 
 from treadle.errors import ConfigError
 
+from .sizes import MOST_PREFIXES, MOST_REQUESTS, MOST_TOKENS, check_most
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
+_MOST_CV = 1_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,6 +191,13 @@ class Process:
             raise ConfigError("requests, seed, prefixes and prefix_tokens are numbers from 0")
         if not (self.seconds or self.requests):
             raise ConfigError("give the number of requests, the seconds, or both: without them there is no end")
+        if self.cv > _MOST_CV:
+            raise ConfigError(f"cv={self.cv!r}: at most {_MOST_CV} is allowed")
+        check_most("prefixes", self.prefixes, MOST_PREFIXES)
+        check_most("prefix_tokens", self.prefix_tokens, MOST_TOKENS)
+        check_most("requests", self.requests, MOST_REQUESTS)
+        if not self.requests:
+            check_most("rate times seconds", self.rate * self.seconds, MOST_REQUESTS)
 
 
 def read_lengths(path: Path) -> list[tuple[int, int]]:
