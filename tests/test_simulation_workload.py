@@ -57,7 +57,19 @@ def test_a_trace_is_read_and_sorted(tmp_path: Path) -> None:
         ('{"arrival": 0, "input": 1, "output": 1, "tennant": "x"}', "line 3: .*tennant"),
         ('{"arrival": -1, "input": 1, "output": 1}', "line 3: arrival"),
         ('{"arrival": 0, "input": 0, "output": 1}', "line 3: "),
-        ('{"arrival": 0, "input": 3, "output": 1, "prefix": "x", "prefix_tokens": 4}', "prefix_tokens"),
+        (
+            '{"arrival": 0, "input": 3, "output": 1, "prefix": "x", "prefix_tokens": 4}',
+            "trace.jsonl, line 3: prefix_tokens=4: it must be from 0 to the 3 tokens",
+        ),
+        ('{"arrival": 0, "input": 3, "output": 1, "prefix": "x", "prefix_tokens": -1}', "line 3: prefix_tokens=-1: "),
+        ('{"arrival": 0, "input": 99999999999999, "output": 1}', "line 3: input and output from 1 to 16777216"),
+        ('{"arrival": 0, "input": 1, "output": 16777217}', "line 3: input and output from 1 to 16777216"),
+        ('{"arrival": 0, "input": 1, "output": 99999999999999999999999}', "line 3: "),
+        (
+            '{"arrival": 0, "input": 1, "output": 1, "priority": 99999999999}',
+            r"trace.jsonl, line 3: priority=99999999999: it must be in \[-1048576, 1048576\]",
+        ),
+        ('{"arrival": 0, "input": 1, "output": 1, "priority": -1048577}', "line 3: priority=-1048577: "),
     ],
 )
 def test_bad_traces_are_refused(tmp_path: Path, line: str, says: str) -> None:
@@ -80,7 +92,10 @@ def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="line 2"):
         read_lengths(path)
     path.write_text("[1, 0]\n")
-    with pytest.raises(ConfigError, match="from 1"):
+    with pytest.raises(ConfigError, match="line 1: input and output from 1"):
+        read_lengths(path)
+    path.write_text("[1, 2]\n[99999999999999, 2]\n")
+    with pytest.raises(ConfigError, match="line 2: input and output from 1 to 16777216"):
         read_lengths(path)
 
 
@@ -121,6 +136,9 @@ def test_bad_workloads_are_refused() -> None:
     for requests, says in (([(0.0, 0, 1)], "at least one token"), ([(float("inf"), 1, 1)], "arrivals")):
         with pytest.raises(ConfigError, match=says):
             work(*requests)
+    for priority in ([1 << 31], np.array([-(1 << 40)]), [1 << 70]):
+        with pytest.raises(ConfigError, match="32 bits"):
+            work((0.0, 1, 1), priority=priority)
     with pytest.raises(ConfigError, match="no request arrives"):
         draw_workload([(1, 1)], Process(rate=0.001, cv=0.0, seconds=1))
 
@@ -202,8 +220,7 @@ def test_a_log_that_is_not_whole_is_told_of(
     path.write_bytes(data[:-3])
     tails: list[Tail] = []
     assert len(read_event_log(path, tails.append)) == len(workload)
-    costs_from_log(path, tails.append)
-    assert [tail.torn for tail in tails] == [True, True] and 0 < tails[0].offset < len(data) - 3
+    assert [tail.torn for tail in tails] == [True] and 0 < tails[0].offset < len(data) - 3
     command = [
         "simulate",
         "--event-log",

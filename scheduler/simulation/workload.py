@@ -13,12 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.errors import ConfigError
+from treadle.scheduler.admission import MAX_PRIORITY
 
 from .sizes import MOST_PREFIXES, MOST_REQUESTS, MOST_TOKENS, check_most
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
 _MOST_CV = 1_000
+_INT32 = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +86,10 @@ def make_workload(
     order = np.argsort(at, kind="stable")
 
     def integers(values: npt.ArrayLike) -> Ints:
-        return np.broadcast_to(np.asarray(values, np.int32), at.shape)[order]
+        raw = np.asarray(values)
+        if raw.size and not -_INT32 - 1 <= raw.min() <= raw.max() <= _INT32:  # numpy wraps int64 without a word
+            raise ConfigError("tokens, priorities, tenants and prefixes must be numbers of 32 bits")
+        return np.broadcast_to(raw.astype(np.int32), at.shape)[order]
 
     made = Workload(
         arrival=at[order],
@@ -138,8 +143,7 @@ def read_trace(path: Path) -> Workload:
             line = decoder.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
-        if not (line.arrival >= 0 and isfinite(line.arrival)) or min(line.input, line.output) < 1 or line.timeout < 0:
-            raise ConfigError(f"{path}, line {number}: arrival and timeout from 0, input and output from 1 are allowed")
+        _check_line(line, f"{path}, line {number}")
         lines.append(line)
     tenants = {name: i for i, name in enumerate(dict.fromkeys(line.tenant for line in lines))}
     prefixes = {name: i for i, name in enumerate(dict.fromkeys(line.prefix for line in lines if line.prefix))}
@@ -154,6 +158,24 @@ def read_trace(path: Path) -> Workload:
         priority=[line.priority for line in lines],
         timeout=[line.timeout for line in lines],
     )
+
+
+def _check_line(line: TraceLine, where: str) -> None:
+    if not (line.arrival >= 0 and isfinite(line.arrival)) or line.timeout < 0:
+        raise ConfigError(f"{where}: arrival and timeout from 0 are allowed")
+    _check_lengths((line.input, line.output), where)
+    if abs(line.priority) > MAX_PRIORITY:
+        raise ConfigError(f"{where}: priority={line.priority}: it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
+    if not 0 <= _shared(line) <= line.input:
+        raise ConfigError(
+            f"{where}: prefix_tokens={line.prefix_tokens}: it must be from 0 to the {line.input} tokens of the input"
+        )
+
+
+def _check_lengths(pair: tuple[int, int], where: str) -> None:
+    """Of input and output."""
+    if min(pair) < 1 or max(pair) > MOST_TOKENS:
+        raise ConfigError(f"{where}: input and output from 1 to {MOST_TOKENS} tokens are allowed")
 
 
 def _shared(line: TraceLine) -> int:
@@ -209,8 +231,7 @@ def read_lengths(path: Path) -> list[tuple[int, int]]:
             pair = decoder.decode(text)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
-        if min(pair) < 1:
-            raise ConfigError(f"{path}, line {number}: two numbers of tokens from 1 are allowed")
+        _check_lengths(pair, f"{path}, line {number}")
         found.append(pair)
     if not found:
         raise ConfigError(f"{path} is empty")
