@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from treadle.errors import ConfigError, ServiceError
 from treadle.scheduler.cost_model import StepCosts
 from treadle.scheduler.policies import Policy, Ticket
 from treadle.scheduler.simulation import Fleet, Goals, Workload, build_report, simulate
+from treadle.scheduler.simulation.fleet import FleetProgress, Part
 from treadle.scheduler.simulation.plots import check_plots
 from treadle.scheduler.simulation.report import spread
 from treadle.scheduler.simulation.routing import route
@@ -193,6 +195,23 @@ def test_a_policy_of_ones_own_on_several_replicas() -> None:
     assert told["model"]["config"]["policy"] == "fcfs"  # type: ignore[index]
 
 
+class Fails(Policy):
+    name = "fails"
+
+    def key(self, ticket: Ticket, now: float) -> float:
+        raise RuntimeError("mine to fail")
+
+
+def test_a_report_names_the_policy_that_ran_and_counts_its_failures() -> None:
+    workload = work((0.0, 4, 2), (0.1, 9, 1), (0.2, 3, 1))
+    told = report(workload, policy=Fails, replicas=2, routing="round-robin")
+    assert told["model"]["config"]["policy"] == "fails"  # type: ignore[index]
+    assert told["policy_errors"] == 3, "one for the key of each request"
+    assert told["requests"]["ends"] == {"length": 3}, "the step goes on first come, first served"  # type: ignore[index]
+    told = report(workload, policy=ShortFirst)
+    assert (told["model"]["config"]["policy"], told["policy_errors"]) == ("short-first", 0)  # type: ignore[index]
+
+
 # ── the command ──
 
 
@@ -234,6 +253,23 @@ def test_the_command_says_what_is_wrong(
     (tmp_path / "x").write_text("[1, 1]\n")
     assert run(["simulate", *(str(tmp_path / "x") if value == "x" else str(value) for value in flags)]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_command_says_that_the_policy_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").write_text("[4, 2]\n")
+    command = ["simulate", "--lengths", str(tmp_path / "x"), "--rate", "1", "--requests", "2"]
+    assert run(command) == 0
+    assert "policy failed" not in capsys.readouterr().err
+
+    def with_own(fleet: Fleet, workload: Workload, told: FleetProgress) -> list[Part]:
+        return simulate(replace(fleet, policy=Fails), workload, told)
+
+    monkeypatch.setattr("treadle.simulating.simulate", with_own)
+    assert run(command) == 0
+    said = "the policy failed 2 times; the last: policy 'fails': key raised RuntimeError: mine to fail"
+    assert said in capsys.readouterr().err
 
 
 def test_plots_without_matplotlib_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -108,6 +108,8 @@ def _simulate(options: argparse.Namespace) -> int:
         parts = simulate(fleet, workload, progress.told)
     report = build_report(fleet, workload, parts, goals)
     progress.done(report["seconds"], sum(part.result.steps for part in parts))
+    if errors := [part.result.policy_error for part in parts if part.result.policy_error]:
+        print(f"treadle: the policy failed {report['policy_errors']} times; the last: {errors[-1]}", file=sys.stderr)
     if options.json is not None:
         _write(options.json, _json(report))
     else:

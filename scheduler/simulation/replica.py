@@ -60,6 +60,7 @@ class Replica:
     ) -> None:
         self._costs = CostModel(costs)
         self.core = Core(config, draw_seed=lambda: 0, policy=policy, costs=self._costs)
+        self._policy = config.policy if policy is None else policy.name
         self._answers = MadeUpAnswers(config) if answers is None else answers
         self._tenants = workload.tenants
         self._overhead = overhead
@@ -198,6 +199,7 @@ class Replica:
 
     def _result(self, now: float) -> ReplicaResult:
         stats = msgspec.structs.asdict(self.core.stats())
+        error = self.core.policy_error
         return ReplicaResult(
             first=self._first.tobytes(),
             finish=self._finish.tobytes(),
@@ -210,6 +212,8 @@ class Replica:
             width=self._timeline.width,
             timeline=self._timeline.moments,
             stats={name: value for name, value in stats.items() if isinstance(value, int)},
+            policy=self._policy,
+            policy_error="" if error is None else str(error),
         )
 
 

@@ -72,7 +72,7 @@ def build_report(fleet: Fleet, workload: Workload, parts: Sequence[Part], goals:
     finished = np.isfinite(found.end_to_end)
     report = {
         "model": {
-            "config": config_to_log(fleet.config),
+            "config": {**config_to_log(fleet.config), "policy": parts[0].result.policy},
             "costs": msgspec.structs.asdict(fleet.costs),
             "replicas": fleet.replicas,
             "routing": fleet.routing if fleet.replicas > 1 else None,
@@ -92,6 +92,7 @@ def build_report(fleet: Fleet, workload: Workload, parts: Sequence[Part], goals:
         "goodput": goodput(found, goals, span),
         "engine": _engine(parts),
         "cache": _cache(parts),
+        "policy_errors": sum(part.result.stats["policy_errors"] for part in parts),
         "timeline": timeline(parts),
     }
     if len(workload.tenants) > 1:
