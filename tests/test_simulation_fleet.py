@@ -150,7 +150,7 @@ def test_bad_fleets_are_refused(wrong: dict[str, float]) -> None:
         ("--requests 100000000000", "requests=100000000000: "),
         ("--rate 1e12 --seconds 1e12", "rate times seconds=1e+24: a simulation may have at most 100000000"),
         ("--requests 1 --cv 1e200", "cv=1e+200: "),
-        ("--requests 1 --cv 1e-200", "too large together"),
+        ("--requests 1 --cv 1e-200", "numbers that are too large together"),
     ],
 )
 def test_sizes_that_no_memory_holds_are_refused_in_one_line(
@@ -173,7 +173,7 @@ def test_a_simulating_process_that_gets_no_memory_says_so_too(tmp_path: Path) ->
         [sys.executable, "-c", command, "simulate", *map(str, flags)], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "ConfigError: the sizes of this simulation are too large together: Unable to allocate" in done.stderr
+    assert "ConfigError: numbers that are too large together for a simulation: Unable to allocate" in done.stderr
 
 
 class ShortFirst(Policy):

@@ -38,4 +38,4 @@ def check_most(name: str, value: float, most: int) -> None:
 
 def too_large(error: BaseException) -> ConfigError:
     """One line of what `TOO_LARGE` says."""
-    return ConfigError(f"the sizes of this simulation are too large together: {str(error) or type(error).__name__}")
+    return ConfigError(f"numbers that are too large together for a simulation: {str(error) or type(error).__name__}")
