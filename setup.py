@@ -14,6 +14,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 MODULES = (
+    "kvcache/arrays",
     "kvcache/block_pool",
     "kvcache/host_tier",
     "kvcache/prefix_cache",

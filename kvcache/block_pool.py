@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NewType
+from typing import NewType
 
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import NO, all_of, constant
 from .invariant import require
 
 BlockId = NewType("BlockId", int)
@@ -18,23 +19,7 @@ Blocks = npt.NDArray[np.int64]
 _SLACK = 64
 _LOOK = 64
 _NOWHERE = -1
-
-
-def constant(value: bool | float) -> npt.NDArray[Any]:
-    """An array that cannot be changed. numpy makes one of every number that it is given, which takes longer than adding
-    it to a few others."""
-    array = np.array(value)
-    array.setflags(write=False)
-    return array
-
-
 _NONE, _ONE, _OUT = constant(0), constant(1), constant(_NOWHERE)
-NO, YES = constant(False), constant(True)
-
-
-def all_of(flags: npt.NDArray[np.bool_]) -> bool:
-    """Whether all are set, of at least one. Several times as fast as `flags.all()` where arrays are small."""
-    return flags.item(flags.argmin())
 
 
 class BlockPool:

@@ -19,7 +19,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .block_pool import YES, BlockId, BlockPool, Blocks
+from .arrays import YES
+from .block_pool import BlockId, BlockPool, Blocks
 from .host_tier import HostTier
 from .invariant import CoreInvariantError, require
 from .run import NOBODY, TOKEN_BYTES, Home, Key, Run

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from treadle.kvcache.block_pool import constant
+from treadle.kvcache.arrays import constant
 
 OVERALL = 0
 _TENANTS = 256

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 
 from treadle.kvcache import HostTier
-from treadle.kvcache.block_pool import constant
+from treadle.kvcache.arrays import constant
 from treadle.transport.codec import pack
 from treadle.transport.messages import RowStart, StepPlan
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from treadle.errors import ProtocolError
-from treadle.kvcache.block_pool import all_of
+from treadle.kvcache.arrays import all_of
 from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 

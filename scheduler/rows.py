@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from treadle.kvcache import Blocks, Parent
-from treadle.kvcache.block_pool import constant
+from treadle.kvcache.arrays import constant
 from treadle.transport.codec import Int32
 
 from .request import Sequence

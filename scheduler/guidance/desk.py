@@ -28,9 +28,9 @@ class GuidedRequests:
 
     make: see `Guide`. seconds: for compiling a grammar. most: requests that may wait for theirs. What it has the
     service do: enter: accept a request whose grammar is there, or raise. abort: one that has entered. broadcast: masks
-    to the group that they were made for. fail: one continuation of a request, by its name in the core, the
-    error's code, and why.
-    pump: go on. idle: something has ended. refused: a request that was taken in is not accepted after all.
+    to the group that they were made for. fail: one continuation of a request, by its name in the core, the error's
+    code, and why. pump: go on. idle: something has ended. refused: a request that was taken in is not accepted after
+    all.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from treadle.kvcache.block_pool import all_of
+from treadle.kvcache.arrays import all_of
 from treadle.scheduler.flight import Flight
 from treadle.scheduler.request import NO_ROW, Sequence
 from treadle.scheduler.rows import Int64, Rows1D
