@@ -12,7 +12,7 @@ import numpy as np
 from treadle.scheduler.core import Core
 from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.scheduler.guidance.matching import Advance, Grammar, Matching
-from treadle.scheduler.guidance.rows import GuidedRows, MadeMasks
+from treadle.scheduler.guidance.rows import GuidedRows, MadeMasks, MaskMemory
 from treadle.scheduler.request import Output, Request
 from treadle.tokenizer import Tokenizer
 from treadle.transport.masks import Words
@@ -78,6 +78,7 @@ class Guiding:
     def __init__(self, matching: Matching) -> None:
         self.matching = matching
         self.rows = GuidedRows()
+        self.memory = MaskMemory()
         self.failed: list[str] = []
 
     def begin(self, request: Request) -> Grammar | None:
@@ -90,7 +91,7 @@ class Guiding:
 
     def made(self, core: Core) -> list[MadeMasks]:
         """All that can be made now; nothing of it may fail."""
-        made = [self.rows.job(due).run(self.matching) for due in core.masks_due()]
+        made = [self.rows.job(due).run(self.matching, self.memory) for due in core.masks_due()]
         assert not [item.failed for item in made if item.failed]
         return made
 

@@ -15,7 +15,7 @@ import torch
 
 from treadle import LLM, RequestOutput
 from treadle.engine.sampling.masks import LocalMasks, _mask_on_device
-from treadle.engine.sampling.upload import upload
+from treadle.transport.masks import encode_masks
 
 from .groupkit import Overlapped, Requests, configure_for
 from .guidedkit import check, requests
@@ -34,18 +34,18 @@ def wanted() -> Requests:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("rows", "distinct"), [(1, 1), (32, 32), (256, 200)])
 def test_the_kernel_masks_a_large_vocabulary(rows: int, distinct: int, dtype: torch.dtype) -> None:
-    from treadle.engine.kernels.masks import mask_logits_fused  # Triton: others set its interpreter up before it
+    from treadle.engine.cuda.masks import DeviceMasks  # Triton: others set its interpreter up before it
 
     random, device = np.random.default_rng(rows), torch.device("cuda")
     share = random.choice([0.0, 1e-5, 0.5, 0.999], distinct)[:, None]
     allowed = random.random((distinct, VOCAB_SIZE), np.float32) < share
-    words = np.packbits(allowed, axis=1, bitorder="little").view(np.int32)
-    masks = LocalMasks(random.permutation(256)[:rows], random.integers(0, distinct, rows), words, 0)
+    words = np.packbits(allowed, axis=1, bitorder="little").view(np.uint32)[random.integers(0, distinct, rows)]
+    masks = encode_masks(0, words, np.zeros(rows, np.bool_))
+    local = LocalMasks.of(masks, random.permutation(256)[:rows], 0, VOCAB_SIZE, VOCAB_SIZE)
     logits = torch.randn((256, VOCAB_SIZE), device=device).to(dtype)
     expected = logits.clone()
-    _mask_on_device(expected, masks)
-    places, index, sent = (upload(part, device) for part in (masks.places, masks.index, masks.words))
-    mask_logits_fused(logits, places, index, sent, masks.offset)
+    _mask_on_device(expected, local)
+    DeviceMasks.of(local, device).apply(logits)
     assert torch.equal(logits, expected)
 
 

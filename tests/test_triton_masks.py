@@ -14,23 +14,38 @@ from .test_masks import packed
 from .test_triton_sampling import MIXED, check, fused, logits_of
 from .tritonkit import DEVICE
 
-from treadle.engine.kernels.masks import mask_logits_fused  # isort: skip
+from treadle.engine.cuda.masks import DeviceMasks  # isort: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("start", "columns"), [(0, 700), (350, 350), (33, 1)])
-def test_the_kernel_masks_as_the_reference(start: int, columns: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "shares", [(0.01, 0.5, 0.99, 0.5, 0.7), (0.01, 0.02, 0.01, 0.99, 0.0), (0.5, 0.5, 0.5, 0.5, 0.4)]
+)
+def test_masks_are_spread_out_there_and_applied(
+    shares: tuple[float, ...], start: int, columns: int, dtype: torch.dtype
+) -> None:
+    """As the words that are given, in one or several pieces, as whole masks, and as both; one row has none."""
     vocab, random = 700, np.random.default_rng(3)
-    allowed = random.random((3, vocab)) < np.array([0.01, 0.5, 0.99])[:, None]
-    masks = encode_masks(0, packed(allowed), np.array([False, False, True]))
-    local = LocalMasks.of(masks, np.array([4, 1, 0]), start, columns, vocab)
+    allowed = random.random((5, vocab)) < np.array(shares)[:, None]
+    masks = encode_masks(0, packed(allowed), np.array([False, False, True, False, False]))
+    local = LocalMasks.of(masks, np.array([4, 1, 0, 5, 2]), start, columns, vocab)
     logits = torch.randn((6, columns + 3), dtype=torch.float32).to(DEVICE, dtype)[:, :columns]
     expected = logits.clone()
     _mask_on_device(expected, local)
-    parts = (torch.from_numpy(part).to(DEVICE) for part in (local.places, local.index, local.words))
-    mask_logits_fused(logits, *parts, local.offset)
+    DeviceMasks.of(local, DEVICE).apply(logits)
     assert torch.equal(logits, expected)
-    assert (expected == float("-inf")).any() or columns == 1
+    assert (expected == float("-inf")).any()
+
+
+def test_the_words_of_many_masks() -> None:
+    """More than one program of the kernel puts."""
+    vocab, random = 3_000, np.random.default_rng(4)
+    allowed = random.random((70, vocab)) < 0.006
+    masks = encode_masks(0, packed(allowed), np.zeros(70, np.bool_))
+    local = LocalMasks.of(masks, np.arange(70), 0, vocab, vocab)
+    assert len(local.given.where) > 1024
+    assert torch.equal(DeviceMasks.of(local, DEVICE).words.cpu(), torch.from_numpy(local.words()))
 
 
 @pytest.mark.parametrize("left", [1, 60])

@@ -5,13 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from treadle.engine.comm import Communicator
-from treadle.engine.kernels.masks import mask_logits_fused
 from treadle.engine.model import Decoder
 from treadle.engine.sampling.fused import FusedWorkspace, sample_fused
 from treadle.engine.sampling.masks import LocalMasks
-from treadle.engine.sampling.upload import upload
 
 from .device_rows import DeviceRows
+from .masks import DeviceMasks
 
 
 class Fused:
@@ -33,5 +32,4 @@ class Fused:
 
     def mask(self, logits: Tensor, masks: LocalMasks) -> None:
         if len(masks.places):
-            places, index, words = (upload(part, logits.device) for part in (masks.places, masks.index, masks.words))
-            mask_logits_fused(logits, places, index, words, masks.offset)
+            DeviceMasks.of(masks, logits.device).apply(logits)

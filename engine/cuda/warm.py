@@ -19,6 +19,7 @@ from torch import Tensor
 from treadle.engine.batch import ForwardBatch
 from treadle.engine.kv import KVCache
 from treadle.engine.sampling.masks import LocalMasks
+from treadle.transport.masks import encode_masks, words_for
 
 from .graphs import ladder
 from .program import StepProgram
@@ -69,9 +70,16 @@ def warm(program: StepProgram, kv: KVCache, *, max_tokens: int, max_len: int, th
         echo = Echo(program.fused.world_size)
         for filtered in (True, False):
             calls += [partial(_sample, program, size, filtered, echo) for size in {1, program.rows.max_rows}]
-        none = LocalMasks(np.zeros(1, np.int64), np.zeros(1, np.int64), np.full((1, 1 << 16), -1, np.int32), 0)
-        calls.append(partial(program.mask, none))
+        calls.append(partial(program.mask, _any_masks(program.rows.vocab_size)))
     _run(calls, device, threads)
+
+
+def _any_masks(vocab_size: int) -> LocalMasks:
+    """Of one row, with a word that is given."""
+    words = np.zeros((1, words_for(vocab_size)), np.uint32)
+    words[0, 0] = 1
+    masks = encode_masks(0, words, np.zeros(1, np.bool_))
+    return LocalMasks.of(masks, np.zeros(1, np.int64), 0, vocab_size, vocab_size)
 
 
 def _run(calls: list[Call], device: torch.device, threads: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
-from treadle.transport.masks import ANYTHING, decode_masks
+from treadle.transport.masks import ANYTHING, GivenMasks, read_masks
 from treadle.transport.messages import Masks, StepPlan
 
 from .upload import upload
@@ -25,23 +25,29 @@ _FEW = 16
 class LocalMasks:
     """Of the rows that have one. On the host.
 
-    places: int64 [G], which rows of the logits these are. index: int64 [G], which mask each of them has. words: int32
-    [masks, words], of this rank's slice: the slice's column c is bit c + offset, counted from the lowest bit of word 0.
+    places: int64 [G], which rows of the logits these are. index: int64 [G], which mask each of them has. given: masks
+    of the whole vocabulary. first, end: their words that hold this rank's slice, whose column c is bit c + offset,
+    counted from the lowest bit of the word `first`.
     """
 
     places: Int64
     index: Int64
-    words: npt.NDArray[np.int32]
+    given: GivenMasks
+    first: int
+    end: int
     offset: int
 
     @classmethod
     def of(cls, masks: Masks, places: Int64, vocab_start: int, vocab_local: int, vocab_size: int) -> LocalMasks:
         """places: of all guided rows of the plan, in its order. Raises ProtocolError."""
-        found = decode_masks(masks, len(places), vocab_size)
-        bound = np.flatnonzero(found.rows != ANYTHING)
+        given = read_masks(masks, len(places), vocab_size)
+        bound = np.flatnonzero(given.rows != ANYTHING)
         first, end = vocab_start // 32, -(-(vocab_start + vocab_local) // 32)
-        words = np.ascontiguousarray(found.words[:, first:end]).view(np.int32)
-        return cls(places[bound], found.rows[bound].astype(np.int64), words, vocab_start % 32)
+        return cls(places[bound], given.rows[bound].astype(np.int64), given, first, end, vocab_start % 32)
+
+    def words(self) -> npt.NDArray[np.int32]:
+        """int32 [masks, end - first], each of this rank's slice."""
+        return np.ascontiguousarray(self.given.words()[:, self.first : self.end]).view(np.int32)
 
     def among(self, rows: Int64) -> LocalMasks:
         """The same where only these rows of the logits, ascending, are left; all that have a mask are among them."""
@@ -78,9 +84,9 @@ def _mask_on_host(logits: torch.Tensor, masks: LocalMasks) -> None:
     Most masks allow a handful of tokens or forbid a few hundred: these are named, which is several times as quick as
     to go through the vocabulary.
     """
-    columns, values = logits.shape[1], logits.numpy()
+    columns, values, words = logits.shape[1], logits.numpy(), masks.words()
     for mask in np.unique(masks.index):
-        bits = np.unpackbits(masks.words[mask].view(np.uint8), bitorder="little")
+        bits = np.unpackbits(words[mask].view(np.uint8), bitorder="little")
         allowed = bits[masks.offset :][:columns].view(np.bool_)
         count = int(np.count_nonzero(allowed))
         rows = [values[place] for place in masks.places[masks.index == mask]]
@@ -100,9 +106,9 @@ def _mask_on_host(logits: torch.Tensor, masks: LocalMasks) -> None:
 
 
 def _mask_on_device(logits: torch.Tensor, masks: LocalMasks) -> None:
-    """Without waiting for the device. The way without Triton; `kernels.masks` is the fast one."""
+    """Without waiting for the device. The way without Triton; `cuda.masks` is the fast one."""
     device = logits.device
-    words, index, places = (upload(array, device) for array in (masks.words, masks.index, masks.places))
+    words, index, places = (upload(array, device) for array in (masks.words(), masks.index, masks.places))
     bit = torch.arange(logits.shape[1], device=device) + masks.offset
     allowed = (words[index][:, bit >> 5] >> (bit & 31).int()) & 1
     logits[places] = logits[places].masked_fill(allowed == 0, _NEVER)

@@ -15,7 +15,7 @@ from .cache import GrammarCache, Key
 from .compilers import Compilers, Job
 from .matching import Grammar, Matching
 from .pending import MasksDue
-from .rows import GuidedRows, MadeMasks, MaskJob
+from .rows import GuidedRows, MadeMasks, MaskJob, MaskMemory
 
 logger = logging.getLogger("treadle")
 AT_ONCE = 2
@@ -38,6 +38,7 @@ class Guide:
         self._loop = asyncio.get_running_loop()
         self._compilers = Compilers(seconds, AT_ONCE, _MOST_LEFT)
         self._masks = ThreadPoolExecutor(1, "treadle-masks")
+        self._memory = MaskMemory()
         self._matching: asyncio.Future[Matching] | None = None
         self._ready: Matching | None = None
         self._cache = GrammarCache()
@@ -119,7 +120,7 @@ class Guide:
         if matching is None:
             return  # nobody is guided before there is something to compile with
         try:
-            made = job.run(matching)
+            made = job.run(matching, self._memory)
         except BaseException as error:  # whatever a library does, the others of the step must not wait for ever
             logger.exception("masks of step %d", job.step)
             made = job.fail(matching, f"its grammar failed: {type(error).__name__}: {error}")

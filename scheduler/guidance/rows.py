@@ -13,7 +13,7 @@ import numpy as np
 
 from treadle.errors import RequestFailed, Unsatisfiable
 from treadle.scheduler.request import Request, Sequence
-from treadle.transport.masks import encode_masks, words_for
+from treadle.transport.masks import Words, encode_masks, words_for
 from treadle.transport.messages import Masks
 
 from .matching import Advance, Grammar, Matcher, Matching
@@ -41,6 +41,20 @@ class MadeMasks:
     code: str = Unsatisfiable.code
 
 
+class MaskMemory:
+    """Words of one step's masks at a time. Fresh memory of their size comes from the system page by page, which takes
+    the threads that fill it a part of the time that they have."""
+
+    def __init__(self) -> None:
+        self._words: Words = np.empty((0, 0), np.uint32)
+
+    def take(self, rows: int, width: int) -> Words:
+        """uint32 [rows, width] of any values, until the next call."""
+        if len(self._words) < rows or self._words.shape[1] != width:
+            self._words = np.empty((rows, width), np.uint32)
+        return self._words[:rows]
+
+
 @dataclass(frozen=True, slots=True)
 class MaskJob:
     """The masks of one step, to be made on any thread; jobs run one at a time, in the order in which they were made."""
@@ -49,8 +63,8 @@ class MaskJob:
     size: int
     places: list[tuple[int, Sequence, _Place, list[int]]]
 
-    def run(self, matching: Matching) -> MadeMasks:
-        words = np.empty((self.size, words_for(matching.vocab_size)), np.uint32)  # of free rows nobody reads them
+    def run(self, matching: Matching, memory: MaskMemory) -> MadeMasks:
+        words = memory.take(self.size, words_for(matching.vocab_size))  # of free rows nobody reads them
         free = np.ones(self.size, np.bool_)
         free[[row for row, *_ in self.places]] = False
         errors = matching.advance([_advance(*place) for place in self.places], words)
