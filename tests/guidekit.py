@@ -57,12 +57,17 @@ class TrieMatching:
         choices = [[int(token) for token in text.split()] for text in json.loads(guided.source[1])]
         return TrieGrammar(choices, self.vocab_size, self.eos)
 
-    def advance(self, work: Sequence[Advance], words: Words) -> dict[int, str]:
+    def advance(self, work: Sequence[Advance], words: Words, begun: Callable[[], None]) -> dict[int, str]:
+        begun()
         for item in work:
             assert isinstance(item.matcher, TrieMatcher)
             item.matcher.seen += item.tokens
             words[item.row] = words_of(item.matcher.allows(item.matcher.seen), self.vocab_size)
         return {}
+
+
+def unheard() -> None:
+    """Nobody wants to know when a library has begun."""
 
 
 def words_of(allowed: frozenset[int], vocab_size: int) -> Words:
@@ -91,7 +96,7 @@ class Guiding:
 
     def made(self, core: Core) -> list[MadeMasks]:
         """All that can be made now; nothing of it may fail."""
-        made = [self.rows.job(due).run(self.matching, self.memory) for due in core.masks_due()]
+        made = [self.rows.job(due).run(self.matching, self.memory, unheard) for due in core.masks_due()]
         assert not [item.failed for item in made if item.failed]
         return made
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,17 @@ from treadle.scheduler.guidance.desk import GuidedRequests
 from treadle.scheduler.guidance.llg import LlgMatching
 from treadle.scheduler.guidance.matching import Advance
 from treadle.scheduler.guidance.multiples import check_grammar_multiples, check_multiples
+from treadle.scheduler.guidance.pending import MasksDue
 from treadle.scheduler.guidance.spelling import plain_decoder
 from treadle.scheduler.request import Request
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
-from treadle.transport.masks import words_for
+from treadle.transport.masks import Words, words_for
 from treadle.transport.messages import Submit
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
 from .guidedkit import LIST, SCHEMA, check, requests
-from .guidekit import TrieMatching
+from .guidekit import TrieMatching, unheard
 from .servekit import serving
 from .vocabulary import EOS, VOCAB_SIZE
 
@@ -166,7 +167,9 @@ async def test_a_bad_grammar_is_one_requests_error(guided_llm: LLM, expected: Ex
 async def test_a_grammar_that_gives_up_on_the_way_is_its_requests_error(
     guided_llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(llg.LlgMatching, "advance", lambda _, work, words: dict.fromkeys((w.row for w in work), "odd"))
+    monkeypatch.setattr(
+        llg.LlgMatching, "advance", lambda _, work, words, begun: dict.fromkeys((w.row for w in work), "odd")
+    )
     with pytest.raises(Unsatisfiable, match="guided: odd"):
         await guided_llm.generate("a", SamplingParams(guided=Guided(regex="[ab]{40}"))).final()
 
@@ -311,7 +314,9 @@ def test_a_chain_of_decoders_that_ends_in_bytes_is_read_as_bytes(tiny: Path) -> 
     assert [alone.decode_bytes([token]) for token in range(256)] != pieces, "then plain_decoder is not needed any more"
     sample = matching.compile(Guided(json={"type": "string", "maxLength": 2})).start()
     for token in tokenizer.encode('"éÄ"', add_special_tokens=False):
-        assert not matching.advance([Advance(sample, [token], 0)], np.zeros((1, words_for(VOCAB_SIZE)), np.uint32))
+        assert not matching.advance(
+            [Advance(sample, [token], 0)], np.zeros((1, words_for(VOCAB_SIZE)), np.uint32), unheard
+        )
 
 
 @pytest.mark.parametrize(
@@ -444,6 +449,41 @@ async def test_where_the_system_gives_no_thread_the_next_grammar_tries_again(mon
         refused = await asyncio.gather(*wanted, return_exceptions=True)
     assert [type(error) for error in refused] == [Overloaded] * 3 and "can't start new thread" in str(refused[0])
     assert await made.compile(Guided(choice=["1"])) is not None
+    made.close()
+
+
+@pytest.mark.asyncio
+async def test_the_loop_lets_masks_begin_and_waits_for_no_other_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on as soon as the library is at work; behind masks that are still being made nothing can begin."""
+    monkeypatch.setattr(guide, "_HANDOVER_SECONDS", 60.0)
+    finish, seen = threading.Event(), list[str]()
+
+    class Waited(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout)
+            return super().wait(timeout)
+
+    class Slow(TrieMatching):
+        def advance(self, work: Sequence[Advance], words: Words, begun: Callable[[], None]) -> dict[int, str]:
+            seen.append("begins")
+            begun()
+            finish.wait()
+            seen.append("ends")
+            return super().advance(work, words, begun)
+
+    made = guide.Guide(lambda: Slow(10), 30.0)
+    await made._load()
+    waits: list[float | None] = []
+    made._begun = Waited()
+    done: asyncio.Queue[int] = asyncio.Queue()
+    running = Core(CoreConfig(num_blocks=8, vocab_size=10, max_model_len=64), lambda: 0).running
+    for step in range(2):
+        due = MasksDue(step, sequences=[None], lengths=[1], last=[0], running=running)
+        made.make_masks(due, lambda masks: done.put_nowait(masks.masks.step))
+        seen.append("asked")
+    assert seen == ["begins", "asked", "asked"] and len(waits) == 1
+    finish.set()
+    assert [await done.get() for _ in range(2)] == [0, 1]
     made.close()
 
 

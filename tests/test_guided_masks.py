@@ -21,6 +21,7 @@ from treadle.scheduler.guidance.replicas import ROWS_EACH, Row
 from treadle.tokenizer import Tokenizer
 from treadle.transport.masks import Words, words_for
 
+from .guidekit import unheard
 from .replicakit import AtOnce
 from .vocabulary import EOS, VOCAB_SIZE
 
@@ -97,7 +98,7 @@ def walk(
     """A step of all rows. last: by row, what it gets; what it samples is put there for the next."""
     words = np.zeros((len(rows), words_for(matching.vocab_size)), np.uint32)
     work = [Advance(row, last[id(row)], place) for place, row in enumerate(rows)]
-    assert not matching.advance(work, words)
+    assert not matching.advance(work, words, unheard)
     for row, mask in zip(rows, words, strict=True):
         last[id(row)] = [chosen(random, mask)]
     return words
@@ -139,11 +140,11 @@ def test_a_row_that_fails_fails_alone(matching: LlgMatching) -> None:
     cache.put(BOUNDED.source, grammar)
     rows = [grammar.start() for _ in range(3)]
     words = np.zeros((3, words_for(matching.vocab_size)), np.uint32)
-    assert not matching.advance([Advance(row, [], place) for place, row in enumerate(rows)], words)
+    assert not matching.advance([Advance(row, [], place) for place, row in enumerate(rows)], words, unheard)
     allowed = [chosen(np.random.default_rng(0), mask) for mask in words]
     allowed[1] = int(np.flatnonzero(np.unpackbits(words[1].view(np.uint8), bitorder="little") == 0)[0])
     assert cache.get(BOUNDED.source) is grammar
-    failed = matching.advance([Advance(row, [allowed[place]], place) for place, row in enumerate(rows)], words)
+    failed = matching.advance([Advance(row, [allowed[place]], place) for place, row in enumerate(rows)], words, unheard)
     assert list(failed) == [1] and failed[1]
     assert grammar.spent and cache.get(BOUNDED.source) is None
     cache.put(BOUNDED.source, matching.compile(BOUNDED))
@@ -161,12 +162,12 @@ def test_a_lexer_that_is_used_up_is_made_anew(matching: LlgMatching, monkeypatch
     random, grammar = np.random.default_rng(2), matching.compile(BOUNDED)
     row, token, failed = grammar.start(), list[int](), dict[int, str]()
     for _ in range(200):
-        if failed := matching.advance([Advance(row, token, 0)], words):
+        if failed := matching.advance([Advance(row, token, 0)], words, unheard):
             break
         token = [chosen(random, words[0])]
     assert "too many states" in failed[0] and grammar.spent
     again = matching.compile(BOUNDED).start()
-    assert not matching.advance([Advance(again, row.tokens[:2].tolist(), 0)], words)
+    assert not matching.advance([Advance(again, row.tokens[:2].tolist(), 0)], words, unheard)
 
 
 BUILDING = """

@@ -23,6 +23,7 @@ from treadle.scheduler.guidance.matching import Advance, Grammar
 from treadle.scheduler.guidance.replicas import Row, spread
 from treadle.tokenizer import Tokenizer
 
+from .guidekit import unheard
 from .toolkit import HOUR, TOWN, is_valid, with_marks
 from .vocabulary import EOS, VOCAB_SIZE
 
@@ -85,7 +86,7 @@ class Held:
         written: list[int] = []
         words = np.zeros((1, -(-VOCAB_SIZE // 32)), np.uint32)
         while len(written) < most:
-            assert self.matching.advance([Advance(matcher, written[-1:], 0)], words) == {}
+            assert self.matching.advance([Advance(matcher, written[-1:], 0)], words, unheard) == {}
             allowed = np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCAB_SIZE]).tolist()
             liked = [token for token in likes if token in allowed]
             token = dice.choice(liked if liked and dice.random() < 0.3 else allowed)

@@ -122,27 +122,29 @@ def _words(data: bytes) -> Words:
 def _distinct(words: Words) -> tuple[Counts, Counts]:
     """For the rows of words: where each distinct one stands first, and which of these each row is.
 
-    By a weighted sum of a row's words, checked byte for byte. Where two differ and sum alike, as those may that differ
-    in the last tokens of some words only, all are compared with all.
+    By a weighted sum of a row's words, checked byte for byte while the row is still in a core's cache: to bring all
+    words there once is most of what this takes. Where two differ and sum alike, as those may that differ in the last
+    tokens of some words only, the bytes themselves are looked up.
     """
-    _, first, which = np.unique(_sums(words), return_index=True, return_inverse=True)
-    every = np.arange(len(words))
-    again = np.flatnonzero(first[which] != every)
-    if not again.size:
-        return every, every
-    if _as_first(words, first, which, again):
-        return first, which
-    found: dict[bytes, int] = {}
-    equal = np.array([found.setdefault(row.tobytes(), place) for place, row in enumerate(words)])
-    return np.unique(equal, return_inverse=True)
-
-
-def _as_first(words: Words, first: Counts, which: Counts, rows: Counts) -> bool:
-    """Whether each of the rows is as the first of its kind. A row at a time takes a third of the time that numpy takes
-    to bring all together first: they are read once, and out of a core's cache."""
-    masks: list[int] = which[rows].tolist()
-    kinds = {mask: words[first[mask]].tobytes() for mask in set(masks)}
-    return all(words[row].tobytes() == kinds[mask] for row, mask in zip(rows.tolist(), masks, strict=True))
+    first: list[int] = []
+    which: list[int] = []
+    by_sum: dict[int, int] = {}
+    by_bytes: dict[bytes, int] = {}
+    kept: dict[int, bytes] = {}
+    for start in range(0, len(words), _AT_ONCE):
+        sums: list[int] = _sums(words[start : start + _AT_ONCE]).tolist()
+        for row, total in enumerate(sums, start):
+            mask = by_sum.setdefault(total, len(first))
+            if mask < len(first):
+                data = words[row].tobytes()
+                if mask not in kept:
+                    kept[mask] = words[first[mask]].tobytes()
+                if data != kept[mask]:
+                    mask = by_bytes.setdefault(data, len(first))
+            if mask == len(first):
+                first.append(row)
+            which.append(mask)
+    return np.array(first, np.intp), np.array(which, np.intp)
 
 
 def _sums(words: Words) -> npt.NDArray[np.uint64]:

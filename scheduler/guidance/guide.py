@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -22,6 +23,7 @@ AT_ONCE = 2
 _MOST_LEFT = 2
 _MAX_COMPILING = 64
 _RETRY_SECONDS = 1.0
+_HANDOVER_SECONDS = 0.002
 
 
 class Guide:
@@ -39,6 +41,8 @@ class Guide:
         self._compilers = Compilers(seconds, AT_ONCE, _MOST_LEFT)
         self._masks = ThreadPoolExecutor(1, "treadle-masks")
         self._memory = MaskMemory()
+        self._begun = threading.Event()
+        self._asked = self._made = 0
         self._matching: asyncio.Future[Matching] | None = None
         self._ready: Matching | None = None
         self._cache = GrammarCache()
@@ -112,18 +116,28 @@ class Guide:
         self._rows.forget(sequence)
 
     def make_masks(self, due: MasksDue, done: Callable[[MadeMasks], None]) -> None:
-        """Calls `done` on the loop, in the order of the calls."""
-        self._masks.submit(self._run, self._rows.job(due), done)
+        """Calls `done` on the loop, in the order of the calls.
+
+        The ranks wait for these masks. The thread that makes them and this loop have one lock of Python's: they would
+        take turns, and what the loop does next helps nobody as much. So it waits until the library is at work.
+        """
+        job, idle = self._rows.job(due), self._asked == self._made
+        self._asked += 1
+        self._begun.clear()
+        self._masks.submit(self._run, job, done)
+        if idle:
+            self._begun.wait(_HANDOVER_SECONDS)
 
     def _run(self, job: MaskJob, done: Callable[[MadeMasks], None]) -> None:
         matching = self._ready
         if matching is None:
             return  # nobody is guided before there is something to compile with
         try:
-            made = job.run(matching, self._memory)
+            made = job.run(matching, self._memory, self._begun.set)
         except BaseException as error:  # whatever a library does, the others of the step must not wait for ever
             logger.exception("masks of step %d", job.step)
             made = job.fail(matching, f"its grammar failed: {type(error).__name__}: {error}")
+        self._made += 1
         try:
             self._loop.call_soon_threadsafe(done, made)
         except RuntimeError:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -32,6 +32,7 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 """Between the parts of a JSON text. Bounded, or a small model may go on with it for ever."""
 _MAX_LEXER_STATES = 50_000
 _MAX_SAID = 600
+_MANY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class LlgMatching:
                 f"guided: the tokenizer has {self._tokenizer.vocab_size} tokens and the model {vocab_size}"
             )
         self.vocab_size = vocab_size
-        self._executor = LLExecutor()
+        self._executor = LLExecutor(mask_threads())
         self._builder = Builder()
         self._most_replicas = most_replicas() if replicas is None else replicas
 
@@ -99,24 +100,26 @@ class LlgMatching:
             matcher.compute_bitmask()  # finds what allows nothing, and fills the tables that copies share
         return matcher
 
-    def advance(self, work: Sequence[Advance], words: Words) -> dict[int, str]:
+    def advance(self, work: Sequence[Advance], words: Words, begun: Callable[[], None]) -> dict[int, str]:
         rows = [cast(Row[LLMatcher], item.matcher) for item in work]  # our grammars started them
         matchers = spread(rows)
         # Neighbours are worked on at about the same time, and those of one prototype wait for each other.
         prototypes = [id(row.replica) for row in rows]
         side_by_side = sorted(range(len(work)), key=prototypes.__getitem__)
-        single: list[tuple[LLMatcher, int]] = []
+        fed: list[tuple[LLMatcher, int]] = []
+        masks: list[tuple[LLMatcher, int]] = []
         for place in side_by_side:
-            tokens = work[place].tokens
-            if len(tokens) == 1:
-                single.append((matchers[place], tokens[0]))
-            elif tokens:
-                matchers[place].consume_tokens(list(tokens))
-        if single:  # it refuses an empty list, and so does the other
-            self._executor.consume_token_par(single)
-        good = [(matchers[place], work[place].row) for place in side_by_side if not matchers[place].is_error()]
-        if good:
-            self._executor.unsafe_compute_mask_ptr(good, words.ctypes.data, words.strides[0], len(words))
+            item, matcher = work[place], matchers[place]
+            if len(item.tokens) == 1:
+                fed.append((matcher, item.tokens[0]))
+            elif item.tokens:
+                matcher.consume_tokens(list(item.tokens))
+            masks.append((matcher, item.row))
+        if fed:  # it refuses an empty list, and so does the other
+            self._executor.consume_token_par(fed)
+        begun()
+        if masks:  # one that cannot go on allows the end
+            self._executor.unsafe_compute_mask_ptr(masks, words.ctypes.data, words.strides[0], len(words))
         failed: dict[int, str] = {}
         for item, row, matcher in zip(work, rows, matchers, strict=True):
             for token in item.tokens:  # nearly always one, and to append is a third of the time of to extend
@@ -127,12 +130,16 @@ class LlgMatching:
         return failed
 
 
-def most_replicas() -> int:
-    """Prototypes of one grammar at most: some for each thread of an executor, and one where there is one thread.
+def mask_threads() -> int:
+    """Of an executor. All processors where there are many: while masks are made, the ranks mostly wait for them. Of
+    few, one is left to the loop and the ranks, as the library does everywhere."""
+    processors = os.cpu_count() or 1
+    return min(32, processors if processors >= _MANY else max(1, processors * 4 // 5))
 
-    An executor takes four fifths of the processors, and 32 at most.
-    """
-    threads = min(32, max(1, (os.cpu_count() or 1) * 4 // 5))
+
+def most_replicas() -> int:
+    """Prototypes of one grammar at most: some for each thread of an executor, and one where there is one thread."""
+    threads = mask_threads()
     return 1 if threads == 1 else 3 * threads
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -45,9 +45,10 @@ class Matching(Protocol):
         """Raises InvalidParameter for what is not a grammar, is too large, or allows nothing."""
         ...
 
-    def advance(self, work: Sequence[Advance], words: Words) -> dict[int, str]:
+    def advance(self, work: Sequence[Advance], words: Words, begun: Callable[[], None]) -> dict[int, str]:
         """Feeds each matcher its tokens and writes what it allows next into words, uint32 [rows, words].
 
-        Returns why, by row, for matchers that cannot go on; their words mean nothing.
+        begun: to be called once what is left is mostly not Python's. Returns why, by row, for matchers that cannot go
+        on; their words mean nothing.
         """
         ...

@@ -6,6 +6,7 @@ is made anew from the committed tokens where there is none.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
@@ -63,11 +64,12 @@ class MaskJob:
     size: int
     places: list[tuple[int, Sequence, _Place, list[int]]]
 
-    def run(self, matching: Matching, memory: MaskMemory) -> MadeMasks:
+    def run(self, matching: Matching, memory: MaskMemory, begun: Callable[[], None]) -> MadeMasks:
+        """begun: see `Matching.advance`."""
         words = memory.take(self.size, words_for(matching.vocab_size))  # of free rows nobody reads them
         free = np.ones(self.size, np.bool_)
         free[[row for row, *_ in self.places]] = False
-        errors = matching.advance([_advance(*place) for place in self.places], words)
+        errors = matching.advance([_advance(*place) for place in self.places], words, begun)
         free[list(errors)] = True
         masks = encode_masks(self.step, words, free)
         return MadeMasks(masks, [(sequence, errors[row]) for row, sequence, *_ in self.places if row in errors])
