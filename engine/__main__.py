@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--lifeline", type=int, required=True, metavar="FD")
     parser.add_argument("--leftover", type=Path, action="append", default=[], metavar="PATH")
     parser.add_argument("--stacks", type=Path, metavar="PATH", help="where SIGUSR1 writes the stacks of all threads")
+    parser.add_argument("--masks", type=int, default=-1, metavar="FD", help="memory that is shared with the scheduler")
     parser.add_argument("--no-native", action="store_true")
     options = parser.parse_args()
     phases = Phases(process_age())
@@ -63,7 +64,7 @@ def main() -> int:
     if native:
         compiling.join()
         phases.end("native")
-    return serve(socket, codec, options.rank, frame, Start(phases, compiler=compiler))
+    return serve(socket, codec, options.rank, frame, Start(phases, compiler=compiler, masks=options.masks))
 
 
 if __name__ == "__main__":

@@ -59,11 +59,15 @@ def _silent(done: int, total: int) -> None:
 
 @dataclass(slots=True)
 class Start:
-    """What goes along with a start. report: takes the bytes of weights that are there, and how many there will be."""
+    """What goes along with a start. report: takes the bytes of weights that are there, and how many there will be.
+
+    masks: descriptor of the memory for masks that `Configure.mask_slots` has room in.
+    """
 
     phases: Phases = field(default_factory=Phases)
     report: Callable[[int, int], None] = _silent
     compiler: Compiler | None = None
+    masks: int = -1
 
 
 def wants_gpu(frame: bytes, codec: Codec[PlanMessage]) -> bool:

@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from treadle.errors import ConfigError, DoesNotFit
+from treadle.transport.mask_pages import MaskPages
 from treadle.transport.messages import Configure, Ready
 
 from .backends import has_triton
@@ -242,10 +243,16 @@ class _Loading:
         )
         sampling = SamplingState(configure.max_num_seqs, config.vocab_size, device)
         sampler = Sampler(comm, model.vocab_start, model.vocab_local, config.vocab_size, sampling, device)
+        runner: Runner | CudaRunner
         if program is None:
-            return Runner(model, kv, mirror, sampling, sampler, device, copies)
-        host = build.Host(mirror, sampling, sampler, copies)
-        return build.make_runner(configure, program, kv, host, device, profiled=self._profiled)
+            runner = Runner(model, kv, mirror, sampling, sampler, device, copies)
+        else:
+            host = build.Host(mirror, sampling, sampler, copies)
+            runner = build.make_runner(configure, program, kv, host, device, profiled=self._profiled)
+        if configure.mask_slots:
+            rows, width = configure.max_num_seqs, configure.mask_words
+            runner.pages = MaskPages(self._start.masks, configure.mask_slots, rows, width)
+        return runner
 
     def _cache(self, config: ModelConfig, blocks: int, poison: bool = False) -> KVCache:
         return KVCache(

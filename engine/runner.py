@@ -12,6 +12,7 @@ import torch
 
 from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
+from treadle.transport.mask_pages import MaskPages
 from treadle.transport.messages import Masks, RowFault, StepPlan, TokenLogprobs
 
 from .batch import ForwardBatch
@@ -57,7 +58,10 @@ class StepRunner(Protocol):
 
 
 class Runner:
-    """Owns what a rank holds between steps. `step` is the whole engine: everything else only serves it."""
+    """Owns what a rank holds between steps. `step` is the whole engine: everything else only serves it.
+
+    pages: where masks are that are not sent.
+    """
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Runner:
         self._scorer = PromptScorer(model, mirror, sampling, sampler)
         self._vocab_size = model.config.vocab_size
         self._device = device
+        self.pages: MaskPages | None = None
 
     @torch.inference_mode()
     def step(self, plan: StepPlan, take_masks: TakeMasks | None = None) -> StepOutcome:
@@ -121,7 +126,8 @@ class Runner:
         if take_masks is None:
             raise ProtocolError(f"step {plan.step} has guided rows and nobody brings masks")
         places = guided_places(plan, rows)
-        return LocalMasks.of(take_masks(), places, self._model.vocab_start, self._model.vocab_local, self._vocab_size)
+        start, count = self._model.vocab_start, self._model.vocab_local
+        return LocalMasks.of(take_masks(), places, start, count, self._vocab_size, self.pages)
 
     def _batch(self, work: Work, scored: list[Scored]) -> ForwardBatch:
         mirror, counts = self._mirror, work.counts

@@ -26,6 +26,7 @@ from treadle.errors import EngineFailed, EngineStartFailed, ProtocolError, Tread
 from treadle.transport.channel import Channel
 from treadle.transport.codec import engine_codec
 from treadle.transport.endpoints import RuntimeDir
+from treadle.transport.mask_pages import MaskPages, make_pages
 from treadle.transport.messages import (
     PROTOCOL_VERSION,
     Configure,
@@ -109,13 +110,21 @@ class EngineGroup:
         self._stopping = False
         self._closed = False
         self._lifeline: tuple[int, ...] = ()
+        self._masks = -1
+        self.mask_pages: MaskPages | None = None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             socket = group_socket(self._context)
             socket.bind(self._endpoint)
             self._lifeline = os.pipe()
+            if configure.mask_slots:
+                self._masks, self.mask_pages = make_pages(
+                    configure.mask_slots, configure.max_num_seqs, configure.mask_words
+                )
         except BaseException:
             self._context.destroy(linger=0)
+            for descriptor in self._lifeline:
+                os.close(descriptor)
             raise
         self._channel = Channel(socket, self._receive)
         self._socket = socket
@@ -229,7 +238,7 @@ class EngineGroup:
         self._monitor.close()
         self._channel.close()
         self._context.term()
-        for descriptor in self._lifeline:
+        for descriptor in (*self._lifeline, *self._shared()):
             os.close(descriptor)
         if not self._all_ready.done():
             self._all_ready.cancel()
@@ -253,13 +262,15 @@ class EngineGroup:
             command.append("--no-native")
         for path in self._leftovers:
             command += ["--leftover", str(path)]
+        for descriptor in self._shared():
+            command += ["--masks", str(descriptor)]
         with self._log(rank).open("wb") as log:
             popen = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                pass_fds=[self._lifeline[0]],
+                pass_fds=[self._lifeline[0], *self._shared()],
                 env=_environment(self._configure.threads, self._token),
                 start_new_session=True,  # Ctrl-C in the terminal is the parent's to handle
             )
@@ -271,6 +282,10 @@ class EngineGroup:
             raise
         self._processes.append(process)
         self._loop.add_reader(process.pidfd, self._exited, rank, process)
+
+    def _shared(self) -> list[int]:
+        """Descriptors of memory that the ranks have, too."""
+        return [] if self._masks < 0 else [self._masks]
 
     def _exited(self, rank: int, process: _Process) -> None:
         self._loop.remove_reader(process.pidfd)

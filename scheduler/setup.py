@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treadle.errors import ConfigError
+from treadle.transport.mask_pages import can_share
+from treadle.transport.masks import words_for
 from treadle.transport.messages import Configure, Ready
 
 from .config import CoreConfig
@@ -75,6 +77,8 @@ def configure_message(facts: ModelFacts, options: ServiceOptions, directory: Pat
         overlap_sums=options.overlap_sums,
         swap_blocks=options.swap_blocks,
         swap_bytes=options.swap_bytes,
+        mask_slots=options.pipeline_depth if options.device == "cuda" and can_share() else 0,
+        mask_words=words_for(facts.vocab_size),
     )
 
 

@@ -34,6 +34,7 @@ from treadle import LLM, Guided, SamplingParams
 from treadle.scheduler.guidance.guide import Guide
 from treadle.scheduler.guidance.pending import MasksDue
 from treadle.scheduler.guidance.rows import MadeMasks
+from treadle.transport.mask_pages import MaskPages
 
 KINDS = ("free", "guided", "half")
 
@@ -54,7 +55,7 @@ class MaskTimes:
     def install(self) -> None:
         times, made = self, self._made
 
-        def timed(guide: Guide, due: MasksDue, done: Callable[[MadeMasks], None]) -> None:
+        def timed(guide: Guide, due: MasksDue, pages: MaskPages | None, done: Callable[[MadeMasks], None]) -> None:
             began = time.perf_counter()
 
             def finished(masks: MadeMasks) -> None:
@@ -62,7 +63,7 @@ class MaskTimes:
                 times.bytes.append(_size(masks))
                 done(masks)
 
-            made(guide, due, finished)
+            made(guide, due, pages, finished)
 
         Guide.make_masks = timed  # type: ignore[method-assign]
 

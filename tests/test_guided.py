@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from llguidance import LLTokenizer
@@ -22,6 +23,7 @@ from llguidance import LLTokenizer
 from treadle import LLM, Client, Guided, RequestOutput, SamplingParams
 from treadle.engine.loading import Emulate
 from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, TreadleError, Unsatisfiable
+from treadle.scheduler import service
 from treadle.scheduler.config import CoreConfig
 from treadle.scheduler.core import Core
 from treadle.scheduler.guidance import guide, llg
@@ -32,11 +34,12 @@ from treadle.scheduler.guidance.matching import Advance
 from treadle.scheduler.guidance.multiples import check_grammar_multiples, check_multiples
 from treadle.scheduler.guidance.pending import MasksDue
 from treadle.scheduler.guidance.spelling import plain_decoder
+from treadle.scheduler.pipeline import Pipeline
 from treadle.scheduler.request import Request
 from treadle.tokenizer import Tokenizer
 from treadle.transport.codec import pack
 from treadle.transport.masks import Words, words_for
-from treadle.transport.messages import Submit
+from treadle.transport.messages import Masks, Submit
 
 from .groupkit import Driver, LocalGroup, Overlapped, Requests, configure_for
 from .guidedkit import LIST, SCHEMA, check, requests
@@ -107,8 +110,18 @@ async def texts(llm: LLM | Client, wanted: Requests) -> list[RequestOutput]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("depth", [1, 2])
-async def test_a_killed_rank_is_a_pause(tiny: Path, expected: Expected, depth: int) -> None:
+@pytest.mark.parametrize(("depth", "shared"), [(1, True), (2, False), (2, True)])
+async def test_a_killed_rank_is_a_pause(
+    tiny: Path, expected: Expected, depth: int, shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks are sent, as to ranks on CPUs, or lie in memory that the ranks share with the scheduler, as with GPUs."""
+    sent: list[Masks] = []
+    if shared:
+        slots = {"mask_slots": depth, "mask_words": words_for(VOCAB_SIZE)}
+        original = service.configure_message
+        monkeypatch.setattr(service, "configure_message", lambda *a: msgspec.structs.replace(original(*a), **slots))
+    mask = Pipeline.mask
+    monkeypatch.setattr(Pipeline, "mask", lambda pipe, step, masks: sent.append(masks) or mask(pipe, step, masks))
     async with LLM(
         str(tiny), tensor_parallel_size=2, dtype="float32", debug=True, max_num_seqs=16, pipeline_depth=depth
     ) as llm:
@@ -121,6 +134,7 @@ async def test_a_killed_rank_is_a_pause(tiny: Path, expected: Expected, depth: i
         assert (stats.recoveries, stats.blocks_used) == (1, 0)
         for output, (_, _, one) in zip(outputs, requests(), strict=True):
             check(one.guided, output.text)
+    assert {masks.shared for masks in sent} == {shared}
 
 
 BAD = [
@@ -479,7 +493,7 @@ async def test_the_loop_lets_masks_begin_and_waits_for_no_other_ones(monkeypatch
     running = Core(CoreConfig(num_blocks=8, vocab_size=10, max_model_len=64), lambda: 0).running
     for step in range(2):
         due = MasksDue(step, sequences=[None], lengths=[1], last=[0], running=running)
-        made.make_masks(due, lambda masks: done.put_nowait(masks.masks.step))
+        made.make_masks(due, None, lambda masks: done.put_nowait(masks.masks.step))
         seen.append("asked")
     assert seen == ["begins", "asked", "asked"] and len(waits) == 1
     finish.set()

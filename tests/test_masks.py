@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+
 import msgspec
 import numpy as np
 import pytest
@@ -12,7 +15,18 @@ from hypothesis import strategies as st
 from treadle.engine.sampling.masks import LocalMasks, _mask_on_device, guided_places, mask_logits
 from treadle.errors import ProtocolError
 from treadle.transport.codec import pack, rank_codec
-from treadle.transport.masks import BITS, EXCEPT, ONLY, Words, decode_masks, encode_masks, words_for
+from treadle.transport.mask_pages import MaskPages, make_pages
+from treadle.transport.masks import (
+    BITS,
+    EXCEPT,
+    ONLY,
+    Words,
+    decode_masks,
+    encode_masks,
+    read_masks,
+    shared_masks,
+    words_for,
+)
 from treadle.transport.messages import Masks, SamplingParams, StepPlan
 
 from .guidekit import words_of
@@ -127,6 +141,56 @@ def test_words_of_a_mask_ascend(places: list[int]) -> None:
     assert masks.places == pack([2, 5])
     with pytest.raises(ProtocolError):
         decode_masks(msgspec.structs.replace(masks, places=pack(places)), 1, 1000)
+
+
+@pytest.fixture
+def shared() -> Iterator[tuple[MaskPages, MaskPages]]:
+    """As two processes have the same memory."""
+    descriptor, writer = make_pages(2, 3, words_for(320))
+    yield writer, MaskPages(descriptor, 2, 3, words_for(320))
+    os.close(descriptor)
+
+
+def test_masks_in_shared_memory_are_those_of_their_step(shared: tuple[MaskPages, MaskPages]) -> None:
+    """Each of two steps in flight has a place of its own; a rank applies its slice of what it finds there."""
+    writer, reader = shared
+    random, codec = np.random.default_rng(2), rank_codec()
+    steps = {step: random.random((3, 320)) < 0.5 for step in (6, 7)}
+    for step, allowed in steps.items():
+        writer.words(step, 3)[:] = packed(allowed)
+    for step, allowed in steps.items():
+        masks = codec.decode(codec.encode(shared_masks(step, np.array([False, True, False]))))
+        assert isinstance(masks, Masks)
+        local = LocalMasks.of(masks, np.array([2, 0, 1]), 100, 97, 320, reader)
+        logits = torch.zeros(3, 97)
+        mask_logits(logits, local)
+        assert (logits[0] == 0).all() and local.places.tolist() == [2, 1]
+        assert ((logits[[2, 1]] == 0).numpy() == allowed[[0, 2], 100:197]).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": pack([0, 1])},
+        {"rows": pack([0, 1, 3])},
+        {"rows": pack([0, 1, -2])},
+        {"kinds": pack([ONLY])},
+        {"words": b"\0\0\0\0"},
+    ],
+)
+def test_shared_masks_that_do_not_fit_are_refused(
+    shared: tuple[MaskPages, MaskPages], change: dict[str, bytes]
+) -> None:
+    masks, pages = shared_masks(0, np.zeros(3, bool)), shared[1]
+    read_masks(masks, 3, 320, pages)
+    with pytest.raises(ProtocolError):
+        read_masks(msgspec.structs.replace(masks, **change), 3, 320, pages)
+
+
+def test_masks_in_memory_that_is_not_shared_are_refused(shared: tuple[MaskPages, MaskPages]) -> None:
+    for rows, vocab, pages in ((3, 320, None), (3, 400, shared[1]), (4, 320, shared[1])):
+        with pytest.raises(ProtocolError, match="not shared"):
+            read_masks(shared_masks(0, np.zeros(rows, bool)), rows, vocab, pages)
 
 
 @pytest.mark.parametrize(("start", "columns"), [(0, 320), (0, 100), (100, 97), (33, 1), (64, 0), (300, 20)])

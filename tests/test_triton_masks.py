@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from treadle.engine.sampling.masks import LocalMasks, _mask_on_device
-from treadle.transport.masks import encode_masks
+from treadle.transport.mask_pages import make_pages
+from treadle.transport.masks import encode_masks, shared_masks, words_for
 
 from .samplingkit import Batch
 from .test_masks import packed
@@ -36,6 +39,21 @@ def test_masks_are_spread_out_there_and_applied(
     DeviceMasks.of(local, DEVICE).apply(logits)
     assert torch.equal(logits, expected)
     assert (expected == float("-inf")).any()
+
+
+def test_masks_in_shared_memory_are_applied() -> None:
+    vocab, random = 700, np.random.default_rng(5)
+    allowed = random.random((3, vocab)) < 0.5
+    descriptor, pages = make_pages(2, 4, words_for(vocab))
+    pages.words(9, 3)[:] = packed(allowed)
+    masks = shared_masks(9, np.array([False, True, False]))
+    local = LocalMasks.of(masks, np.array([4, 1, 0]), 350, 350, vocab, pages)
+    logits = torch.randn((6, 350)).to(DEVICE)
+    expected = logits.clone()
+    _mask_on_device(expected, local)
+    DeviceMasks.of(local, DEVICE).apply(logits)
+    assert torch.equal(logits, expected) and (expected[[4, 0]] == float("-inf")).any(1).all()
+    os.close(descriptor)
 
 
 def test_the_words_of_many_masks() -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from treadle.errors import ProtocolError
 
 from .codec import Int32, pack, unpack
+from .mask_pages import MaskPages
 from .messages import Masks
 
 ONLY, EXCEPT, BITS = 0, 1, 2
@@ -37,7 +38,8 @@ class GivenMasks:
 
     width: words of a mask. full: bool [masks], whether the words that are not given are all ones; else all zeros.
     where: int64, ascending, of the masks one after another the words that are given, and values: uint32, what they are.
-    whole: int64, masks that are given whole, and bits: uint32 [whole, width].
+    whole: int64, masks that are given whole, and bits: uint32 [whole, width]. shared: all are whole, and bits is memory
+    that others write again when the step is over.
     """
 
     rows: Int32
@@ -47,6 +49,7 @@ class GivenMasks:
     values: Words
     whole: Counts
     bits: Words
+    shared: bool = False
 
     def words(self) -> Words:
         """uint32 [masks, width]."""
@@ -81,14 +84,22 @@ def encode_masks(step: int, words: Words, free: npt.NDArray[np.bool_]) -> Masks:
     return Masks(step, pack(rows), pack(kinds), pack(counts), pack(places), _bytes(given), _bytes(whole))
 
 
+def shared_masks(step: int, free: npt.NDArray[np.bool_]) -> Masks:
+    """Of masks that lie in the memory of this step, one for each row. free: bool [rows], whose masks do not count."""
+    rows = np.where(free, ANYTHING, np.arange(len(free), dtype=np.int32))
+    return Masks(step, pack(rows), b"", b"", b"", b"", b"", shared=True)
+
+
 def decode_masks(masks: Masks, rows: int, vocab_size: int) -> RowMasks:
     """Masks for `rows` guided rows. Raises ProtocolError for what `encode_masks` would not have made."""
     given = read_masks(masks, rows, vocab_size)
     return RowMasks(given.rows, given.words())
 
 
-def read_masks(masks: Masks, rows: int, vocab_size: int) -> GivenMasks:
-    """The same without the words that are not given."""
+def read_masks(masks: Masks, rows: int, vocab_size: int, pages: MaskPages | None = None) -> GivenMasks:
+    """The same without the words that are not given. pages: where masks are that were not sent."""
+    if masks.shared:
+        return _read_shared(masks, rows, vocab_size, pages)
     index, kinds, counts, places = (unpack(data) for data in (masks.rows, masks.kinds, masks.counts, masks.places))
     width = words_for(vocab_size)
     values, bits = _words(masks.words), _words(masks.bits)
@@ -108,6 +119,18 @@ def read_masks(masks: Masks, rows: int, vocab_size: int) -> GivenMasks:
     ):
         raise ProtocolError(f"masks of step {masks.step} that do not fit {rows} rows of {vocab_size} tokens")
     return GivenMasks(index, width, kinds == EXCEPT, where, values, plain.nonzero()[0], bits.reshape(-1, width))
+
+
+def _read_shared(masks: Masks, rows: int, vocab_size: int, pages: MaskPages | None) -> GivenMasks:
+    index = unpack(masks.rows)
+    sent = masks.kinds or masks.counts or masks.places or masks.words or masks.bits
+    if pages is None or pages.width != words_for(vocab_size) or rows > pages.rows:
+        raise ProtocolError(f"masks of step {masks.step} in memory that is not shared, or too small for {rows} rows")
+    if sent or index.size != rows or (rows and not (index.min() >= ANYTHING and index.max() < rows)):
+        raise ProtocolError(f"masks of step {masks.step} that do not fit {rows} rows")
+    none, every = np.empty(0, np.intp), np.arange(rows)
+    words = pages.words(masks.step, rows)
+    return GivenMasks(index, pages.width, np.zeros(rows, np.bool_), none, words[:0, 0], every, words, shared=True)
 
 
 def _parts(rows: Counts) -> Iterator[Counts]:

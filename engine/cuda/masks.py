@@ -9,7 +9,7 @@ from torch import Tensor, device
 
 from treadle.engine.kernels.masks import mask_logits_fused, put_words_fused
 from treadle.engine.sampling.masks import LocalMasks
-from treadle.engine.sampling.upload import upload
+from treadle.engine.sampling.upload import upload, upload_pinned
 
 _LARGEST = (1 << 31) - 1
 
@@ -30,6 +30,10 @@ class DeviceMasks:
         The ranks wait for masks, and spread out on the host those of 256 rows are 4 MB, to be written twice.
         """
         given = masks.given
+        if given.shared:
+            places, index = upload(np.stack([masks.places, masks.index]).astype(np.int32), target)
+            words = upload_pinned(given.bits.view(np.int32), target)
+            return cls(places, index, words[:, masks.first : masks.end], masks.offset)
         if len(given.full) * given.width > _LARGEST:
             raise ValueError(f"{len(given.full)} masks of {given.width} words: the kernel counts up to {_LARGEST}")
         parts = (masks.places, masks.index, -given.full.astype(np.int32), given.where, given.values.view(np.int32))

@@ -18,10 +18,11 @@ from treadle.engine.runner import PromptScorer, Scored, StepOutcome, TakeMasks
 from treadle.engine.sampling.masks import LocalMasks, guided_places
 from treadle.engine.sampling.sampler import SampleOutput, Sampler, row_faults
 from treadle.engine.sampling.state import FILTERED, LISTS, LOGPROBS, MIN_TOKENS, PENALTIES, SamplingState
-from treadle.engine.sampling.upload import upload
+from treadle.engine.sampling.upload import pin, upload
 from treadle.engine.swap import BlockCopies
 from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
+from treadle.transport.mask_pages import MaskPages
 from treadle.transport.messages import Masks, StepPlan, TokenLogprobs
 
 from .graphs import Graphs
@@ -90,7 +91,7 @@ class PipelinedRunner(Protocol):
 class CudaRunner:
     """`StepRunner` and `PipelinedRunner`. Runs on a CPU too, without graphs, which is how its logic is tested.
 
-    program: what it runs, for tests.
+    program: what it runs, for tests. pages: where masks are that are not sent.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class CudaRunner:
         self._forwarded = [torch.cuda.Event(enable_timing=True) for _ in self._events]
         self._turn = 0
         self._open = 0
+        self.pages: MaskPages | None = None
+        self._pinned = not cuda
 
     def step(self, plan: StepPlan, take_masks: TakeMasks | None = None) -> StepOutcome:
         ticket = self.submit(plan)
@@ -175,7 +178,10 @@ class CudaRunner:
         if unsampled is None:
             raise ProtocolError(f"masks of step {masks.step}, which waits for none")
         model, vocab_size = self.program.model, self._rows.vocab_size
-        local = LocalMasks.of(masks, unsampled.places, model.vocab_start, model.vocab_local, vocab_size)
+        local = LocalMasks.of(masks, unsampled.places, model.vocab_start, model.vocab_local, vocab_size, self.pages)
+        if masks.shared and self.pages is not None and not self._pinned:
+            self._pinned = True
+            pin(self.pages.whole)
         self._sample(ticket, unsampled, local)
 
     def done(self, ticket: Ticket) -> bool:

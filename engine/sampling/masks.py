@@ -10,6 +10,7 @@ import torch
 
 from treadle.errors import ProtocolError
 from treadle.transport.codec import unpack
+from treadle.transport.mask_pages import MaskPages
 from treadle.transport.masks import ANYTHING, GivenMasks, read_masks
 from treadle.transport.messages import Masks, StepPlan
 
@@ -38,9 +39,18 @@ class LocalMasks:
     offset: int
 
     @classmethod
-    def of(cls, masks: Masks, places: Int64, vocab_start: int, vocab_local: int, vocab_size: int) -> LocalMasks:
-        """places: of all guided rows of the plan, in its order. Raises ProtocolError."""
-        given = read_masks(masks, len(places), vocab_size)
+    def of(
+        cls,
+        masks: Masks,
+        places: Int64,
+        vocab_start: int,
+        vocab_local: int,
+        vocab_size: int,
+        pages: MaskPages | None = None,
+    ) -> LocalMasks:
+        """places: of all guided rows of the plan, in its order. pages: where masks are that were not sent. Raises
+        ProtocolError."""
+        given = read_masks(masks, len(places), vocab_size, pages)
         bound = np.flatnonzero(given.rows != ANYTHING)
         first, end = vocab_start // 32, -(-(vocab_start + vocab_local) // 32)
         return cls(places[bound], given.rows[bound].astype(np.int64), given, first, end, vocab_start % 32)

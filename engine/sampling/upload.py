@@ -18,6 +18,21 @@ def upload(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tenso
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def pin(values: npt.NDArray[np.generic]) -> bool:
+    """Has the memory of these kept where it is, so that a GPU reads it itself, for as long as this process lives. False
+    where the driver refuses: then copies out of it wait, but are right."""
+    done: object = torch.cuda.cudart().cudaHostRegister(values.ctypes.data, values.nbytes, 0)
+    return int(done) == 0  # type: ignore[call-overload]
+
+
+def upload_pinned(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
+    """`upload` out of memory that was pinned and stays as it is until the copy is done. Other memory is copied."""
+    tensor = torch.from_numpy(values)
+    if device.type == "cpu":
+        return tensor
+    return tensor.to(device, non_blocking=True) if tensor.is_pinned() else upload(values, device)
+
+
 def upload_column(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:
     """[s] to [s, 1]."""
     return upload(values, device).unsqueeze(1)

@@ -183,8 +183,9 @@ class GuidedRequests:
         """Has the masks made for which all tokens are there. group: that has the steps."""
         if self._guide is None:
             return
+        pages = group.mask_pages if group is not None else None
         for due in core.masks_due():
-            self._guide.make_masks(due, partial(self._made, group))
+            self._guide.make_masks(due, pages, partial(self._made, group))
 
     def _made(self, group: EngineGroup | None, made: MadeMasks) -> None:
         """The step is on its way already, and its ranks wait for this."""

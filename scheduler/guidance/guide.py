@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from treadle.errors import InvalidParameter, Overloaded
 from treadle.scheduler.request import Request, Sequence
+from treadle.transport.mask_pages import MaskPages
 from treadle.transport.messages import Guided
 
 from .cache import GrammarCache, Key
@@ -115,8 +116,8 @@ class Guide:
     def forget(self, sequence: Sequence) -> None:
         self._rows.forget(sequence)
 
-    def make_masks(self, due: MasksDue, done: Callable[[MadeMasks], None]) -> None:
-        """Calls `done` on the loop, in the order of the calls.
+    def make_masks(self, due: MasksDue, pages: MaskPages | None, done: Callable[[MadeMasks], None]) -> None:
+        """Calls `done` on the loop, in the order of the calls. pages: of the group that is going to read them.
 
         The ranks wait for these masks. The thread that makes them and this loop have one lock of Python's: they would
         take turns, and what the loop does next helps nobody as much. So it waits until the library is at work.
@@ -124,16 +125,16 @@ class Guide:
         job, idle = self._rows.job(due), self._asked == self._made
         self._asked += 1
         self._begun.clear()
-        self._masks.submit(self._run, job, done)
+        self._masks.submit(self._run, job, pages, done)
         if idle:
             self._begun.wait(_HANDOVER_SECONDS)
 
-    def _run(self, job: MaskJob, done: Callable[[MadeMasks], None]) -> None:
+    def _run(self, job: MaskJob, pages: MaskPages | None, done: Callable[[MadeMasks], None]) -> None:
         matching = self._ready
         if matching is None:
             return  # nobody is guided before there is something to compile with
         try:
-            made = job.run(matching, self._memory, self._begun.set)
+            made = job.run(matching, self._memory, self._begun.set, pages)
         except BaseException as error:  # whatever a library does, the others of the step must not wait for ever
             logger.exception("masks of step %d", job.step)
             made = job.fail(matching, f"its grammar failed: {type(error).__name__}: {error}")

@@ -14,7 +14,8 @@ import numpy as np
 
 from treadle.errors import RequestFailed, Unsatisfiable
 from treadle.scheduler.request import Request, Sequence
-from treadle.transport.masks import Words, encode_masks, words_for
+from treadle.transport.mask_pages import MaskPages
+from treadle.transport.masks import Words, encode_masks, shared_masks, words_for
 from treadle.transport.messages import Masks
 
 from .matching import Advance, Grammar, Matcher, Matching
@@ -64,14 +65,19 @@ class MaskJob:
     size: int
     places: list[tuple[int, Sequence, _Place, list[int]]]
 
-    def run(self, matching: Matching, memory: MaskMemory, begun: Callable[[], None]) -> MadeMasks:
-        """begun: see `Matching.advance`."""
-        words = memory.take(self.size, words_for(matching.vocab_size))  # of free rows nobody reads them
+    def run(
+        self, matching: Matching, memory: MaskMemory, begun: Callable[[], None], pages: MaskPages | None = None
+    ) -> MadeMasks:
+        """begun: see `Matching.advance`. pages: that the ranks have, too; without them masks are sent."""
+        width = words_for(matching.vocab_size)
+        shared = pages is not None and pages.width == width and pages.rows >= self.size
+        # Of free rows nobody reads them.
+        words = pages.words(self.step, self.size) if pages is not None and shared else memory.take(self.size, width)
         free = np.ones(self.size, np.bool_)
         free[[row for row, *_ in self.places]] = False
         errors = matching.advance([_advance(*place) for place in self.places], words, begun)
         free[list(errors)] = True
-        masks = encode_masks(self.step, words, free)
+        masks = shared_masks(self.step, free) if shared else encode_masks(self.step, words, free)
         return MadeMasks(masks, [(sequence, errors[row]) for row, sequence, *_ in self.places if row in errors])
 
     def fail(self, matching: Matching, message: str) -> MadeMasks:

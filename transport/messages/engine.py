@@ -37,7 +37,8 @@ class Configure(Message, frozen=True, kw_only=True):
     there. gpu_memory_utilization: share of the device's memory that may be taken in all. attention_backend: "auto",
     "triton", "flashinfer", "torch". fused_linears: products of few rows through kernels that take the norm before them
     and the activation or the sum after them along. fused_sums: small sums over the ranks in one launch with the norm.
-    overlap_sums: one half of a large step's tokens is summed while the other half is computed.
+    overlap_sums: one half of a large step's tokens is summed while the other half is computed. mask_slots: steps whose
+    masks have room in shared memory, for `max_num_seqs` rows each; 0: they are sent. mask_words: of one mask there.
     """
 
     model: str
@@ -68,6 +69,8 @@ class Configure(Message, frozen=True, kw_only=True):
     overlap_sums: bool = True
     swap_blocks: int = 0
     swap_bytes: int = 0
+    mask_slots: int = 0
+    mask_words: int = 0
 
 
 class Loading(Message, frozen=True):
@@ -150,7 +153,8 @@ class Masks(Message, frozen=True):
     mask: `masks.ONLY` has zeros but for the words that are given, `masks.EXCEPT` ones but for these, `masks.BITS` is
     given whole. counts: how many words are given (0 for BITS). places: int32, which words they are, of all masks one
     after the other, ascending within each. words: uint32, the words themselves. bits: uint32, of all BITS masks one
-    after the other.
+    after the other. shared: there is one mask for each of the rows, in the memory that these processes share
+    (`mask_pages`), and nothing here but `rows`.
     """
 
     step: int
@@ -160,6 +164,7 @@ class Masks(Message, frozen=True):
     places: bytes
     words: bytes
     bits: bytes
+    shared: bool = False
 
 
 class RowFault(msgspec.Struct, array_like=True, frozen=True):
