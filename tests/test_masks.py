@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from treadle.engine.sampling.masks import LocalMasks, _mask_on_device, guided_places, mask_logits
 from treadle.errors import ProtocolError
+from treadle.scheduler.options import ServiceOptions
+from treadle.scheduler.setup import configure_message
 from treadle.transport.codec import pack, rank_codec
 from treadle.transport.mask_pages import MaskPages, make_pages
 from treadle.transport.masks import (
@@ -29,6 +32,7 @@ from treadle.transport.masks import (
 )
 from treadle.transport.messages import Masks, SamplingParams, StepPlan
 
+from .faultkit import FACTS
 from .guidekit import words_of
 from .samplingkit import Batch, cuts_of
 
@@ -191,6 +195,21 @@ def test_masks_in_memory_that_is_not_shared_are_refused(shared: tuple[MaskPages,
     for rows, vocab, pages in ((3, 320, None), (3, 400, shared[1]), (4, 320, shared[1])):
         with pytest.raises(ProtocolError, match="not shared"):
             read_masks(shared_masks(0, np.zeros(rows, bool)), rows, vocab, pages)
+
+
+@pytest.mark.parametrize(("device", "there", "slots"), [("cuda", True, 2), ("cuda", False, 0), ("cpu", True, 0)])
+def test_memory_is_shared_with_gpus_where_there_is_some(
+    monkeypatch: pytest.MonkeyPatch, device: str, there: bool, slots: int
+) -> None:
+    """A sandbox may refuse it: then masks are sent."""
+
+    def refuse(name: str, flags: int = 0) -> int:
+        raise PermissionError(1, "Operation not permitted")
+
+    if not there:
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    configure = configure_message(FACTS, ServiceOptions(device=device, pipeline_depth=2), Path("/nowhere"))
+    assert configure.mask_slots == slots and configure.mask_words == words_for(FACTS.vocab_size)
 
 
 @pytest.mark.parametrize(("start", "columns"), [(0, 320), (0, 100), (100, 97), (33, 1), (64, 0), (300, 20)])

@@ -19,31 +19,26 @@ import numpy.typing as npt
 
 
 def can_share() -> bool:
-    """Whether this system has such memory."""
-    return sys.platform == "linux"
+    """Whether this system has such memory, and lets us have some: a sandbox may not."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.memfd_create("treadle-masks"))
+    except OSError:
+        return False
+    return True
 
 
 class MaskPages:
-    """descriptor: of the file, which is not closed here. slots, rows, width: masks of so many steps, for each so many
-    rows, of so many words."""
+    """descriptor: of the file, which is not needed any more. slots, rows, width: masks of so many steps, for each so
+    many rows, of so many words. whole: uint32 [slots, rows, width]. Raises OSError, ValueError for a file too small."""
 
     def __init__(self, descriptor: int, slots: int, rows: int, width: int) -> None:
         self.slots = slots
         self.rows = rows
         self.width = width
-        self._descriptor = descriptor
-        self._words: npt.NDArray[np.uint32] | None = None
-
-    @property
-    def whole(self) -> npt.NDArray[np.uint32]:
-        """uint32 [slots, rows, width]. Raises OSError where it cannot be had."""
-        if self._words is None:
-            size = self.slots * self.rows * self.width * 4
-            if os.fstat(self._descriptor).st_size < size:
-                os.ftruncate(self._descriptor, size)
-            shape = (self.slots, self.rows, self.width)
-            self._words = np.frombuffer(mmap.mmap(self._descriptor, size), np.uint32).reshape(shape)
-        return self._words
+        memory = mmap.mmap(descriptor, _bytes(slots, rows, width))
+        self.whole: npt.NDArray[np.uint32] = np.frombuffer(memory, np.uint32).reshape(slots, rows, width)
 
     def words(self, step: int, rows: int) -> npt.NDArray[np.uint32]:
         """uint32 [rows, width] of this step, of any values at first."""
@@ -53,4 +48,13 @@ class MaskPages:
 def make_pages(slots: int, rows: int, width: int) -> tuple[int, MaskPages]:
     """A new file's descriptor, to be closed by the caller, and its pages. Raises OSError."""
     descriptor = os.memfd_create("treadle-masks", os.MFD_CLOEXEC)
-    return descriptor, MaskPages(descriptor, slots, rows, width)
+    try:
+        os.ftruncate(descriptor, _bytes(slots, rows, width))
+        return descriptor, MaskPages(descriptor, slots, rows, width)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _bytes(slots: int, rows: int, width: int) -> int:
+    return slots * rows * width * 4
