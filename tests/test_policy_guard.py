@@ -83,8 +83,10 @@ def test_a_method_that_raises_is_named(method: str) -> None:
     rig.drain()
     error = rig.core.policy_error
     assert isinstance(error, PolicyFailed)
+    place = f"test_policy_guard.py:{Raises._do.__code__.co_firstlineno + 2}"
     assert str(error) == (
-        f"policy 'raises': {method} raised RuntimeError: mine to fail; the step goes on first come, first served"
+        f"policy 'raises': {method} raised RuntimeError: mine to fail ({place}); the step goes on first come, first "
+        "served"
     )
     assert rig.core.stats().policy_errors == rig.core.policy_errors > 0
     policy.where = ""
@@ -92,6 +94,17 @@ def test_a_method_that_raises_is_named(method: str) -> None:
     rig.add("after", [1, 2], max_tokens=2)
     rig.drain()
     assert rig.core.policy_errors == errors, "a policy that has come to its senses is asked again"
+
+
+def test_a_policy_that_has_to_be_waited_for_is_refused() -> None:
+    class Tells(Policy):
+        name = "tells"
+
+        async def admitted(self, ticket: Ticket) -> None:  # type: ignore[override]
+            await asyncio.sleep(1)
+
+    with pytest.raises(ConfigError, match="policy 'tells': admitted is async"):
+        Rig(TIGHT, Tells())
 
 
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, SystemExit])
@@ -107,7 +120,7 @@ def test_what_is_no_exception_goes_no_further_either(kind: type[BaseException]) 
     rig = Rig(TIGHT, Stops())
     with ThreadPoolExecutor(1) as threads:
         threads.submit(rig.add, "a", [1, 2], max_tokens=2).result(timeout=30)
-    said = f"policy 'stops': key raised {kind.__name__}: of mine in two lines; the step"
+    said = f"policy 'stops': key raised {kind.__name__}: of mine in two lines (test_policy_guard.py:"
     assert str(rig.core.policy_error).startswith(said)
     rig.drain()
     if kind is KeyboardInterrupt:

@@ -162,6 +162,25 @@ def test_sizes_that_no_memory_holds_are_refused_in_one_line(
     assert error.startswith("treadle: ConfigError: ") and says in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--trace x --rate 2 --prefix-tokens 0", "--rate, --prefix-tokens: of --lengths; --trace says itself"),
+        ("--event-log x --seed 1", "--seed: of --lengths; --event-log says itself"),
+        ("--lengths x --rate 1 --requests 2 --json missing/a.json", "missing/a.json: missing is not a directory"),
+        ("--lengths x --rate 1 --requests 2 --save-costs .", ". is a directory; allowed is a file's name"),
+    ],
+)
+def test_options_that_can_do_nothing_are_refused_before_the_work(
+    flags: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("treadle.simulating.simulate", lambda *_: pytest.fail("it was simulated"))
+    (tmp_path / "x").write_text("[1, 1]\n")
+    assert run(["simulate", *flags.split()]) == 2
+    assert says in capsys.readouterr().err
+
+
 def test_a_simulating_process_that_gets_no_memory_says_so_too(tmp_path: Path) -> None:
     """Each of the two sizes is allowed, and together they are 4 TiB of rows."""
     (tmp_path / "x").write_text("[1, 1]\n")
@@ -268,7 +287,7 @@ def test_the_command_says_that_the_policy_failed(
 
     monkeypatch.setattr("treadle.simulating.simulate", with_own)
     assert run(command) == 0
-    said = "the policy failed 2 times; the last: policy 'fails': key raised RuntimeError: mine to fail"
+    said = "the policy failed 2 times, the last: policy 'fails': key raised RuntimeError: mine to fail"
     assert said in capsys.readouterr().err
 
 

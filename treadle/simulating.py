@@ -49,13 +49,14 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
     work.add_argument("--trace", type=Path, metavar="FILE", help="JSON lines: arrival, input, output, tenant, prefix …")
     work.add_argument("--lengths", type=Path, metavar="FILE", help="JSON lines [input, output]; arrivals at random")
     work.add_argument("--event-log", type=Path, metavar="FILE", help="the requests that a service recorded")
-    work.add_argument("--rate", type=float, metavar="FLOAT", help="requests per second, for --lengths")
-    work.add_argument("--cv", type=float, default=1.0, metavar="FLOAT", help=_CV)
-    work.add_argument("--seconds", type=float, default=0.0, metavar="FLOAT", help="of arrivals, for --lengths")
-    work.add_argument("--requests", type=int, default=0, metavar="INT", help="at most so many, for --lengths")
-    work.add_argument("--seed", type=int, default=0, metavar="INT", help="of the arrivals (default %(default)s)")
-    work.add_argument("--prefixes", type=int, default=0, metavar="INT", help="groups that share a beginning")
-    work.add_argument("--prefix-tokens", type=int, default=0, metavar="INT", help="tokens of that beginning")
+    drawn = parser.add_argument_group("how --lengths come")
+    drawn.add_argument("--rate", type=float, metavar="FLOAT", help="requests per second")
+    drawn.add_argument("--cv", type=float, metavar="FLOAT", help=_CV)
+    drawn.add_argument("--seconds", type=float, metavar="FLOAT", help="of arrivals")
+    drawn.add_argument("--requests", type=int, metavar="INT", help="at most so many")
+    drawn.add_argument("--seed", type=int, metavar="INT", help="of the arrivals (default 0)")
+    drawn.add_argument("--prefixes", type=int, metavar="INT", help="groups that share a beginning")
+    drawn.add_argument("--prefix-tokens", type=int, metavar="INT", help="tokens of that beginning")
     engine = parser.add_argument_group("who serves it")
     engine.add_argument("--costs", metavar="NAME", help=f"{', '.join(PRESETS)}, or a JSON file (default {_COSTS})")
     engine.add_argument("--costs-from", type=Path, metavar="FILE", help="learn the costs from this event log")
@@ -75,7 +76,8 @@ def add_simulate_options(parser: argparse.ArgumentParser) -> None:
 
 
 _RULES = f"which replica gets a request: {', '.join(ROUTING)} (default %(default)s)"
-_CV = "how bursty: deviation of the gaps over their mean, 1 is Poisson, 0 regular (default %(default)s)"
+_CV = "how bursty: deviation of the gaps over their mean, 1 is Poisson, 0 regular (default 1)"
+_DRAWN = ("rate", "cv", "seconds", "requests", "seed", "prefixes", "prefix_tokens")
 _COSTS = next(iter(PRESETS))
 
 
@@ -90,6 +92,9 @@ def run_simulate(options: argparse.Namespace) -> int:
 def _simulate(options: argparse.Namespace) -> int:
     if options.plots is not None:
         check_plots(options.plots)
+    for path in (options.json, options.save_costs):
+        if path is not None:
+            _check_target(path)
     workload = _workload(options)
     goals = Goals(options.goal_ttft, options.goal_tpot)
     config = _core_config(options)
@@ -109,7 +114,9 @@ def _simulate(options: argparse.Namespace) -> int:
     report = build_report(fleet, workload, parts, goals)
     progress.done(report["seconds"], sum(part.result.steps for part in parts))
     if errors := [part.result.policy_error for part in parts if part.result.policy_error]:
-        print(f"treadle: the policy failed {report['policy_errors']} times; the last: {errors[-1]}", file=sys.stderr)
+        count = report["policy_errors"]
+        times = "once" if count == 1 else f"{count} times, the last"
+        print(f"treadle: the policy failed {times}: {errors[-1]}", file=sys.stderr)
     if options.json is not None:
         _write(options.json, _json(report))
     else:
@@ -124,22 +131,17 @@ def _workload(options: argparse.Namespace) -> Workload:
     given = [name for name in ("trace", "lengths", "event_log") if vars(options)[name] is not None]
     if len(given) != 1:
         raise ConfigError("say what comes with one of --trace, --lengths, --event-log")
+    drawn = {name: vars(options)[name] for name in _DRAWN if vars(options)[name] is not None}
+    if options.lengths is None and drawn:
+        flags = ", ".join(flag(name) for name in drawn)
+        raise ConfigError(f"{flags}: of --lengths; {flag(given[0])} says itself what comes and when")
     if options.trace is not None:
         return read_trace(options.trace)
     if options.event_log is not None:
         return read_event_log(_existing(options.event_log), _tell_cut_off(options.event_log))
     if options.rate is None:
         raise ConfigError("--lengths says nothing of arrivals: give their --rate")
-    process = Process(
-        rate=options.rate,
-        cv=options.cv,
-        seconds=options.seconds,
-        requests=options.requests,
-        seed=options.seed,
-        prefixes=options.prefixes,
-        prefix_tokens=options.prefix_tokens,
-    )
-    return draw_workload(read_lengths(options.lengths), process)
+    return draw_workload(read_lengths(options.lengths), Process(**drawn))
 
 
 def _step_costs(options: argparse.Namespace) -> StepCosts:
@@ -166,6 +168,14 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise ConfigError(f"{path} is not a file")
     return path
+
+
+def _check_target(path: Path) -> None:
+    """Before the work, which may take an hour. Raises ConfigError where a file cannot be written at its end."""
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory; allowed is a file's name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: {path.parent} is not a directory")
 
 
 def _json(report: dict[str, Any]) -> bytes:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+import traceback
 from collections.abc import Callable
 from math import inf
 from threading import current_thread, main_thread
@@ -15,6 +18,8 @@ from .interface import Policy, Ticket, View
 Answer = TypeVar("Answer")
 MOST_WINDOW = 256
 _MOST_NAME = 64
+_OUR_FRAMES = 2
+"""Between a call of a policy and where it was asked."""
 
 
 class Guard:
@@ -104,7 +109,7 @@ class Guard:
         except BaseException as error:  # a stranger's code
             if isinstance(error, KeyboardInterrupt) and current_thread() is main_thread():
                 raise  # somebody's Ctrl-C: it comes to this thread alone
-            problem = f"raised {type(error).__name__}: {_show(error)}"
+            problem = f"raised {type(error).__name__}: {_show(error)}{_place(error)}"
         self.broken = True
         self.errors += 1
         self.error = PolicyFailed(
@@ -123,9 +128,21 @@ def _check(policy: object) -> tuple[str, int]:
     name, window = policy.name, policy.window
     if type(name) is not str or not 0 < len(name) <= _MOST_NAME:
         raise ConfigError(f"policy {_show(policy)}: its name must be text of 1 to {_MOST_NAME} characters")
+    for kind in type(policy).__mro__:
+        for method, value in vars(kind).items():
+            if method in vars(Policy) and inspect.iscoroutinefunction(value):
+                raise ConfigError(f"policy {name!r}: {method} is async; allowed is a plain method, for no step waits")
     if type(window) is not int or not 1 <= window <= MOST_WINDOW:
         raise ConfigError(f"policy {name!r}: window={_show(window)}: allowed is 1 to {MOST_WINDOW}")
     return name, window
+
+
+def _place(error: BaseException) -> str:
+    """Where the policy raised it: a message alone rarely says which line is wrong."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if len(frames) <= _OUR_FRAMES:
+        return ""
+    return f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
 
 
 def _is_number(answer: object) -> bool:
