@@ -20,5 +20,10 @@ NO, YES = constant(False), constant(True)
 
 
 def all_of(flags: npt.NDArray[np.bool_]) -> bool:
-    """Whether all are set, of at least one. Several times as fast as `flags.all()` where arrays are small."""
-    return flags.item(flags.argmin())
+    """Whether all are set. Many times as fast as `flags.all()` where arrays are small."""
+    return b"\0" not in flags.tobytes()
+
+
+def any_of(flags: npt.NDArray[np.bool_]) -> bool:
+    """Whether one is set, as `flags.any()`."""
+    return b"\1" in flags.tobytes()

@@ -52,6 +52,7 @@ class BlockPool:
         self._on_withdraw = on_withdraw or on_evict
         self._queue: Blocks = np.zeros(2 * num_blocks + _SLACK, np.int64)
         self._positions = np.arange(self._queue.size)
+        self._once = np.ones(num_blocks, np.int64).tobytes()
         self.clear()
 
     def clear(self) -> None:
@@ -82,11 +83,13 @@ class BlockPool:
             self._blanks = end - count
         elif missing > self.cached:
             return None
+        elif end:
+            taken = np.empty(count, np.int64)  # quicker than `np.concatenate`
+            taken[:missing] = self._evict(missing)[::-1]
+            taken[missing:] = self._blank[:end][::-1]
+            self._blanks = 0
         else:
             taken = self._evict(missing)[::-1].copy()
-            if end:
-                taken = np.concatenate((taken, self._blank[:end][::-1]))
-                self._blanks = 0
         self.refs[taken] = _ONE
         return taken
 
@@ -106,22 +109,27 @@ class BlockPool:
         """
         if not blocks.size:
             return
-        left = self.refs[blocks] - _ONE
-        self.refs[blocks] = left
-        if left.item(left.argmax()):
-            blocks = blocks[left == _NONE]
+        counts = self.refs[blocks]
+        if counts.tobytes() == self._once[: counts.nbytes]:  # nearly always: shared with nobody
+            self.refs[blocks] = _NONE
+        else:
+            self.refs[blocks] = counts - _ONE
+            blocks = blocks[counts == _ONE]
             if not blocks.size:
                 return
         free = blocks[::-1]
         kept = self.published[free]
-        first = int(kept.argmax())
-        if all_of(kept[first:]):  # nearly always: unpublished are only the last ones of a table
-            blank, cached = free[:first], free[first:]
+        flags = kept.tobytes()  # bytes are searched faster than small arrays
+        first = flags.find(1)
+        if first < 0:
+            self._make_blank(free)
+        elif flags.find(0, first) < 0:  # nearly always: unpublished are only the last ones of a table
+            if first:
+                self._make_blank(free[:first])
+            self._enqueue(free[first:])
         else:
-            blank, cached = free[~kept], free[kept]
-        if blank.size:
-            self._make_blank(blank)
-        self._enqueue(cached)
+            self._make_blank(free[~kept])
+            self._enqueue(free[kept])
 
     def withdraw(self, blocks: Blocks) -> None:
         """Their content is not to be served again. Owners keep them; idle ones become blank."""
@@ -150,9 +158,10 @@ class BlockPool:
 
     def _evict(self, count: int) -> Blocks:
         """Gives up the content of so many cached blocks, which are the caller's then."""
-        blocks = self._queue[self._head : self._head + count]
-        if self._head + count <= self._tail and all_of(self._named_last(self._head, self._head + count)):
-            self._head += count  # nearly always: nobody has come back for any of them
+        start, end = self._head, self._head + count
+        if self._tail - start == self.cached or (end <= self._tail and all_of(self._named_last(start, end))):
+            blocks = self._queue[start:end]  # nearly always: nobody has come back for any of them
+            self._head = end
         else:
             blocks = self._oldest(count)
         self._on_evict(blocks)

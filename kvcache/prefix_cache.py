@@ -33,6 +33,7 @@ is closed there is nothing any more; what hangs there is not published.
 """
 
 NO_BLOCKS: Blocks = np.zeros(0, np.int64)
+_INT64 = np.dtype(np.int64)
 
 
 class Writers(Protocol):
@@ -62,6 +63,7 @@ class PrefixCache:
         self._device = num_blocks
         self._first: Home = {}
         self._runs: npt.NDArray[np.object_] = np.full(num_blocks + host_blocks, None, np.object_)
+        self._one_run: npt.NDArray[np.object_] = np.empty((), np.object_)  # numpy need not find out what it is
         self._depths = np.zeros(num_blocks + host_blocks, np.int64)
         self._counted = np.arange(num_blocks + host_blocks, dtype=np.int64)
         self._wanted: set[int] = set()
@@ -105,7 +107,7 @@ class PrefixCache:
             if equal < size or depth == max_blocks or not run.after:
                 break
             run = run.after.get(tokens[depth * width : (depth + 1) * width])
-        return np.frombuffer(blocks, np.int64) if blocks else NO_BLOCKS, parent
+        return np.frombuffer(blocks, _INT64) if blocks else NO_BLOCKS, parent
 
     def publish(self, parent: Parent, tokens: bytes, blocks: Blocks) -> Parent:
         """Makes consecutive full blocks findable below `parent`; returns the parent for what follows.
@@ -115,9 +117,8 @@ class PrefixCache:
         published one, so that equal texts meet again in one path. Where the published one is in host memory, the
         caller's takes its place. Below a parent that has been evicted all remain private.
         """
-        width, count = self._width, blocks.size
-        run, depth = self._resolve(parent)
-        done = 0
+        width, count, done = self._width, blocks.size, 0
+        run, depth = (None, 0) if isinstance(parent, str) else self._resolve(*parent)
         while done < count:
             if run is not None and run.writer != NOBODY:
                 self._catch_up(run)
@@ -181,10 +182,11 @@ class PrefixCache:
             self._catch_up(place[0])
 
     def _catch_up(self, run: Run) -> None:
-        if self.writers is None:
+        writers = self.writers
+        if writers is None:
             return
-        tokens, blocks = self.writers.filled(run.writer, run.end)
-        if blocks.size:
+        tokens, blocks = writers.filled(run.writer, run.end)
+        if tokens:
             self._lengthen(run, tokens, blocks)
 
     def _dismiss(self, run: Run) -> None:
@@ -295,14 +297,12 @@ class PrefixCache:
         """Of a published one."""
         run: Run | None = self._runs[block]
         if run is None:
-            raise CoreInvariantError(f"block {block} is published and in no run")
+            raise _in_no_run(block)
         return run
 
-    def _resolve(self, parent: Parent) -> tuple[Run | None, int]:
-        """The run in which a place is, and how many blocks are before it; None for the beginning of sequences."""
-        if isinstance(parent, str):
-            return None, 0
-        run, depth = parent
+    @staticmethod
+    def _resolve(run: Run, depth: int) -> tuple[Run, int]:
+        """The run in which a place is, and how many blocks are before it."""
         while depth <= run.start and run.before is not None:
             run = run.before
         return run, depth
@@ -329,7 +329,8 @@ class PrefixCache:
 
     def _note(self, run: Run, start: int, blocks: Blocks) -> None:
         """These blocks are in the run now, the first of them behind `start` others."""
-        self._runs[blocks] = run
+        self._one_run[()] = run
+        self._runs[blocks] = self._one_run
         self._depths[blocks] = self._counted[start : start + blocks.size]
         self.pool.published[blocks] = YES
 
@@ -341,9 +342,11 @@ class PrefixCache:
     def _forget(self, blocks: Blocks) -> None:
         """Takes them out of the trie. Nearly always they are the ends of runs, from the last block on."""
         gone, at = array("q", blocks.tobytes()), 0
-        size, width = len(gone), self._width
+        size, width, runs = len(gone), self._width, self._runs
         while at < size:
-            run = self._run_of(gone[at])
+            run: Run | None = runs[gone[at]]
+            if run is None:
+                raise _in_no_run(gone[at])
             if run.writer != NOBODY:
                 self._dismiss(run)
             count = min(len(run.blocks), size - at)
@@ -398,6 +401,10 @@ class PrefixCache:
         require(run.key == key and run.home.get(run.key) is run, "a run is found by other tokens than its own")
         require(all(run is self._runs[block] for block in run.blocks), "a block is in two runs")
         require(self._depths[run.blocks].tolist() == [*range(run.start, run.end)], "a block is at another depth")
+
+
+def _in_no_run(block: int) -> CoreInvariantError:
+    return CoreInvariantError(f"block {block} is published and in no run")
 
 
 def _ending(blocks: array[int], gone: array[int], at: int) -> int:
