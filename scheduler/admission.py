@@ -61,14 +61,15 @@ class Admission:
                 self._rates.popitem(last=False)
 
     def _check(self, submit: Submit, in_use: Container[str]) -> int:
-        tokens, config = unpack(submit.tokens), self._config
+        tokens, params, config = unpack(submit.tokens), submit.params, self._config
+        length = tokens.size
         if submit.id in in_use:
             raise InvalidRequest(f"a request with the id {submit.id!r} is running; ids must be unique")
-        if not tokens.size:
+        if not length:
             raise InvalidRequest("the prompt is empty; it must have at least one token")
-        if tokens.size >= self._capacity:
+        if length >= self._capacity:
             raise PromptTooLong(
-                f"the prompt has {tokens.size} tokens; at most {self._capacity - 1} are allowed, "
+                f"the prompt has {length} tokens; at most {self._capacity - 1} are allowed, "
                 f"so that one token of output fits into {self._capacity}"
             )
         ids = tokens.view(np.uint32)  # a negative id is a very great unsigned one
@@ -78,14 +79,14 @@ class Admission:
                 f"prompt token {int(tokens[where])} at position {where}: ids must be in [0, {config.vocab_size})"
             )
         for output in submit.outputs:
-            self._check_output(unpack(output), tokens.size, submit.params)
-        if submit.params.n < 1:
-            raise InvalidParameter(f"n={submit.params.n}: it must be at least 1")
+            self._check_output(unpack(output), length, params)
+        if params.n < 1:
+            raise InvalidParameter(f"n={params.n}: it must be at least 1")
         if not abs(submit.priority) <= MAX_PRIORITY:
             raise InvalidParameter(f"priority={submit.priority}: it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
         if not submit.timeout >= 0:
             raise InvalidParameter(f"timeout={submit.timeout}: it must be a number of seconds, 0 for none")
-        return tokens.size
+        return length
 
     def _check_output(self, output: Int32, prompt_len: int, params: SamplingParams) -> None:
         """What a client has already, from before a server was lost."""
@@ -106,18 +107,18 @@ class Admission:
         Under bounds in requests those do not count for whom a row is free now; under bounds in tokens they do. Whoever
         comes later may go first and take these rows.
         """
-        config, count = self._config, submit.params.n
-        if not len(waiting) and (room or config.max_waiting_requests):
+        config, count, waits = self._config, submit.params.n, waiting.count
+        if not waits and (room or config.max_waiting_requests):
             return
         most, most_tokens, tokens = config.max_waiting_requests, config.max_waiting_tokens, count * length
-        if len(waiting) + count > most + room or waiting.tokens + tokens > most_tokens:
-            everybody = Load(len(waiting), waiting.tokens)
+        if waits + count > most + room or waiting.tokens + tokens > most_tokens:
+            everybody = Load(waits, waiting.tokens)
             self._check_bounds("", everybody, Load(count, tokens), most, most_tokens, room, self._rate, now)
         own = waiting.tenants.get(submit.tenant) if self._by_tenant else None
         if own is not None:
             whose, rate = f" of tenant {submit.tenant!r}", self._rates.get(submit.tenant, self._rate)
             own_most, own_tokens = config.max_tenant_requests, config.max_tenant_tokens
-            left = max(0, room - (len(waiting) - own.requests))  # whoever else waits may get the others
+            left = max(0, room - (waits - own.requests))  # whoever else waits may get the others
             self._check_bounds(whose, own, Load(count, tokens), own_most, own_tokens, left, rate, now)
 
     def _check_bounds(
@@ -150,7 +151,7 @@ class Admission:
         )
 
     def _make(self, submit: Submit, length: int, now: float) -> Request:
-        params = submit.params
+        params, count = submit.params, submit.params.n
         stop_ids = self._stop_ids(params)
         request = Request(
             submit.id,
@@ -162,11 +163,11 @@ class Admission:
             stop_ids,
             pack(sorted(stop_ids)) if params.min_tokens > 0 else b"",
             now + submit.timeout if submit.timeout and isfinite(submit.timeout) else None,
-            unfinished=params.n,
+            unfinished=count,
             tenant=submit.tenant,
         )
         seed = self._draw_seed() if params.seed is None else params.seed
-        for index in range(params.n):
+        for index in range(count):
             ticket = self._ticket(request, submit, index, now)
             sequence = Sequence(request, index, derive_seed(seed, index), ticket.number, submit.tokens, ticket)
             request.sequences.append(sequence)

@@ -122,11 +122,14 @@ class Core:
     def expire(self, now: float) -> list[Output]:
         """Ends requests whose deadline has passed or cannot be met any more, and hands out what `plan` found so."""
         outputs, self._unsaid = self._unsaid, []
-        for sequence in self._waiting.too_late(now) if self._guard.has_latest_start else ():
-            error = _unreachable(sequence.request, now)
-            failed = Output(sequence, error_code=DeadlineUnreachable.code, error=error)
-            outputs.append(self._unfinished.end(failed, "error", now))
-        outputs += self._unfinished.end_overdue(now)
+        if self._guard.has_latest_start:
+            for sequence in self._waiting.too_late(now):
+                error = _unreachable(sequence.request, now)
+                failed = Output(sequence, error_code=DeadlineUnreachable.code, error=error)
+                outputs.append(self._unfinished.end(failed, "error", now))
+        deadline = self._unfinished.first_deadline
+        if deadline is not None and deadline <= now:
+            outputs += self._unfinished.end_overdue(now)
         return outputs
 
     def next_deadline(self) -> float | None:
@@ -240,6 +243,15 @@ class Core:
         """The last time that it did."""
         return self._guard.error
 
+    @property
+    def generated_tokens(self) -> int:
+        """That were committed."""
+        return self._results.generated
+
+    @property
+    def preemptions(self) -> int:
+        return self._planner.preemptions
+
     def stats(self) -> Stats:
         pool, host = self._running.cache.pool, self._running.cache.host
         return Stats(
@@ -247,12 +259,12 @@ class Core:
             running=self._running.rows.count,
             waiting=len(self._waiting),
             finished=self._unfinished.finished,
-            preemptions=self._planner.preemptions,
+            preemptions=self.preemptions,
             recoveries=self._recoveries,
             refused=self._admission.refused,
             prompt_tokens=self._running.prompt_tokens,
             cached_prompt_tokens=self._running.cached_prompt_tokens,
-            generated_tokens=self._results.generated,
+            generated_tokens=self.generated_tokens,
             blocks_total=pool.total,
             blocks_used=pool.used,
             blocks_cached=pool.cached,

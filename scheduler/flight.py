@@ -13,7 +13,7 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     rows, admissions: of all rows of the step, in plan order. A row whose admission is another one by then has ended
     or was preempted meanwhile. sampling: indices of those that sample, None for all. shape: what it costs by.
-    rising: the rows are in rising order.
+    at: the same rows, as a slice where they have no gap (`span`).
     """
 
     step: int
@@ -21,7 +21,7 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     admissions: Int64
     sampling: Rows1D | None
     shape: StepShape
-    rising: bool
+    at: Rows1D | slice
 
     @property
     def samples(self) -> int:

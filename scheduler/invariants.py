@@ -59,6 +59,7 @@ def _check_places(running: Running, waiting: Waiting, requests: Mapping[str, Req
     require(np.flatnonzero(rows.guided).tolist() == sorted(guided), "a row waits for masks, or not, and should not")
     require(rows.guided_count == len(guided), "guided rows are miscounted")
     require(sorted(taken + rows.free) == list(range(len(rows.owner))), "a row is lost, or free and taken at once")
+    require(rows.count == len(taken), "rows in use are miscounted")
 
 
 def _check_order(running: Running, waiting: Waiting) -> None:

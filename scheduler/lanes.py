@@ -48,7 +48,7 @@ class Lanes:
         lane = sequence.lane
         queue = self._queues[lane]
         queue.remove((sequence.key, sequence.order))
-        if len(queue) or not self._guard.has_lanes:
+        if not self._guard.has_lanes or len(queue):
             return
         del self._queues[lane]
         if lane in self._new:

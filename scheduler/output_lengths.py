@@ -40,7 +40,7 @@ class OutputLengths:
         self._class = _classes(np.arange(max_len + 1))
         self._counts: Floats = np.zeros((_TENANTS, int(self._class[-1]) + 1))
         self._slots: OrderedDict[str, int] = OrderedDict()
-        self._add(OVERALL, min(_FIRST_GUESS, max_len))
+        self._counts[OVERALL, self._class[min(_FIRST_GUESS, max_len)]] = 1.0
 
     def slot(self, tenant: str) -> int:
         return self._slots.get(tenant, OVERALL)
@@ -51,8 +51,7 @@ class OutputLengths:
         if slot is None:
             slot = self._new_slot(tenant)
         self._slots.move_to_end(tenant)
-        for number in (OVERALL, slot):
-            self._add(number, length)
+        self._add(slot, length)
 
     def outlook(self, slots: Slots, lengths: Ints) -> Outlook:
         """What can be expected, given that outputs of these lengths are still going on.
@@ -73,9 +72,11 @@ class OutputLengths:
         return Outlook(kinds, reach, self._class, self._max_len)
 
     def _add(self, slot: int, length: int) -> None:
-        counts = self._counts[slot]
-        counts *= _KEPT
-        counts[self._class.item(length)] += 1
+        both = self._counts[OVERALL : slot + 1 : slot]  # the tenant's, and those of everybody
+        both *= _KEPT
+        place = self._class.item(length)
+        both[0, place] += 1
+        both[1, place] += 1
 
     def _new_slot(self, tenant: str) -> int:
         if len(self._slots) < _TENANTS - 1:

@@ -42,8 +42,10 @@ class _Batch:
 
     def __init__(self, budget: int, decode: Rows1D, context: int, host: HostTier) -> None:
         self._host = host
-        self.left = budget - decode.size
         self.decode = decode
+        self.decodes = decode.size
+        self.at = span(decode) if self.decodes else decode
+        self.left = budget - self.decodes
         self._context = context
         self._pairs = 0
         self._chunk_tokens = 0
@@ -54,7 +56,7 @@ class _Batch:
 
     def add_chunk(self, row: int, count: int, end: int, samples: bool) -> None:
         if samples:
-            self.samples.append(self.decode.size + len(self.chunk_rows))
+            self.samples.append(self.decodes + len(self.chunk_rows))
         self.chunk_rows.append(row)
         self.chunk_counts.append(count)
         self.left -= count
@@ -63,12 +65,12 @@ class _Batch:
 
     def shape(self) -> StepShape:
         copies = self._host.pending if self._host.total else ()
-        return StepShape(self._chunk_tokens, self.decode.size, self._context, self._pairs, *copies)
+        return StepShape(self._chunk_tokens, self.decodes, self._context, self._pairs, *copies)
 
     def rows(self) -> Rows1D:
         if not self.chunk_rows:
             return self.decode
-        decodes = self.decode.size
+        decodes = self.decodes
         if not decodes:
             return np.array(self.chunk_rows, np.intp)
         rows = np.empty(decodes + len(self.chunk_rows), np.intp)  # twice as fast as `np.concatenate`
@@ -76,9 +78,11 @@ class _Batch:
         rows[decodes:] = self.chunk_rows
         return rows
 
-    def packed_rows(self, rows: Rows1D) -> bytes:
-        """`rows()` for the wire; a list is packed faster than an array."""
-        return pack(rows if self.decode.size else self.chunk_rows)
+    def packed_rows(self, numbers: bytes) -> bytes:
+        """`rows()` for the wire. numbers: those of all rows that there are, packed: slicing takes no time."""
+        at = self.at
+        decode = numbers[4 * at.start : 4 * at.stop] if isinstance(at, slice) else pack(at)
+        return decode + pack(self.chunk_rows) if self.chunk_rows else decode
 
     def counts(self) -> bytes:
         return pack(self.chunk_counts) if self.chunk_counts else b""
@@ -86,7 +90,7 @@ class _Batch:
     def sampling(self) -> Rows1D | None:
         if len(self.samples) == len(self.chunk_rows):
             return None
-        return np.concatenate((np.arange(self.decode.size), np.array(self.samples, np.intp)))
+        return np.concatenate((np.arange(self.decodes), np.array(self.samples, np.intp)))
 
 
 class Planner:
@@ -102,6 +106,7 @@ class Planner:
         self._guard = guard
         self._pace = Pace(config.target_tpot, costs, config.block_size)
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
+        self._numbers = pack(np.arange(config.max_num_seqs))
         self.trials = Trials()
         self.preemptions = 0
         self.blocked: Sequence | None = None
@@ -114,7 +119,8 @@ class Planner:
         if first is not None and first.row == NO_ROW and not first.finish:
             return 0
         running = self._running
-        return min(len(running.rows.free), max(0, running.cache.pool.available - running.reservation.spare))
+        free = len(running.rows.free)
+        return min(free, max(0, running.cache.pool.available - running.reservation.spare)) if free else 0
 
     def compose(self, step: int, now: float) -> tuple[StepPlan, Flight] | None:
         """The next step, already entered into the rows as planned; None when nothing can run.
@@ -123,17 +129,20 @@ class Planner:
         """
         preemptions, self.blocked = self.preemptions, None
         self._guard.broken = False
-        self._running.swapping.begin()
-        arrays = self._running.rows
+        running = self._running
+        running.swapping.begin()
+        arrays = running.rows
         needs = arrays.frontier - arrays.computed if arrays.count else _NO_NEEDS
         decode, growing, context = self._decode(needs, now)
-        blocks = self._running.grow(growing)
-        arrays.advance(decode)
+        blocks = running.grow(growing)
         batch = _Batch(self._budget, decode, context, self._host)
-        if preemptions != self.preemptions:
+        if batch.decodes:
+            arrays.advance(batch.at)
+        preempted = preemptions != self.preemptions
+        if preempted:
             needs = arrays.frontier - arrays.computed
         prefills = (needs > ONE).nonzero()[0] if needs.size and needs.item(needs.argmax()) > 1 else _NO_ROWS
-        admits = bool(arrays.free) and preemptions == self.preemptions and len(self._waiting) > 0
+        admits = bool(arrays.free) and not preempted and self._waiting.count > 0
         if prefills.size or admits:
             self._limit(batch, now)
             if prefills.size:
@@ -145,21 +154,20 @@ class Planner:
             return None
         plan = StepPlan(
             step,
-            pack(self._running.released) if self._running.released else b"",
+            pack(running.released) if running.released else b"",
             batch.starts,
             pack(growing) if growing.size else b"",
             pack(blocks) if growing.size else b"",
-            batch.packed_rows(rows),
-            self._ones[: 4 * decode.size] + batch.counts(),
+            batch.packed_rows(self._numbers),
+            self._ones[: 4 * batch.decodes] + batch.counts(),
         )
-        self._running.released.clear()
-        flight = Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape(), not batch.chunk_rows)
-        return self._with_copies(plan), flight
+        running.released.clear()
+        at = rows if batch.chunk_rows else batch.at
+        flight = Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape(), at)
+        return (self._with_copies(plan) if self._host.total else plan), flight
 
     def _with_copies(self, plan: StepPlan) -> StepPlan:
         """The plan, with what it moves between device and host memory."""
-        if not self._host.total:
-            return plan
         out, back = self._host.take_copies()
         return msgspec.structs.replace(plan, copy_out=pack(out), copy_in=pack(back)) if out or back else plan
 
@@ -202,7 +210,7 @@ class Planner:
 
     def _room(self, batch: _Batch, start: int) -> int:
         """Tokens of a chunk that begins at this position, under the budget and the service level."""
-        if not (self._pace.bounds and batch.decode.size and batch.left):
+        if not (self._pace.bounds and batch.decodes and batch.left):
             return batch.left
         return min(batch.left, self._pace.room(batch.shape(), start))
 
@@ -227,23 +235,24 @@ class Planner:
         One with tokens still in flight has to see them first. Of those under which an engine died, one at a time
         begins, and who is accused of it before everybody and alone (`trials.py`).
         """
-        self._running.ledger.settle()
-        self._running.reservation.begin()
+        running, waiting = self._running, self._waiting
+        running.ledger.settle()
+        running.reservation.begin()
         accused = self.trials.accused()
         if accused is not None:
             self._try_alone(accused, batch)
             self.blocked = next((s for s in accused.sequences if s.row == NO_ROW and not s.finish), None)
             return
-        while self._running.rows.free and self._room(batch, 0):
-            sequence = self._waiting.first(now)
+        while running.rows.free and self._room(batch, 0):
+            sequence = waiting.first(now)
             if sequence is None:
                 return
             begins = not sequence.in_flight and self.trials.may_begin(sequence.request)
             if not (begins and self._start(sequence, batch)):
                 self.blocked = sequence
                 return
-        if self._running.rows.free and len(self._waiting):  # the budget of this step is used up
-            self.blocked = self._waiting.earliest(1)[0]
+        if running.rows.free and waiting.count:  # the budget of this step is used up
+            self.blocked = waiting.earliest(1)[0]
 
     def _start(self, sequence: Sequence, batch: _Batch) -> bool:
         """Whether there are blocks for it."""

@@ -169,6 +169,14 @@ class RecordedCore:
         return self._core.unfinished
 
     @property
+    def generated_tokens(self) -> int:
+        return self._core.generated_tokens
+
+    @property
+    def preemptions(self) -> int:
+        return self._core.preemptions
+
+    @property
     def policy_errors(self) -> int:
         return self._core.policy_errors
 
@@ -236,14 +244,14 @@ class OutputDigester:
         return self.of(Outputs(others=others))
 
     def of(self, outputs: Outputs) -> OutputDigest:
-        others = outputs.others
+        tokens, others = outputs.tokens, outputs.others
         if outputs.sequences != self._sequences:
             self._sequences = outputs.sequences
             self._digest = zlib.crc32(_encode(list(map(_order, outputs.sequences))))
         return OutputDigest(
-            len(outputs.tokens),
+            len(tokens),
             self._digest,
-            zlib.crc32(_encode(outputs.tokens)),
+            zlib.crc32(_encode(tokens)),
             sum(bool(output.finish) for output in others) if others else 0,
             _others_digest(others) if others else 0,
         )

@@ -7,6 +7,7 @@ from math import inf
 
 import msgspec
 
+from treadle.transport.codec import unpack
 from treadle.transport.messages import Row, SamplingParams, TokenLogprobs
 
 from .policies.interface import Ticket
@@ -133,13 +134,19 @@ class Output(msgspec.Struct, eq=False):
 class Outputs(msgspec.Struct, eq=False):
     """What a step brought to everybody: a sequence appears once, in one of the two forms.
 
-    sequences, tokens: parallel; each got this one token and goes on. This is the bulk, so it has no objects.
+    sequences, tokens: parallel; each got this one token and goes on. This is the bulk, so it has no objects. packed:
+    the tokens as int32 bytes, as the result had them; `tokens` makes them anew each time that it is asked.
     others: those that ended, or carry log-probabilities, or both.
     """
 
     sequences: list[Sequence] = []
-    tokens: list[int] = []
+    packed: bytes = b""
     others: list[Output] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        tokens: list[int] = unpack(self.packed).tolist()
+        return tokens
 
     @property
     def finished(self) -> list[Output]:

@@ -11,7 +11,7 @@ from treadle.kvcache.invariant import require
 
 from .config import CoreConfig
 from .output_lengths import Floats, Ints, Outlook, OutputLengths, Slots
-from .request import Sequence
+from .request import Request, Sequence
 from .rows import Rows
 
 _CAUTION = 1.0
@@ -46,7 +46,7 @@ class Reservation:
         self._watermark = int(config.watermark * (config.num_blocks - 1))
         self._rows = rows
         self._pool = pool
-        self._most = np.zeros(config.max_num_seqs, np.int64)
+        self._most = [0] * config.max_num_seqs
         self._most_sum = 0
         self._slot = np.zeros(config.max_num_seqs, np.intp)
         self._prompt = np.zeros(config.max_num_seqs, np.int64)
@@ -61,20 +61,20 @@ class Reservation:
 
         None when nothing runs: then any one sequence may take all.
         """
-        running = self._rows.count
-        return max(running, self._watermark) if running else 0
+        running, watermark = self._rows.count, self._watermark
+        return (running if running > watermark else watermark) if running else 0
 
-    def enter(self, row: int, sequence: Sequence) -> None:
-        """The row begins to be used."""
-        self._slot[row] = self.lengths.slot(sequence.request.tenant)
-        self._prompt[row] = sequence.request.prompt_len
-        most = -(-sequence.request.limit // self._block_size)
+    def enter(self, row: int, request: Request) -> None:
+        """The row begins to be used, by a sequence of this request."""
+        self._slot[row] = self.lengths.slot(request.tenant)
+        self._prompt[row] = request.prompt_len
+        most = -(-request.limit // self._block_size)
         self._most[row] = most
         self._most_sum += most
 
     def leave(self, row: int) -> None:
         """The row is given back."""
-        self._most_sum -= self._most.item(row)
+        self._most_sum -= self._most[row]
         self._most[row] = 0
 
     def check(self) -> None:
@@ -88,27 +88,32 @@ class Reservation:
         """A step begins to admit: what was reckoned in an earlier one holds no longer."""
         self._load = None
 
-    def allows(self, sequence: Sequence, blocks: int) -> bool:
-        """One more may run, that takes so many blocks out of what is available now. If so, it counts from now on."""
-        running = self._rows.count
-        if self._mode == "none" or not running or (running + 1) * self._row_blocks + blocks <= self._pool.available:
-            return True
-        return self._sum_fits(sequence, blocks) or (self._mode == "estimate" and self._peak_fits(sequence, blocks))
+    def allows(self, sequence: Sequence, known: int, blocks: int) -> bool:
+        """One more may run, that takes so many blocks out of what is available now. If so, it counts from now on.
 
-    def _sum_fits(self, sequence: Sequence, blocks: int) -> bool:
+        known: its tokens.
+        """
+        running = self._rows.count
+        if self._mode == "none" or not running or self._sum_fits(sequence.request.limit, known, blocks):
+            return True
+        if (running + 1) * self._row_blocks + blocks <= self._pool.available:
+            return True
+        return self._mode == "estimate" and self._peak_fits(sequence, known, blocks)
+
+    def _sum_fits(self, limit: int, known: int, blocks: int) -> bool:
         """Everybody may grow to the limit."""
         size = self._block_size
         growth = self._most_sum - self._rows.entries
-        own = -(-sequence.request.limit // size) - -(-sequence.known // size)
+        own = -(-limit // size) - -(-known // size)
         return blocks + own + growth + self._watermark <= self._pool.available
 
-    def _peak_fits(self, sequence: Sequence, blocks: int) -> bool:
+    def _peak_fits(self, sequence: Sequence, known: int, blocks: int) -> bool:
         slot = self.lengths.slot(sequence.request.tenant)
         load = self._load
         if load is None or slot not in load.outlook.kinds:
             load = self._load = self._running_load(slot)
         request = sequence.request
-        one = np.array([sequence.known], np.int64)
+        one = np.array([known], np.int64)
         mean, variance = self._expect(
             load.outlook, np.array([slot]), one, one - request.prompt_len, np.array([request.limit]), np.array([blocks])
         )

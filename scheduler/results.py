@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from treadle.errors import ProtocolError
@@ -13,7 +11,7 @@ from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 
 from .flight import Flight
 from .request import NO_ROW, Output, Outputs, Sequence
-from .rows import Int64, Rows1D, span
+from .rows import Int64, Rows1D
 from .running import Running
 from .unfinished import Unfinished
 from .waiting import Waiting
@@ -21,12 +19,8 @@ from .waiting import Waiting
 Details = dict[Sequence, Output]
 
 
-class Sampled(NamedTuple):
-    """What a step has sampled, in the order of its result: rows, the admissions that they had, token ids."""
-
-    rows: Rows1D
-    admissions: Int64
-    tokens: Int32
+Sampled = tuple[Rows1D, Int64, Int32]
+"""What a step has sampled, in the order of its result: rows, the admissions that they had, token ids."""
 
 
 class Results:
@@ -50,11 +44,11 @@ class Results:
             raise ProtocolError(f"step {result.step}: {tokens.size} tokens for {rows.size} rows that sample")
         ids = tokens.view(np.uint32)
         if not ids.size or ids.item(ids.argmax()) < self._vocab_size:
-            return Sampled(rows, admissions, tokens)
+            return rows, admissions, tokens
         outside = (ids >= self._vocab_size).nonzero()[0]
         if not {fault.row for fault in result.faults}.issuperset(rows[outside].tolist()):
             raise ProtocolError(f"step {result.step}: sampled ids outside [0, {self._vocab_size})")
-        return Sampled(rows, admissions, tokens)
+        return rows, admissions, tokens
 
     def commit(self, flight: Flight, result: StepResult, sampled: Sampled, outputs: Outputs, now: float) -> None:
         """Everybody gets what `read` gave, but for those who have ended meanwhile. Adds to `outputs`."""
@@ -62,9 +56,9 @@ class Results:
         for fault in result.faults:
             self._fail_row(flight, fault, outputs, now)
         details = self._details(flight, result.logprobs) if result.logprobs else {}
-        at = span(rows) if flight.rising else rows
+        at = flight.at if flight.sampling is None else rows
         live = self._running.rows.admission[at] == admissions
-        if rows.size and not all_of(live):
+        if not all_of(live):
             self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
             at = rows = rows[live]
             tokens = tokens[live]
@@ -88,22 +82,23 @@ class Results:
         """The hot path: vectors for everybody, Python only for rows that end or carry details."""
         arrays = self._running.rows
         length = arrays.commit(rows, at, tokens)
-        self._running.publish_decoded(rows, at)
+        self._running.publish_decoded(rows, at, length)
         self.generated += rows.size
         sequences: list[Sequence] = arrays.owner[at].tolist()
-        values: list[int] = tokens.tolist()
+        packed = bytearray(tokens.tobytes())
         stop_ids, ending = self._unfinished.stop_ids, length >= arrays.limit[at]
         if stop_ids.counts:
             ending |= stop_ids.mask.take(tokens)
         special = range(rows.size) if details else ending.nonzero()[0].tolist()
         apart: list[Output] = []
         for i in reversed(special):
-            output = self._settle(sequences[i], values[i], int(length[i]), details, now)
+            output = self._settle(sequences[i], tokens.item(i), length.item(i), details, now)
             if output is not None:
                 apart.append(output)
-                del sequences[i], values[i]
+                del sequences[i]
+                del packed[4 * i : 4 * i + 4]
         outputs.others += reversed(apart)
-        outputs.sequences, outputs.tokens = sequences, values
+        outputs.sequences, outputs.packed = sequences, bytes(packed)
 
     def _commit_parked(self, admissions: Int64, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
         """Tokens of rows that are no longer: those of preempted sequences count, the rest is discarded."""

@@ -30,6 +30,9 @@ WIRE_INT = np.dtype("<i4")
 NOBODY = np.iinfo(np.int64).min
 NEVER = np.iinfo(np.int32).max
 
+_FREE: Int64 = np.array([0, 0, 0, 0, 0, 0, NEVER, NOBODY])
+"""Of a row that is free: known, frontier, computed, limit, nblocks, admission, publish_at, order."""
+
 
 def span(rows: Rows1D) -> Rows1D | slice:
     """The same rows, which rise, as a slice where they have no gap: reading it copies nothing, and is several times as
@@ -48,7 +51,7 @@ class Rows:
     where the prefix cache asks for blocks (`PrefixCache.follow`). admission: unique number of the row's present use, 0
     when free. order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count:
     how many rows are so. owner: its sequence. chain: where its next published block hangs. entries: of all block
-    tables.
+    tables. free: rows that are not in use; count: how many are.
     Big arrays come from `np.zeros`, so memory is touched only where a row has been. Counters are as wide as an index,
     which numpy would otherwise make of them each time that they are used as one.
     """
@@ -62,43 +65,42 @@ class Rows:
         self._table = self.table.reshape(-1)
         self._token_begin: Int64 = np.arange(max_rows, dtype=np.int64) * width
         self._block_begin: Int64 = np.arange(max_rows, dtype=np.int64) * max_blocks
-        self.known: Int64 = np.zeros(max_rows, np.int64)
-        self.frontier: Int64 = np.zeros(max_rows, np.int64)
-        self.computed: Int64 = np.zeros(max_rows, np.int64)
-        self.limit: Int64 = np.zeros(max_rows, np.int64)
-        self.nblocks: Int64 = np.zeros(max_rows, np.int64)
-        self.entries = 0
+        self._numbers: Int64 = np.repeat(_FREE[:, None], max_rows, axis=1)  # one array, so one operation vacates a row
+        self.known: Int64 = self._numbers[0]
+        self.frontier: Int64 = self._numbers[1]
+        self.computed: Int64 = self._numbers[2]
+        self.limit: Int64 = self._numbers[3]
+        self.nblocks: Int64 = self._numbers[4]
+        self.admission: Int64 = self._numbers[5]
+        self.publish_at: Int64 = self._numbers[6]
+        self.order: Int64 = self._numbers[7]
         self.filled: Int64 = np.zeros(max_rows, np.int64)
-        self.publish_at: Int64 = np.full(max_rows, NEVER, np.int64)
-        self.admission: Int64 = np.zeros(max_rows, np.int64)
-        self.order: Int64 = np.full(max_rows, NOBODY, np.int64)
+        self.entries = 0
         self.key: npt.NDArray[np.float64] = np.zeros(max_rows, np.float64)
         self.guided: npt.NDArray[np.bool_] = np.zeros(max_rows, np.bool_)
         self.guided_count = 0
         self.owner: npt.NDArray[np.object_] = np.full(max_rows, None, np.object_)
         self.chain: list[Parent] = [""] * max_rows
         self.free = list(range(max_rows - 1, -1, -1))
-
-    @property
-    def count(self) -> int:
-        """Rows in use."""
-        return len(self.admission) - len(self.free)
+        self.count = 0
 
     def occupy(self, sequence: Sequence, admission: int, blocks: Blocks, computed: int) -> int:
         """Gives the sequence a free row that holds its tokens and block table; returns the row."""
         row = self.free.pop()
-        tokens = np.frombuffer(sequence.tokens, np.int32)
-        self.tokens[row, : tokens.size] = tokens
-        self.table[row, : blocks.size] = blocks
-        self.known[row] = self.frontier[row] = tokens.size
+        self.count += 1
+        request, tokens = sequence.request, np.frombuffer(sequence.tokens, WIRE_INT)
+        known, held = tokens.size, blocks.size
+        self.tokens[row, :known] = tokens
+        self.table[row, :held] = blocks
+        self.known[row] = self.frontier[row] = known
         self.computed[row] = computed
-        self.limit[row] = sequence.request.limit
-        self.nblocks[row] = blocks.size
-        self.entries += blocks.size
+        self.limit[row] = request.limit
+        self.nblocks[row] = held
+        self.entries += held
         self.admission[row] = admission
         self.order[row] = sequence.order
         self.key[row] = sequence.key
-        if sequence.request.guided:
+        if request.guided:
             self.guided[row] = True
             self.guided_count += 1
         self.owner[row] = sequence
@@ -106,10 +108,7 @@ class Rows:
 
     def vacate(self, row: int) -> None:
         self.entries -= self.nblocks.item(row)
-        self.known[row] = self.frontier[row] = self.computed[row] = self.limit[row] = self.nblocks[row] = 0
-        self.publish_at[row] = NEVER
-        self.admission[row] = 0
-        self.order[row] = NOBODY
+        self._numbers[:, row] = _FREE
         self.key[row] = 0.0
         if self.guided_count:
             self.guided_count -= int(self.guided[row])
@@ -117,6 +116,7 @@ class Rows:
         self.owner[row] = None
         self.chain[row] = ""
         self.free.append(row)
+        self.count -= 1
 
     def blocks_of(self, row: int) -> Blocks:
         """Its block table, as long as nobody changes it."""
@@ -133,13 +133,11 @@ class Rows:
         size = self._block_size
         return self.tokens[row, first * size : last * size].tobytes(), self.table[row, first:last]
 
-    def advance(self, rows: Rows1D) -> None:
-        """Plans one token of each, in rising order: its K/V, and a sample."""
-        if not rows.size:
-            return
-        at = span(rows)
-        self.computed[at] += ONE
-        self.frontier[at] += ONE
+    def advance(self, at: Rows1D | slice) -> None:
+        """Plans one token of each, which is all that it needs: its K/V, and a sample. at: the rows, or their `span`."""
+        computed = self.computed[at] + ONE
+        self.computed[at] = computed
+        self.frontier[at] = computed + ONE
 
     def commit(self, rows: Rows1D, at: Rows1D | slice, tokens: Int32) -> Int64:
         """Appends the token that came back to each row; returns their lengths now. at: the rows, or their `span`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from treadle.kvcache import NO_BLOCKS, Blocks, Parent, PrefixCache, blocks_for_tokens
+from treadle.kvcache.arrays import any_of
 from treadle.transport.codec import pack
 from treadle.transport.messages import Row, RowStart
 
@@ -17,9 +18,9 @@ from .config import CoreConfig
 from .cost_model import CostModel
 from .ledger import Ledger
 from .policies.guard import Guard
-from .request import NO_ROW, Sequence
+from .request import NO_ROW, Request, Sequence
 from .reservation import Reservation
-from .rows import NEVER, Rows, Rows1D
+from .rows import NEVER, Int64, Rows, Rows1D
 from .swapping import Swapping
 from .tenant_tally import TenantTally
 
@@ -36,6 +37,7 @@ class Running:
         self._config = config
         self._guard = guard
         self._block_size = config.block_size
+        self._prefix_cache = config.prefix_cache
         self._admissions = 0
         self.rows = Rows(config.max_num_seqs, config.max_blocks_per_row, config.block_size)
         self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks)
@@ -66,17 +68,19 @@ class Running:
         available = pool.available
         if (spare and available < sequence.wanted + spare) or self._held == (sequence.order, self._stops):
             return None
+        known = sequence.known
         hit, parent = self._lookup(sequence)
-        away = self.cache.in_host(hit)
+        away = self.cache.in_host(hit) if hit.size else 0
         here = hit[hit <= pool.total] if away else hit
-        pool.share(here)
-        missing = blocks_for_tokens(sequence.known, self._block_size) - here.size
-        wanted = missing + available - pool.available
+        missing = wanted = blocks_for_tokens(known, self._block_size) - here.size
+        if here.size:
+            pool.share(here)
+            wanted += available - pool.available
         if wanted + spare > available:
             sequence.wanted = wanted
             pool.release(here)
             return None
-        if not self.reservation.allows(sequence, wanted):
+        if not self.reservation.allows(sequence, known, wanted):
             self._held = sequence.order, self._stops
             pool.release(here)
             return None
@@ -85,18 +89,18 @@ class Running:
         table = self.cache.fetch(hit, missing - away) if away else self._extended(hit, missing)
         if table is None:
             raise RuntimeError("blocks that are available were not given")
-        return self._start(sequence, table, hit.size * self._block_size, parent)
+        return self._start(sequence, known, table, hit.size * self._block_size, parent)
 
     def stop(self, sequence: Sequence) -> None:
         """The sequence has ended: its row and its references on blocks are given back."""
-        row = sequence.row
+        row, rows = sequence.row, self.rows
         self._stops += 1
         self.ledger.leave(row)
         self.tally.leave(row)
         self.reservation.leave(row)
-        self.cache.leave(self.rows.chain[row], row)
-        self.cache.pool.release(self.rows.blocks_of(row))
-        self.rows.vacate(row)
+        self.cache.leave(rows.chain[row], row)
+        self.cache.pool.release(rows.blocks_of(row))
+        rows.vacate(row)
         self.released.append(row)
         sequence.row = NO_ROW
         sequence.request.running -= 1
@@ -124,13 +128,13 @@ class Running:
         self.cache.clear()
         return sequences
 
-    def note_length(self, sequence: Sequence) -> None:
-        """Its output is complete; all of it is known."""
-        self.reservation.lengths.note(sequence.request.tenant, self.length(sequence) - sequence.request.prompt_len)
+    def note_length(self, request: Request, length: int) -> None:
+        """One of its outputs is complete; length: with the prompt."""
+        self.reservation.lengths.note(request.tenant, length - request.prompt_len)
 
     def length(self, sequence: Sequence) -> int:
         """Committed tokens, wherever it is."""
-        return sequence.known if sequence.row == NO_ROW else int(self.rows.known[sequence.row])
+        return sequence.known if sequence.row == NO_ROW else self.rows.known.item(sequence.row)
 
     # ── while it runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -167,7 +171,8 @@ class Running:
         in the plan's rows, and in each layer the K/V of all rows is written before any row attends.
         """
         rows, size = self.rows, self._block_size
-        end = min(rows.known.item(row), rows.computed.item(row)) // size
+        known, computed = rows.known.item(row), rows.computed.item(row)
+        end = (known if known < computed else computed) // size
         begin = rows.publish_at.item(row) // size - 1
         if end > begin:
             self._publish(row, *rows.contents(row, begin, end))
@@ -176,17 +181,17 @@ class Running:
             rows.filled[row] = end * size
             self._follow(row)
 
-    def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
+    def publish_decoded(self, rows: Rows1D, at: Rows1D | slice, known: Int64) -> None:
         """Publishes the blocks that committed tokens have filled, but for those that the cache asks for when it needs
         them (`PrefixCache.follow`): nearly all rows follow a run from their first such block on.
 
-        at: the rows, or their `span`.
+        at: the rows, or their `span`. known: their committed tokens.
         """
         arrays = self.rows
-        filled = np.minimum(arrays.known[at], arrays.computed[at])
+        filled = np.minimum(known, arrays.computed[at])
         arrays.filled[at] = filled
         due = filled >= arrays.publish_at[at]
-        if due.item(due.argmax()):
+        if any_of(due):
             for row in rows[due].tolist():
                 self._publish_due(row)
 
@@ -199,10 +204,11 @@ class Running:
 
     def _publish(self, row: int, tokens: bytes, blocks: Blocks) -> None:
         """Blocks behind the row's place, which is behind them then."""
-        old = self.rows.chain[row]
-        self.rows.chain[row] = place = self.cache.publish(old, tokens, blocks)
-        self.cache.leave(old, row)
-        self.cache.join(place)
+        chain, cache = self.rows.chain, self.cache
+        old = chain[row]
+        chain[row] = place = cache.publish(old, tokens, blocks)
+        cache.leave(old, row)
+        cache.join(place)
 
     def _follow(self, row: int) -> None:
         if self.cache.follow(self.rows.chain[row], row):
@@ -226,10 +232,10 @@ class Running:
         """Cached blocks for the sequence; at least its last token is left to compute, for there must be logits."""
         request = sequence.request
         wants_all = request.params.prompt_logprobs is not None and sequence.prompt_logprobs_to < request.prompt_len - 1
-        if wants_all or not self._config.prefix_cache:
+        if wants_all or not self._prefix_cache:
             return NO_BLOCKS, request.salt
         hit, parent = self.cache.match(request.salt, sequence.tokens, (sequence.known - 1) // self._block_size)
-        if self.swapping.worth_fetching(hit):
+        if not hit.size or self.swapping.worth_fetching(hit):
             return hit, parent
         hit = self.cache.on_device(hit)
         return hit, self.cache.end_of(hit, request.salt)
@@ -249,40 +255,33 @@ class Running:
         if sequence.cached_tokens < 0:
             self.host_tokens += blocks * self._block_size
 
-    def _start(self, sequence: Sequence, table: Blocks, computed: int, parent: Parent) -> RowStart:
-        request = sequence.request
+    def _start(self, sequence: Sequence, known: int, table: Blocks, computed: int, parent: Parent) -> RowStart:
+        request, rows = sequence.request, self.rows
+        prompt_len = request.prompt_len
         self._admissions += 1
-        row = self.rows.occupy(sequence, self._admissions, table, computed)
-        if self._config.prefix_cache:
-            self.rows.chain[row] = parent
+        row = rows.occupy(sequence, self._admissions, table, computed)
+        if self._prefix_cache:
+            rows.chain[row] = parent
             self.cache.join(parent)
-            self.rows.publish_at[row] = computed + self._block_size
+            rows.publish_at[row] = computed + self._block_size
         self.ledger.enter(row, sequence.lane)
-        self.tally.enter(row, request.tenant)
-        self.reservation.enter(row, sequence)
+        self.tally.enter(row, request.tenant, known)
+        self.reservation.enter(row, request)
         if sequence.cached_tokens < 0:
-            sequence.cached_tokens = min(computed, request.prompt_len)
-            self.prompt_tokens += request.prompt_len
-            self.cached_prompt_tokens += sequence.cached_tokens
-            self.tally.prompt(row, request.prompt_len, sequence.cached_tokens)
+            sequence.cached_tokens = cached = min(computed, prompt_len)
+            self.prompt_tokens += prompt_len
+            self.cached_prompt_tokens += cached
+            self.tally.prompt(row, prompt_len, cached)
             if self._guard.has_charge:
-                self._guard.charge(sequence.lane, request.prompt_len - sequence.cached_tokens, 0)
+                self._guard.charge(sequence.lane, prompt_len - cached, 0)
         else:
-            self.recomputed_tokens += sequence.known - computed
+            self.recomputed_tokens += known - computed
         if self._guard.has_admitted:
             self._guard.admitted(sequence.ticket)
         sequence.row, sequence.admission, sequence.wanted = Row(row), self._admissions, 0
         request.running += 1
-        return RowStart(
-            row,
-            request.prompt_len,
-            computed,
-            sequence.tokens,
-            pack(table),
-            request.engine_params,
-            sequence.seed,
-            request.ban,
-        )
+        params = request.engine_params if request.guided else request.params
+        return RowStart(row, prompt_len, computed, sequence.tokens, pack(table), params, sequence.seed, request.ban)
 
     def _remember(self, sequence: Sequence) -> None:
         sequence.tokens = self.rows.tokens[sequence.row, : self.rows.known[sequence.row]].tobytes()

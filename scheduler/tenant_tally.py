@@ -25,22 +25,22 @@ class TenantTally:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._names: dict[str, int] = {}
-        self._slot = np.zeros(len(rows.admission), np.intp)
-        self._counted = np.zeros(len(rows.admission), np.int64)
+        self._slot = [0] * len(rows.admission)
+        self._counted = [0] * len(rows.admission)
         self._prompt: list[int] = []
         self._cached: list[int] = []
         self._generated: list[int] = []
         self._finished: list[int] = []
         self._refused: list[int] = []
 
-    def enter(self, row: int, tenant: str) -> None:
-        """The row begins to be used, by somebody of this tenant."""
+    def enter(self, row: int, tenant: str, known: int) -> None:
+        """The row begins to be used, by somebody of this tenant that has so many tokens."""
         self._slot[row] = self._slot_of(tenant)
-        self._counted[row] = self._rows.known[row]
+        self._counted[row] = known
 
     def leave(self, row: int) -> None:
         """The row is about to be vacated."""
-        self._generated[self._slot.item(row)] += self._rows.known.item(row) - self._counted.item(row)
+        self._generated[self._slot[row]] += self._rows.known.item(row) - self._counted[row]
 
     def late_token(self, tenant: str) -> None:
         """A token that no row shows: of a sequence that was preempted while it was in flight."""
@@ -48,7 +48,7 @@ class TenantTally:
 
     def prompt(self, row: int, tokens: int, cached: int) -> None:
         """The row's prompt begins to be computed; so many of its tokens need not be."""
-        slot = self._slot.item(row)
+        slot = self._slot[row]
         self._prompt[slot] += tokens
         self._cached[slot] += cached
 
@@ -66,9 +66,10 @@ class TenantTally:
             waits[slot] = waits.get(slot, 0) + count
         rows, size = self._rows, len(self._names)
         live = rows.admission.nonzero()[0]
-        slots = self._slot[live]
+        slots = np.array(self._slot, np.intp)[live]
         running = np.bincount(slots, minlength=size).tolist()
-        in_rows = np.bincount(slots, rows.known[live] - self._counted[live], size).tolist()
+        counted = np.array(self._counted, np.int64)[live]
+        in_rows = np.bincount(slots, rows.known[live] - counted, size).tolist()
         return [
             TenantFigures(
                 name,

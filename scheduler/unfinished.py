@@ -11,7 +11,10 @@ from .waiting import Waiting
 
 
 class Unfinished:
-    """requests: by id, in order of arrival. stop_ids: of all of them. finished: how many have ended."""
+    """requests: by id, in order of arrival. stop_ids: of all of them. finished: how many have ended.
+
+    first_deadline: of all of them; kept, since every step asks.
+    """
 
     def __init__(self, vocab_size: int, running: Running, waiting: Waiting, admission: Admission) -> None:
         self.requests: dict[str, Request] = {}
@@ -21,18 +24,20 @@ class Unfinished:
         self._waiting = waiting
         self._admission = admission
         self._deadlines: OrderedQueue[tuple[float, int], Request] = OrderedQueue()
+        self.first_deadline: float | None = None
 
     def add(self, request: Request) -> None:
         """Its sequences wait already."""
         self.requests[request.id] = request
         if request.deadline is not None:
             self._deadlines.push(_deadline_key(request), request)
-        self.stop_ids.add(request.stop_ids)
+            self._note_first_deadline()
+        if request.stop_ids:
+            self.stop_ids.add(request.stop_ids)
 
-    @property
-    def first_deadline(self) -> float | None:
+    def _note_first_deadline(self) -> None:
         key = self._deadlines.first_key()
-        return None if key is None else key[0]
+        self.first_deadline = None if key is None else key[0]
 
     def end_overdue(self, now: float) -> list[Output]:
         """Ends the requests whose deadline has passed."""
@@ -56,13 +61,12 @@ class Unfinished:
     def end(self, output: Output, finish: str, now: float) -> Output:
         """The one way out: a sequence ends here, once, and gives back all it has."""
         sequence, request = output.sequence, output.sequence.request
+        output.known = known = self._running.length(sequence)
         if finish in ("stop", "length"):
-            self._running.note_length(sequence)
+            self._running.note_length(request, known)
         if sequence.row != NO_ROW:
-            output.known = int(self._running.rows.known[sequence.row])
             self._running.stop(sequence)
         else:
-            output.known = sequence.known
             self._waiting.remove(sequence)
             self._running.parked.pop(sequence.admission, None)
         sequence.tokens = b""
@@ -77,7 +81,9 @@ class Unfinished:
         del self.requests[request.id]
         if request.deadline is not None:
             self._deadlines.remove(_deadline_key(request))
-        self.stop_ids.remove(request.stop_ids)
+            self._note_first_deadline()
+        if request.stop_ids:
+            self.stop_ids.remove(request.stop_ids)
         self._running.tally.finish(request.tenant)
         self.finished += 1
 

@@ -33,7 +33,7 @@ class Waiting:
 
     A sequence is placed by the policy once. Whoever is preempted comes back to its place. One that the policy could
     not place stands among the others by its arrival. When the policy fails, the order of arrival holds for that step.
-    Where the policy has no places to give, there is the first order alone.
+    Where the policy has no places to give, there is the first order alone. count, tokens, tenants: of all who wait.
     """
 
     def __init__(self, config: CoreConfig, guard: Guard, running: Running, costs: CostModel) -> None:
@@ -45,11 +45,12 @@ class Waiting:
         self._lanes = Lanes(guard)
         self._strays: OrderedQueue[int, Sequence] = OrderedQueue()
         self._latest: OrderedQueue[tuple[float, int], Sequence] = OrderedQueue()
+        self.count = 0
         self.tokens = 0
         self.tenants: dict[str, Load] = {}
 
     def __len__(self) -> int:
-        return len(self._arrivals)
+        return self.count
 
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._arrivals)
@@ -60,6 +61,7 @@ class Waiting:
 
     def check(self) -> None:
         """Raises CoreInvariantError unless both orders hold the same, and tenants are counted right."""
+        require(self.count == len(self._arrivals), "those who wait are miscounted")
         here = Counter(id(sequence) for sequence in self._arrivals)
         placed = Counter(id(s) for s in (*self._lanes, *self._strays))
         require(placed == (here if self._guard.has_place else Counter()), "the policy's order lost somebody")
@@ -95,6 +97,7 @@ class Waiting:
         tokens = sequence.known
         load.requests += 1
         load.tokens += tokens
+        self.count += 1
         self.tokens += tokens
 
     def remove(self, sequence: Sequence) -> None:
@@ -108,6 +111,7 @@ class Waiting:
         if sequence.latest < inf:
             self._latest.remove((sequence.latest, sequence.order))
         tokens = sequence.known
+        self.count -= 1
         self.tokens -= tokens
         tenant = sequence.request.tenant
         load = self.tenants[tenant]
@@ -126,12 +130,12 @@ class Waiting:
 
     def first(self, now: float) -> Sequence | None:
         """Who gets the next row."""
-        if not len(self._arrivals):
+        if not self.count:
             return None
         chosen = None if self._guard.broken else self._choose(now)
         if chosen is None or self._guard.broken:
             return self._arrivals.first()
-        stray = self._strays.first() if len(self._strays) else None
+        stray = self._strays.first()
         return stray if stray is not None and stray.order < chosen.order else chosen
 
     def _choose(self, now: float) -> Sequence | None:
