@@ -4,7 +4,7 @@ equal only where requests share a prefix."""
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -26,24 +26,13 @@ def offers(workload: Workload, vocab_size: int) -> Iterator[Offer]:
     made, real = _Prompts(workload, vocab_size), workload.prompts
     for begin in range(0, len(workload), _AT_ONCE):
         columns = {name: column[begin : begin + _AT_ONCE].tolist() for name, column in workload.columns().items()}
-        for index, arrival in enumerate(columns["arrival"]):
-            if real is not None:
-                prompt = real[begin + index]
-            else:
-                prompt = made.text(
-                    columns["number"][index],
-                    columns["inputs"][index],
-                    columns["prefix"][index],
-                    columns["prefix_tokens"][index],
-                )
-            yield Offer(
-                arrival,
-                columns["outputs"][index],
-                columns["tenant"][index],
-                columns["priority"][index],
-                columns["timeout"][index],
-                prompt,
-            )
+        prompts: Iterable[bytes]
+        if real is not None:
+            prompts = real[begin : begin + _AT_ONCE]
+        else:
+            prompts = map(made.text, *(columns[name] for name in ("number", "inputs", "prefix", "prefix_tokens")))
+        others = (columns[name] for name in ("arrival", "outputs", "tenant", "priority", "timeout"))
+        yield from map(Offer, *others, prompts)
 
 
 class _Prompts:

@@ -63,6 +63,7 @@ class Replica:
         self._policy = config.policy if policy is None else policy.name
         self._answers = MadeUpAnswers(config) if answers is None else answers
         self._tenants = workload.tenants
+        self._depth = config.pipeline_depth
         self._overhead = overhead
         self._progress = progress
         self._offers: Iterator[Offer] = offers(workload, config.vocab_size)
@@ -92,7 +93,8 @@ class Replica:
             arrival = self._offer.arrival if self._offer is not None else _NEVER_AGAIN
             deadline = core.next_deadline()
             due = _NEVER_AGAIN if deadline is None else max(deadline, now)
-            time = min(result, arrival, due)
+            time = result if result < arrival else arrival
+            time = time if time < due else due
             if time == _NEVER_AGAIN:
                 return self._result(now)
             now = time
@@ -140,14 +142,14 @@ class Replica:
 
     def _pump(self, now: float, delay: float = 0.0) -> None:
         """Plans while the pipeline has room."""
-        core = self.core
-        while (plan := core.plan(now)) is not None:
+        core, flights = self.core, self._flights
+        while len(flights) < self._depth and (plan := core.plan(now)) is not None:
             shape = core.last_shape
             cost = self._costs.predict(shape)
             self._free_at = max(now + delay, self._free_at) + cost
             tokens = self._answers.answer(plan, core.last_samples)
             started = self._new(plan) if plan.start else []
-            self._flights.append(TimedFlight(plan.step, tokens, shape.decode_rows, self._free_at, started))
+            flights.append(TimedFlight(plan.step, tokens, shape.decode_rows, self._free_at, started))
             self._steps += 1
             self._busy += cost
             self._row_seconds += cost * (len(plan.rows) // 4)
@@ -194,8 +196,11 @@ class Replica:
                     self._finish[index] = now
 
     def _moment(self) -> Moment:
-        stats = self.core.stats()
-        return Moment(stats.running, stats.waiting, stats.blocks_used, stats.generated_tokens, stats.preemptions)
+        core = self.core
+        running = core.running
+        return Moment(
+            running.rows.count, core.waiting.count, running.cache.pool.used, core.generated_tokens, core.preemptions
+        )
 
     def _result(self, now: float) -> ReplicaResult:
         stats = msgspec.structs.asdict(self.core.stats())
