@@ -249,7 +249,7 @@ class _Loading:
         else:
             host = build.Host(mirror, sampling, sampler, copies)
             runner = build.make_runner(configure, program, kv, host, device, profiled=self._profiled)
-        if configure.mask_slots:
+        if configure.mask_slots and self._start.masks >= 0:
             rows, width = configure.max_num_seqs, configure.mask_words
             runner.pages = MaskPages(self._start.masks, configure.mask_slots, rows, width)
         return runner

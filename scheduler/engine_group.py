@@ -234,6 +234,7 @@ class EngineGroup:
 
     def _close(self) -> None:
         self._closed = True
+        self.mask_pages = None  # masks that are being made have a hold of their own
         self._socket.disable_monitor()
         self._monitor.close()
         self._channel.close()

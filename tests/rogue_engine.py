@@ -195,6 +195,7 @@ def main() -> int:
     parser.add_argument("--endpoint", required=True)
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--lifeline", type=int, required=True)
+    parser.add_argument("--masks", type=int, default=-1)
     parser.add_argument("--leftover", type=Path, action="append", default=[])
     parser.add_argument("--stacks", type=Path)
     parser.add_argument("--no-native", action="store_true")

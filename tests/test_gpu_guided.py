@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,9 @@ import torch
 
 from treadle import LLM, RequestOutput
 from treadle.engine.sampling.masks import LocalMasks, _mask_on_device
-from treadle.transport.masks import encode_masks
+from treadle.engine.sampling.upload import pin
+from treadle.transport.mask_pages import make_pages
+from treadle.transport.masks import encode_masks, shared_masks, words_for
 
 from .groupkit import Overlapped, Requests, configure_for
 from .guidedkit import check, requests
@@ -47,6 +50,28 @@ def test_the_kernel_masks_a_large_vocabulary(rows: int, distinct: int, dtype: to
     _mask_on_device(expected, local)
     DeviceMasks.of(local, device).apply(logits)
     assert torch.equal(logits, expected)
+
+
+def test_a_gpu_reads_masks_out_of_shared_memory() -> None:
+    """And what the driver refuses, here to pin it again, is no other operation's error."""
+    from treadle.engine.cuda.masks import DeviceMasks  # Triton: see above
+
+    random, device = np.random.default_rng(7), torch.device("cuda")
+    descriptor, pages = make_pages(2, 256, words_for(VOCAB_SIZE))
+    os.close(descriptor)
+    pages.words(5, 200)[:] = random.integers(0, 1 << 32, (200, words_for(VOCAB_SIZE)), np.uint32)
+    logits = torch.randn((256, VOCAB_SIZE), device=device)
+    for pinned in (False, True):
+        assert not pinned or pin(pages.whole)
+        masks = shared_masks(5, random.random(200) < 0.1)
+        local = LocalMasks.of(masks, random.permutation(256)[:200], 1000, 5000, VOCAB_SIZE, pages)
+        assert torch.from_numpy(local.given.bits).is_pinned() == pinned
+        found, expected = logits[:, 1000:6000].clone(), logits[:, 1000:6000].clone()
+        _mask_on_device(expected, local)
+        DeviceMasks.of(local, device).apply(found)
+        assert torch.equal(found, expected)
+    assert not pin(pages.whole)
+    assert torch.zeros(3, device=device).add_(1).sum().item() == 3
 
 
 def test_guided_streams_are_those_of_the_cpu(tiny: Path, tmp_path: Path) -> None:

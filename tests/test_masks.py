@@ -125,6 +125,7 @@ def test_masks_whose_sums_are_alike_are_told_apart() -> None:
         {"bits": b"\0\0\0"},
         {"bits": b"\0\0\0\0"},
         {"rows": b"\0"},
+        {"kinds": pack([ONLY] * 3), "counts": pack([0] * 3), "places": b"", "words": b""},
     ],
 )
 def test_masks_that_do_not_fit_are_refused(change: dict[str, bytes]) -> None:
@@ -151,8 +152,9 @@ def test_words_of_a_mask_ascend(places: list[int]) -> None:
 def shared() -> Iterator[tuple[MaskPages, MaskPages]]:
     """As two processes have the same memory."""
     descriptor, writer = make_pages(2, 3, words_for(320))
-    yield writer, MaskPages(descriptor, 2, 3, words_for(320))
-    os.close(descriptor)
+    reader = MaskPages(descriptor, 2, 3, words_for(320))
+    os.close(descriptor)  # as a group's end does, while masks may still be made for it
+    yield writer, reader
 
 
 def test_masks_in_shared_memory_are_those_of_their_step(shared: tuple[MaskPages, MaskPages]) -> None:
@@ -189,6 +191,12 @@ def test_shared_masks_that_do_not_fit_are_refused(
     read_masks(masks, 3, 320, pages)
     with pytest.raises(ProtocolError):
         read_masks(msgspec.structs.replace(masks, **change), 3, 320, pages)
+
+
+def test_memory_without_a_descriptor_is_refused() -> None:
+    """The system would give some that nobody shares."""
+    with pytest.raises(ValueError, match="no descriptor"):
+        MaskPages(-1, 2, 3, 10)
 
 
 def test_masks_in_memory_that_is_not_shared_are_refused(shared: tuple[MaskPages, MaskPages]) -> None:

@@ -24,7 +24,7 @@ def can_share() -> bool:
         return False
     try:
         os.close(os.memfd_create("treadle-masks"))
-    except OSError:
+    except (OSError, AttributeError):  # some builds of Python have none
         return False
     return True
 
@@ -37,6 +37,8 @@ class MaskPages:
         self.slots = slots
         self.rows = rows
         self.width = width
+        if descriptor < 0:
+            raise ValueError("no descriptor: mmap would give memory of its own")
         memory = mmap.mmap(descriptor, _bytes(slots, rows, width))
         self.whole: npt.NDArray[np.uint32] = np.frombuffer(memory, np.uint32).reshape(slots, rows, width)
 

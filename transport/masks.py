@@ -107,6 +107,7 @@ def read_masks(masks: Masks, rows: int, vocab_size: int, pages: MaskPages | None
     if (
         index.size != rows
         or kinds.size != counts.size
+        or kinds.size > rows
         or (index.size and not (index.min() >= ANYTHING and index.max() < kinds.size))
         or (kinds.size and not (kinds.min() >= ONLY and kinds.max() <= BITS))
         or (counts.size and counts.min() < 0)

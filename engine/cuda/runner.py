@@ -6,6 +6,7 @@ without knowing which, and the device keeps the tokens. See docs/gpu.md.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -28,6 +29,7 @@ from treadle.transport.messages import Masks, StepPlan, TokenLogprobs
 from .graphs import Graphs
 from .program import TURNS, StepProgram, decode_layout, mixed_layout, sample_layout
 
+logger = logging.getLogger(__name__)
 _EAGER = LISTS | PENALTIES | LOGPROBS
 _NOWHERE = np.empty(0, np.int64)
 
@@ -181,7 +183,8 @@ class CudaRunner:
         local = LocalMasks.of(masks, unsampled.places, model.vocab_start, model.vocab_local, vocab_size, self.pages)
         if masks.shared and self.pages is not None and not self._pinned:
             self._pinned = True
-            pin(self.pages.whole)
+            if not pin(self.pages.whole):
+                logger.warning("the driver does not pin the memory of masks: they are copied once more")
         self._sample(ticket, unsampled, local)
 
     def done(self, ticket: Ticket) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,9 +22,13 @@ def upload(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tenso
 
 def pin(values: npt.NDArray[np.generic]) -> bool:
     """Has the memory of these kept where it is, so that a GPU reads it itself, for as long as this process lives. False
-    where the driver refuses: then copies out of it wait, but are right."""
+    where the driver refuses: then `upload_pinned` copies it once more."""
     done: object = torch.cuda.cudart().cudaHostRegister(values.ctypes.data, values.nbytes, 0)
-    return int(done) == 0  # type: ignore[call-overload]
+    if int(done) == 0:  # type: ignore[call-overload]
+        return True
+    with suppress(RuntimeError):  # the runtime keeps the error, and the next launch would take it for its own
+        torch.zeros(1, device="cuda").add_(1)
+    return False
 
 
 def upload_pinned(values: npt.NDArray[np.generic], device: torch.device) -> torch.Tensor:

@@ -138,7 +138,9 @@ class Guide:
         except BaseException as error:  # whatever a library does, the others of the step must not wait for ever
             logger.exception("masks of step %d", job.step)
             made = job.fail(matching, f"its grammar failed: {type(error).__name__}: {error}")
-        self._made += 1
+        finally:
+            self._made += 1
+            self._begun.set()
         try:
             self._loop.call_soon_threadsafe(done, made)
         except RuntimeError:
