@@ -76,9 +76,8 @@ def once(options: argparse.Namespace) -> dict[str, Any]:
 def in_tree(tree: Path, arguments: list[str]) -> dict[str, Any]:
     """This script with the package of that tree."""
     command = [sys.executable, str(HERE), "--once", *arguments]
-    done = subprocess.run(
-        command, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, stdout=subprocess.PIPE, check=True
-    )
+    path = os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, cwd=tree, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
