@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Builds deploy/Dockerfile without docker, by buildah, and runs what it says with its own user and environment: ENTRYPOINT
-# and CMD until HEALTHCHECK is content, one completion over HTTP, and STOPSIGNAL, after which it must end with 0.
+# Builds deploy/Dockerfile without docker, by buildah, and runs what it says with its own user and environment: ENTRYPOINT's
+# version, which must say that its scheduler is compiled; then ENTRYPOINT and CMD until HEALTHCHECK is content, one
+# completion over HTTP, and STOPSIGNAL, after which it must end with 0.
 #   scripts/check_image.sh [cpu|cuda] [OPTIONS FOR `buildah bud`]     # some GB and minutes; as root, or by `buildah unshare`
 #   RUN_OPTIONS='--volume A:B …' scripts/check_image.sh …              # options for `buildah run`
 # Where neither namespaces nor overlays can be had: BUILDAH_ISOLATION=chroot STORAGE_DRIVER=vfs. Then the port is one of the
@@ -38,11 +39,17 @@ for word in [value] if isinstance(value, str) else value:
 ' "$@"
 }
 port=${PORT:-8000}
-mapfile -d '' server < <(setting Entrypoint && setting Cmd)
-server=("${server[@]/#0.0.0.0:8000/0.0.0.0:$port}")
+mapfile -d '' entrypoint < <(setting Entrypoint)
+mapfile -d '' command < <(setting Cmd)
+server=("${entrypoint[@]}" "${command[@]/#0.0.0.0:8000/0.0.0.0:$port}")
 mapfile -d '' health < <(setting Healthcheck Test)
 mapfile -d '' signal < <(setting StopSignal)
 [ "${health[0]}" = CMD ]
+
+# An installation that nobody told to compile succeeds, too, and serves as well.
+version=$(buildah run "${run_options[@]}" "$container" -- "${entrypoint[@]}" --version)
+echo "$version"
+[[ $version == *"scheduler compiled" ]] || { echo "the scheduler of treadle:$target is not compiled" >&2 && exit 1; }
 
 # What happens inside. $1: the port, $2: the signal, $3: seconds for health, an answer and the end, $6: how many words the
 # health check has; then it, then the server.

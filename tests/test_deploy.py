@@ -245,6 +245,7 @@ bud) exec sleep "${BUD:-0}" ;;
 from) echo made ;;
 inspect) cat "$IMAGE" ;;
 run)
+    [ "${*: -1}" != --version ] || { echo "$VERSION" && exit; }
     [[ "$*" =~ --volume\\ ([^:]*): ]]
     while [ "$1" != /inside.sh ]; do shift; done
     exec bash "${BASH_REMATCH[1]}" "${@:2}" ;;
@@ -260,6 +261,7 @@ SERVER = "trap '{}' TERM; touch {}; while sleep 0.02; do :; done >/dev/null 2>&1
     [
         ("exit 0", {}, "ok: target cpu was built and ran"),
         ("exit 0", {"BUD": "60", "BUILD_SECONDS": "0.1"}, "the image was not built within 0.1 s"),
+        ("exit 0", {"VERSION": "treadle 1"}, "the scheduler of treadle:cpu is not compiled"),
         ("exit 0", {"HEALTHY": "exit 1", "START_SECONDS": "0"}, "the server was not healthy within 0 s"),
         ("exit 0", {"ANSWER": "60", "ANSWER_SECONDS": "0.1"}, "no completion came within 0.1 s"),
         ("", {"STOP_SECONDS": "0"}, "the server did not end within 0 s of SIGTERM"),
@@ -279,7 +281,8 @@ def test_the_check_of_an_image_says_what_did_not_come(
         "StopSignal": "SIGTERM",
     }
     (tmp_path / "image").write_text(json.dumps({"Docker": {"config": config}}))
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "IMAGE": str(tmp_path / "image")} | changed
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "IMAGE": str(tmp_path / "image")}
+    environment |= {"VERSION": "treadle 1, scheduler compiled"} | changed
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         environment["PORT"] = str(free.getsockname()[1])
