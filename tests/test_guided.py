@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -498,6 +500,32 @@ async def test_the_loop_lets_masks_begin_and_waits_for_no_other_ones(monkeypatch
     assert seen == ["begins", "asked", "asked"] and len(waits) == 1
     finish.set()
     assert [await done.get() for _ in range(2)] == [0, 1]
+    made.close()
+
+
+@pytest.mark.asyncio
+async def test_a_grammar_that_failed_is_let_go() -> None:
+    """It has grown to a library's limits. Neither the cache keeps it, nor what watched its time."""
+
+    class Failing(TrieMatching):
+        def advance(self, work: Sequence[Advance], words: Words, begun: Callable[[], None]) -> dict[int, str]:
+            return {0: "too many expressions"}
+
+    made = guide.Guide(lambda: Failing(10), 30.0)
+    grammar = await made.compile(Guided(choice=["1"]))
+    ref = weakref.ref(grammar)
+    del grammar
+    core = Core(CoreConfig(num_blocks=8, vocab_size=10, max_model_len=64), lambda: 0)
+    request = core.add(Submit(id="a", tokens=pack([1]), params=SamplingParams(guided=Guided(choice=["1"]))), 0.0)
+    made.begin(request, made.cached(Guided(choice=["1"])) or pytest.fail("it is not kept"))
+    object.__setattr__(ref(), "spent", True)  # as llguidance's is when its matcher has failed
+    due = MasksDue(0, sequences=[*request.sequences], lengths=[1], last=[1], running=core.running)
+    done: asyncio.Queue[int] = asyncio.Queue()
+    made.make_masks(due, None, lambda masks: done.put_nowait(masks.masks.step))
+    await done.get()
+    made.forget(request.sequences[0])
+    gc.collect()
+    assert ref() is None
     made.close()
 
 

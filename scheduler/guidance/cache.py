@@ -34,6 +34,12 @@ class GrammarCache:
         self._grammars[key] = grammar  # at the end again: the last one used
         return grammar
 
+    def drop_spent(self) -> None:
+        """Lets go of what nobody can use again: such a grammar has grown to its library's limits, 160 MB or more."""
+        for key in [key for key, grammar in self._grammars.items() if grammar.spent]:
+            del self._grammars[key]
+            self._characters -= len(key[1])
+
     def put(self, key: Key, grammar: Grammar) -> None:
         if self._grammars.pop(key, None) is None:
             self._characters += len(key[1])

@@ -31,11 +31,12 @@ _LAST_SECONDS = 0.5
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """late: it has had its time, and its thread still works."""
+    """late: it has had its time, and its thread still works. timer: of its time."""
 
     work: Callable[[], Grammar]
     future: asyncio.Future[Grammar]
     late: bool = False
+    timer: asyncio.TimerHandle | None = None
 
 
 class Compilers:
@@ -86,7 +87,7 @@ class Compilers:
             job.future.set_exception(Overloaded(f"guided: no thread to compile a grammar: {error}", _RETRY_SECONDS))
             return
         self._working.add(job)
-        self._loop.call_later(self._seconds, self._overdue, job)
+        job.timer = self._loop.call_later(self._seconds, self._overdue, job)
 
     def _overdue(self, job: Job) -> None:
         if job in self._working:
@@ -105,6 +106,8 @@ class Compilers:
     def _ended(self, job: Job, grammar: Grammar | None, failure: BaseException | None) -> None:
         self._working.discard(job)
         self._left.discard(job)
+        if job.timer is not None:  # it would keep the grammar for as long
+            job.timer.cancel()
         if not job.future.done():
             if failure is not None:
                 job.future.set_exception(failure)

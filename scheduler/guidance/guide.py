@@ -142,6 +142,11 @@ class Guide:
             self._made += 1
             self._begun.set()
         try:
-            self._loop.call_soon_threadsafe(done, made)
+            self._loop.call_soon_threadsafe(self._deliver, made, done)
         except RuntimeError:
             logger.debug("the loop is closed: nobody waits for masks any more")
+
+    def _deliver(self, made: MadeMasks, done: Callable[[MadeMasks], None]) -> None:
+        if made.failed:
+            self._cache.drop_spent()
+        done(made)

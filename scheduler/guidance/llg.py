@@ -33,6 +33,7 @@ _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,64}"
 _MAX_LEXER_STATES = 50_000
 _MAX_SAID = 600
 _MANY = 8
+_NOTHING, _NOT_VERBOSE = "NoExtensionBias", "<non-verbose/>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class LlgMatching:
         except BaseException as error:  # a panic of the library's is no Exception
             raise InvalidParameter(f"guided.{kind}: it cannot be compiled: {error}") from error
         if matcher.is_error():
-            raise InvalidParameter(f"guided.{kind}: {matcher.get_error()[:_MAX_SAID].strip()}")
+            raise InvalidParameter(f"guided.{kind}: {_said(matcher.get_error())}")
         seconds = time.monotonic() - began
         again = partial(self._prototype, grammar)
         return LlgGrammar(Replicas(matcher, again, seconds, self._most_replicas, self._builder))
@@ -125,7 +126,7 @@ class LlgMatching:
             for token in item.tokens:  # nearly always one, and to append is a third of the time of to extend
                 row.tokens.append(token)
             if matcher.is_error():
-                failed[item.row] = matcher.get_error()[:_MAX_SAID]
+                failed[item.row] = _said(matcher.get_error())
                 row.replicas.failed = True
         return failed
 
@@ -141,6 +142,13 @@ def most_replicas() -> int:
     """Prototypes of one grammar at most: some for each thread of an executor, and one where there is one thread."""
     threads = mask_threads()
     return 1 if threads == 1 else 3 * threads
+
+
+def _said(error: str) -> str:
+    """An error of the library's, in words that its users know."""
+    if _NOTHING in error:
+        return "nothing satisfies it"
+    return error.replace(_NOT_VERBOSE, "")[:_MAX_SAID].strip()
 
 
 def _limits() -> LLParserLimits:
