@@ -217,6 +217,8 @@ def test_tokenize_and_back(server: Server) -> None:
         assert answer["count"] == len(answer["tokens"]) == 4 and answer["max_model_len"] == 512
         assert answer["token_strs"][0] == "H" and answer["token_strs"][-1] == "!"
         assert http.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "Hé!"}
+        refused = http.post("/detokenize", json={"tokens": [1, 9_999_999]})
+        assert refused.status_code == 400 and "tokens: 9999999 is not an id" in refused.text
         chat = http.post("/tokenize", json={"messages": HI}).json()
         back = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
         assert back == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

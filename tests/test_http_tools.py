@@ -239,8 +239,12 @@ async def test_a_model_without_sense_makes_calls_that_are_valid(tiny: Path) -> N
         await what_cannot_be_held(api, ask)
 
 
+def _named(name: str) -> Any:
+    return {"type": "function", "function": {"name": name}}
+
+
 async def what_cannot_be_held(api: openai.AsyncOpenAI, ask: Any) -> None:
-    """A schema that llguidance does not know: the call is made without, unless it is strict."""
+    """A schema that llguidance does not know: of the call its name and an object are left, unless it is strict."""
     odd = {"name": "odd", "parameters": {"type": "object", "unheardOf": 1, "not": {"type": "object"}}}
     for strict in (False, True):
         tools: Any = [{"type": "function", "function": {**odd, "strict": strict}}]
@@ -253,6 +257,20 @@ async def what_cannot_be_held(api: openai.AsyncOpenAI, ask: Any) -> None:
                     await one
         else:
             assert [(await one).choices[0].finish_reason for one in (asking, free)] == ["length"] * 2
+    other = {"name": "other", "parameters": {"type": "object"}}
+    beside: Any = {**ask, "tools": [{"type": "function", "function": function} for function in (other, odd)]}
+    for choice, names in (("required", {"other", "odd"}), (_named("odd"), {"odd"})):
+        answers = await asyncio.gather(
+            *(api.chat.completions.create(**beside, tool_choice=choice, seed=seed) for seed in range(8))
+        )
+        calls = [
+            (answer.choices[0], call.function) for answer in answers for call in answer.choices[0].message.tool_calls
+        ]
+        assert {call.name for _, call in calls} <= names
+        whole = [json.loads(call.arguments) for choice, call in calls if choice.finish_reason == "tool_calls"]
+        assert whole and all(isinstance(arguments, dict) for arguments in whole)
+    with pytest.raises(openai.BadRequestError, match="structured_outputs together with tools"):
+        await api.chat.completions.create(**ask, extra_body={"structured_outputs": {"choice": ["a"]}})
     answer = await api.chat.completions.create(**{**ask, "max_tokens": 3}, tool_choice="required")
     assert answer.choices[0].finish_reason == "length", "cut short"
 

@@ -44,8 +44,6 @@ async def create_chat_completion(gateway: Gateway, request: Request) -> Response
     body = await read_body(request, ChatRequest, gateway.settings)
     served = gateway.serving(body.model)
     plan = plan_tools(served, body.tools, body.tool_choice)
-    if plan is not None and body.structured_outputs is not None:
-        plan = plan.loosened()  # the client has a grammar of its own
     request.state.guided = guided_name(body, plan)
     return await held_if_possible(plan, partial(_answer, gateway, request, served, body))
 
@@ -81,7 +79,7 @@ def _params(body: ChatRequest, plan: ToolPlan | None) -> SamplingParams:
         max_tokens=limit,
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         skip_special_tokens=False if plan is not None and plan.format.special else None,
-        guided=guided_by(body.response_format, plan),
+        guided=guided_by(body.response_format, plan, body.structured_outputs),
     )
 
 

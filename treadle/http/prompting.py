@@ -20,7 +20,7 @@ from .generation import needs_tokenizer
 from .link import Served
 from .sampling import SamplingFields
 from .tool_formats import ToolFormat
-from .tool_grammars import rest_of_call
+from .tool_grammars import ANY_OBJECT, rest_of_call
 from .tool_grammars_auto import text_or_calls
 
 ToolChoice = Literal["none", "auto", "required"] | NamedTool | None
@@ -31,18 +31,19 @@ T = TypeVar("T")
 class ToolPlan:
     """How calls are to be found in an answer. forced: what the answer begins with, put at the end of the prompt.
 
-    rest: what the answer must be, or go on with if it is forced; None where it may be anything. strict: whether that
-    was promised.
+    rest: what the answer must be, or go on with if it is forced; None where it may be anything. looser: the same with
+    any object for arguments. strict: whether `rest` was promised.
     """
 
     format: ToolFormat
     forced: str = ""
     rest: Guided | None = None
+    looser: Guided | None = None
     strict: bool = False
 
     def loosened(self) -> ToolPlan:
-        """The same without a grammar."""
-        return replace(self, rest=None)
+        """The same with less of a grammar, or none."""
+        return replace(self, rest=self.looser, looser=None)
 
 
 def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice) -> ToolPlan | None:
@@ -61,7 +62,9 @@ def plan_tools(served: Served, tools: Sequence[Tool] | None, choice: ToolChoice)
     name = choice.function.name if isinstance(choice, NamedTool) else None
     functions = [tool.function for tool in tools or () if name is None or tool.function.name == name]
     rest = rest_of_call(served.tools, functions, named=name is not None)
-    return ToolPlan(served.tools, served.tools.forced(name), rest, any(function.strict for function in functions))
+    plain = [FunctionTool(function.name, parameters=ANY_OBJECT) for function in functions]
+    looser = rest_of_call(served.tools, plain, named=name is not None)
+    return ToolPlan(served.tools, served.tools.forced(name), rest, looser, any(f.strict for f in functions))
 
 
 def _free_plan(served: Served, format: ToolFormat, functions: Sequence[FunctionTool]) -> ToolPlan:
@@ -73,21 +76,25 @@ def _free_plan(served: Served, format: ToolFormat, functions: Sequence[FunctionT
 
 
 async def held_if_possible(plan: ToolPlan | None, answer: Callable[[ToolPlan | None], Awaitable[T]]) -> T:
-    """An answer by this plan; by it without its grammar where the service cannot hold to one (it has no llguidance, or
-    the schema is beyond it), unless a function is strict. Raises what `answer` raises."""
+    """An answer by this plan; by less of it where the service cannot hold to all (a schema is beyond llguidance) or to
+    any (it has none), unless a function is strict. Raises what `answer` raises."""
     try:
         return await answer(plan)
     except InvalidRequest as error:
         if plan is None or plan.rest is None or plan.strict or isinstance(error, PromptTooLong):
             raise
-    return await answer(plan.loosened())
+    return await held_if_possible(plan.loosened(), answer)
 
 
-def guided_by(format: ResponseFormat | None, plan: ToolPlan | None, param: str = "response_format") -> Guided | None:
-    """What the answer must be; None is any text. param: the field's name. Raises ApiError.
+def guided_by(
+    format: ResponseFormat | None, plan: ToolPlan | None, own: Guided | None, param: str = "response_format"
+) -> Guided | None:
+    """What the answer must be; None is any text. own: `structured_outputs`. param: the field's name. Raises ApiError.
 
     A schema is always held to, whether `strict` or not.
     """
+    if plan is not None and own is not None:
+        raise bad_request("structured_outputs together with tools: give one of them", "structured_outputs")
     if format is None or format.type == "text":
         return plan.rest if plan is not None else None
     if plan is not None:

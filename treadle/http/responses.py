@@ -59,8 +59,6 @@ async def create_response(gateway: Gateway, request: Request) -> Response | Even
     _check(body)
     tools = _tools(body)
     plan = plan_tools(served, tools, _choice(body))
-    if plan is not None and body.structured_outputs is not None:
-        plan = plan.loosened()  # the client has a grammar of its own
     request.state.guided = guided_name(body, plan, "text.format")
     return await held_if_possible(plan, partial(_answer, gateway, request, served, body, tools))
 
@@ -144,8 +142,8 @@ def _check(body: ResponsesRequest) -> None:
 def _guided(body: ResponsesRequest, plan: ToolPlan | None) -> Guided | None:
     asked = body.text.format if body.text is not None else None
     if asked is None:
-        return guided_by(None, plan)
-    return guided_by(ResponseFormat(asked.type, {"schema": asked.schema}), plan, "text.format")
+        return guided_by(None, plan, body.structured_outputs)
+    return guided_by(ResponseFormat(asked.type, {"schema": asked.schema}), plan, body.structured_outputs, "text.format")
 
 
 def _tools(body: ResponsesRequest) -> list[Tool] | None:

@@ -40,6 +40,9 @@ async def detokenize(gateway: Gateway, request: Request) -> Response:
     body = await read_body(request, DetokenizeRequest, gateway.settings)
     served = gateway.serving(body.model)
     tokenizer = needs_tokenizer(served, "detokenize")
+    for token in body.tokens:
+        if token >= served.info.vocab_size:
+            raise bad_request(f"tokens: {token} is not an id; allowed are 0 to {served.info.vocab_size - 1}", "tokens")
     return _json(DetokenizeAnswer(tokenizer.decode(body.tokens, skip_special_tokens=False)))
 
 
