@@ -271,6 +271,11 @@ async def what_cannot_be_held(api: openai.AsyncOpenAI, ask: Any) -> None:
         assert whole and all(isinstance(arguments, dict) for arguments in whole)
     with pytest.raises(openai.BadRequestError, match="structured_outputs together with tools"):
         await api.chat.completions.create(**ask, extra_body={"structured_outputs": {"choice": ["a"]}})
+    cut = {**ask, "tool_choice": _named("alarm"), "stop": ["}"]}
+    [end] = (await api.chat.completions.create(**cut)).choices
+    assert end.finish_reason == "stop" and end.model_extra == {"stop_reason": "}"}, "a stop string cut it"
+    pieces = [chunk.choices[0] async for chunk in await api.chat.completions.create(**cut, stream=True)]
+    assert pieces[-1].finish_reason == "stop"
     answer = await api.chat.completions.create(**{**ask, "max_tokens": 3}, tool_choice="required")
     assert answer.choices[0].finish_reason == "length", "cut short"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from functools import partial
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -135,6 +136,7 @@ class _Teller:
         self._tools = tools
         self._top = top
         self._calls = 0
+        self._last: Call | None = None
         self._begun = False
         self._done = False
 
@@ -185,11 +187,16 @@ class _Teller:
             rest = self._tools.finish()
             found = Found(found.text + rest.text, found.calls + rest.calls)
         self._calls += len(found.calls)
+        if found.calls:
+            self._last = found.calls[-1]
         return found
 
     def _reason(self, part: CompletionOutput) -> ChatFinish | None:
         reason = finish_of(part.finish_reason)
-        return "tool_calls" if reason == "stop" and self._calls else reason
+        if reason != "stop" or self._last is None:
+            return reason
+        cut = isinstance(part.stop_reason, str) and not _is_json(self._last.arguments)
+        return reason if cut else "tool_calls"
 
     def _logprobs(self, part: CompletionOutput, fresh: int) -> ChatLogprobs | None:
         if self._top is None or part.logprobs is None:
@@ -200,3 +207,11 @@ class _Teller:
 
 def _call(call: Call, index: int | None = None) -> ToolCall:
     return ToolCall(CalledFunction(call.name, call.arguments), new_id("call"), index=index)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except msgspec.DecodeError:
+        return False
+    return True
