@@ -174,6 +174,8 @@ async def test_every_metric_is_what_happened(tiny: Path) -> None:
         await api.completions.create(model="m", prompt=[3] * 8, **ended)
         with pytest.raises(openai.BadRequestError):
             await api.completions.create(prompt=[1] * 600, **ask)
+        with pytest.raises(openai.BadRequestError):  # by the client's side of the gateway: nobody has left
+            await api.completions.create(model="m", prompt=[1], extra_body={"structured_outputs": {}})
         with pytest.raises(openai.NotFoundError):
             await api.completions.create(model="x", prompt="a")
         await api.models.list()
@@ -257,7 +259,7 @@ def gateway_values() -> dict[str, float | None]:
     ended = {"stop": 1, "length": 5, "abort": 0, "error": 0}
     answers = {
         ("POST", "/v1/completions", "200"): 5,
-        ("POST", "/v1/completions", "400"): 1,
+        ("POST", "/v1/completions", "400"): 2,
         ("POST", "/v1/completions", "404"): 1,
         ("GET", "/v1/models", "200"): 1,
     }

@@ -68,14 +68,18 @@ class Exchange:
             raise ClientGone
         for prompt in prompts:
             self._meters.append(self._metrics.request(self._model, params, self._began))
-            stream = frontend.generate(
-                prompt,
-                params,
-                priority=priority or 0,
-                cache_salt=cache_salt or "",
-                trace_headers=self._trace_headers,
-                tenant=self._tenant,
-            )
+            try:
+                stream = frontend.generate(
+                    prompt,
+                    params,
+                    priority=priority or 0,
+                    cache_salt=cache_salt or "",
+                    trace_headers=self._trace_headers,
+                    tenant=self._tenant,
+                )
+            except TreadleError as error:
+                self._failed(error)
+                raise
             self._streams.append(stream)
 
     async def finals(self) -> list[RequestOutput]:
