@@ -70,14 +70,15 @@ class MaskJob:
     ) -> MadeMasks:
         """begun: see `Matching.advance`. pages: that the ranks have, too; without them masks are sent."""
         width = words_for(matching.vocab_size)
-        shared = pages is not None and pages.width == width and pages.rows >= self.size
+        if pages is not None and (pages.width != width or pages.rows < self.size):
+            pages = None
         # Of free rows nobody reads them.
-        words = pages.words(self.step, self.size) if pages is not None and shared else memory.take(self.size, width)
+        words = memory.take(self.size, width) if pages is None else pages.words(self.step, self.size)
         free = np.ones(self.size, np.bool_)
         free[[row for row, *_ in self.places]] = False
         errors = matching.advance([_advance(*place) for place in self.places], words, begun)
         free[list(errors)] = True
-        masks = shared_masks(self.step, free) if shared else encode_masks(self.step, words, free)
+        masks = encode_masks(self.step, words, free) if pages is None else shared_masks(self.step, free)
         return MadeMasks(masks, [(sequence, errors[row]) for row, sequence, *_ in self.places if row in errors])
 
     def fail(self, matching: Matching, message: str) -> MadeMasks:
