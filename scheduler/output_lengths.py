@@ -7,13 +7,12 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
-from treadle.kvcache.arrays import constant
-
 OVERALL = 0
 _TENANTS = 256
 _MEMORY = 256
 """Ends after which one counts a third."""
-_KEPT = constant(1 - 1 / _MEMORY)
+_KEPT = 1 - 1 / _MEMORY
+_MOST_WEIGHT = 1e100
 _PRIOR = 8.0
 """Ends of everybody that a tenant's own are mixed with."""
 _FIRST_GUESS = 128
@@ -33,14 +32,19 @@ class OutputLengths:
     What is asked of it is how likely an output that has reached a certain length is to go on so much longer
     (`Outlook`). slot: number of a tenant's statistics; the tenants heard of last have one, the others share that of
     everybody.
+
+    To forget, the others are not made smaller, but each new end weighs more: that is one number instead of hundreds.
+    `_weight`: of the newest end of a slot, by which its counts are divided when they are read.
     """
 
     def __init__(self, max_len: int) -> None:
         self._max_len = max_len
         self._class = _classes(np.arange(max_len + 1))
-        self._counts: Floats = np.zeros((_TENANTS, int(self._class[-1]) + 1))
+        self._none = [0.0] * (int(self._class[-1]) + 1)
+        self._counts = [self._none.copy()]
+        self._weight = [1.0]
         self._slots: OrderedDict[str, int] = OrderedDict()
-        self._counts[OVERALL, self._class[min(_FIRST_GUESS, max_len)]] = 1.0
+        self._counts[OVERALL][self._class.item(min(_FIRST_GUESS, max_len))] = 1.0
 
     def slot(self, tenant: str) -> int:
         return self._slots.get(tenant, OVERALL)
@@ -51,7 +55,9 @@ class OutputLengths:
         if slot is None:
             slot = self._new_slot(tenant)
         self._slots.move_to_end(tenant)
-        self._add(slot, length)
+        place = self._class.item(length)
+        self._add(OVERALL, place)
+        self._add(slot, place)
 
     def outlook(self, slots: Slots, lengths: Ints) -> Outlook:
         """What can be expected, given that outputs of these lengths are still going on.
@@ -61,8 +67,10 @@ class OutputLengths:
         Estimation from Incomplete Observations, 1958).
         """
         kinds, at = np.unique(slots, return_inverse=True)
-        overall = self._counts[OVERALL]
-        ended = self._counts[kinds] + (kinds != OVERALL)[:, None] * (_PRIOR / overall.sum() * overall)
+        overall = self._ended(OVERALL)
+        ended = np.array([self._ended(kind) for kind in kinds.tolist()]) + (kinds != OVERALL)[:, None] * (
+            _PRIOR / overall.sum() * overall
+        )
         running = np.zeros_like(ended)
         np.add.at(running, (at, self._class[lengths]), 1.0)
         reached = _from_the_end(ended) + _from_the_end(running) - running
@@ -71,19 +79,27 @@ class OutputLengths:
         reach = np.concatenate((np.ones((kinds.size, 1)), reach[:, :-1]), axis=1)
         return Outlook(kinds, reach, self._class, self._max_len)
 
-    def _add(self, slot: int, length: int) -> None:
-        both = self._counts[OVERALL : slot + 1 : slot]  # the tenant's, and those of everybody
-        both *= _KEPT
-        place = self._class.item(length)
-        both[0, place] += 1
-        both[1, place] += 1
+    def _ended(self, slot: int) -> Floats:
+        """How many ended in each class."""
+        return np.array(self._counts[slot]) / self._weight[slot]
+
+    def _add(self, slot: int, place: int) -> None:
+        weight = self._weight[slot] / _KEPT
+        counts = self._counts[slot]
+        if weight > _MOST_WEIGHT:
+            counts[:] = self._ended(slot).tolist()
+            weight = 1.0 / _KEPT
+        self._weight[slot] = weight
+        counts[place] += weight
 
     def _new_slot(self, tenant: str) -> int:
         if len(self._slots) < _TENANTS - 1:
-            slot = len(self._slots) + 1
+            slot = len(self._counts)
+            self._counts.append(self._none.copy())
+            self._weight.append(1.0)
         else:
             _, slot = self._slots.popitem(last=False)  # of the tenant that ended something longest ago
-        self._counts[slot] = 0.0
+            self._counts[slot], self._weight[slot] = self._none.copy(), 1.0
         self._slots[tenant] = slot
         return slot
 

@@ -46,12 +46,11 @@ class Rows:
     per row. `_tokens` and `_table` show the same memory with one index, by which numpy finds an entry of each row in a
     third of the time; rows begin there at `_token_begin` and `_block_begin`.
 
-    limit: tokens at which the row ends. nblocks: entries of its block table. filled: tokens that were committed and
-    computed at the last commit. publish_at: what that has to come to for the row's next block to be published, NEVER
-    where the prefix cache asks for blocks (`PrefixCache.follow`). admission: unique number of the row's present use, 0
-    when free. order, key: of its sequence, NOBODY and 0 when free. guided: its samples wait for masks; guided_count:
-    how many rows are so. owner: its sequence. chain: where its next published block hangs. entries: of all block
-    tables. free: rows that are not in use; count: how many are.
+    limit: tokens at which the row ends. nblocks: entries of its block table. publish_at: what `filled` has to come to
+    for the row's next block to be published, NEVER where the prefix cache asks for blocks (`PrefixCache.follow`).
+    admission: unique number of the row's present use, 0 when free. order, key: of its sequence, NOBODY and 0 when free.
+    guided: its samples wait for masks; guided_count: how many rows are so. owner: its sequence. chain: where its next
+    published block hangs. entries: of all block tables. free: rows that are not in use; count: how many are.
     Big arrays come from `np.zeros`, so memory is touched only where a row has been. Counters are as wide as an index,
     which numpy would otherwise make of them each time that they are used as one.
     """
@@ -74,7 +73,6 @@ class Rows:
         self.admission: Int64 = self._numbers[5]
         self.publish_at: Int64 = self._numbers[6]
         self.order: Int64 = self._numbers[7]
-        self.filled: Int64 = np.zeros(max_rows, np.int64)
         self.entries = 0
         self.key: npt.NDArray[np.float64] = np.zeros(max_rows, np.float64)
         self.guided: npt.NDArray[np.bool_] = np.zeros(max_rows, np.bool_)
@@ -121,6 +119,11 @@ class Rows:
     def blocks_of(self, row: int) -> Blocks:
         """Its block table, as long as nobody changes it."""
         return self.table[row, : self.nblocks.item(row)]
+
+    def filled(self, row: int) -> int:
+        """Its committed tokens whose K/V exists once all planned steps have run."""
+        known, computed = self.known.item(row), self.computed.item(row)
+        return known if known < computed else computed
 
     def append_blocks(self, rows: Rows1D, blocks: Blocks) -> None:
         held = self.nblocks[rows]

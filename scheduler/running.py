@@ -170,15 +170,8 @@ class Running:
         execute plans in order, so in a later one they are written. In this one the finder stands behind the writer
         in the plan's rows, and in each layer the K/V of all rows is written before any row attends.
         """
-        rows, size = self.rows, self._block_size
-        known, computed = rows.known.item(row), rows.computed.item(row)
-        end = (known if known < computed else computed) // size
-        begin = rows.publish_at.item(row) // size - 1
-        if end > begin:
-            self._publish(row, *rows.contents(row, begin, end))
-            rows.publish_at[row] = (end + 1) * size
+        self._publish_filled(row)
         if last:
-            rows.filled[row] = end * size
             self._follow(row)
 
     def publish_decoded(self, rows: Rows1D, at: Rows1D | slice, known: Int64) -> None:
@@ -187,20 +180,21 @@ class Running:
 
         at: the rows, or their `span`. known: their committed tokens.
         """
-        arrays = self.rows
-        filled = np.minimum(known, arrays.computed[at])
-        arrays.filled[at] = filled
-        due = filled >= arrays.publish_at[at]
+        due = known >= self.rows.publish_at[at]
         if any_of(due):
             for row in rows[due].tolist():
-                self._publish_due(row)
+                if self._publish_filled(row):  # else the K/V of its newest token is not planned yet
+                    self._follow(row)
 
-    def _publish_due(self, row: int) -> None:
+    def _publish_filled(self, row: int) -> bool:
+        """Publishes what the row has filled and not published; whether there was a block."""
         rows, size = self.rows, self._block_size
-        last = rows.filled.item(row) // size
-        self._publish(row, *rows.contents(row, rows.publish_at.item(row) // size - 1, last))
-        rows.publish_at[row] = (last + 1) * size
-        self._follow(row)
+        begin, end = rows.publish_at.item(row) // size - 1, rows.filled(row) // size
+        if end <= begin:
+            return False
+        self._publish(row, *rows.contents(row, begin, end))
+        rows.publish_at[row] = (end + 1) * size
+        return True
 
     def _publish(self, row: int, tokens: bytes, blocks: Blocks) -> None:
         """Blocks behind the row's place, which is behind them then."""
@@ -215,13 +209,13 @@ class Running:
             self.rows.publish_at[row] = NEVER
 
     def filled(self, writer: int, first: int) -> tuple[bytes, Blocks]:
-        """For the cache: what a row that follows a run has filled by the last commit."""
-        return self.rows.contents(writer, first, self.rows.filled.item(writer) // self._block_size)
+        """For the cache: what a row that follows a run has filled."""
+        return self.rows.contents(writer, first, self.rows.filled(writer) // self._block_size)
 
     def dismissed(self, writer: int, place: Parent) -> None:
         """By the cache: the row does not follow a run any more."""
         self.rows.chain[writer] = place
-        self.rows.publish_at[writer] = (self.rows.filled.item(writer) // self._block_size + 1) * self._block_size
+        self.rows.publish_at[writer] = (self.rows.filled(writer) // self._block_size + 1) * self._block_size
 
     def withdraw(self, row: int) -> None:
         """The row's work has failed, so nobody else is to be served what it computed."""

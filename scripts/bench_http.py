@@ -1,12 +1,14 @@
 """What the HTTP gateway costs: streaming over HTTP beside the embedded API, in turns.
 
-    .venv/bin/python scripts/bench_http.py [--json FILE] [--rounds 5] [--concurrency 32] [--tensor-parallel-size 2]
+    .venv/bin/python scripts/bench_http.py [--json FILE] [--rounds 20] [--concurrency 32] [--tensor-parallel-size 2]
 
 An embedded `LLM` and a `treadle serve --http` of the same model stand beside each other, and waves of the same requests
 go to one and then the other: 16 words, 64 new tokens, greedy, end of sequence ignored, no cached prefix, every output
-read as it comes. The ratio is the median over the rounds. TTFT is measured one request at a time on idle engines, in
-turns too; over HTTP from the first byte sent to the first event read. The HTTP client is a plain socket, since its work
-happens on the same cores.
+read as it comes. The ratio is the median over the rounds; error: the standard error of their geometric mean, since a
+wave on a shared host can take twice as long as the next. stolen: share of the machine's time that its host took
+(/proc/stat), null where that is not told. TTFT is measured one request at a time on idle engines, in turns too; over
+HTTP from the first byte sent to the first event read. The HTTP client is a plain socket, since its work happens on the
+same cores.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -62,7 +65,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--tensor-parallel-size", type=int, default=2)
@@ -80,13 +83,16 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
             first: dict[str, list[float]] = {name: [] for name in sides}
             for ask in sides.values():
                 await _wave(ask, options, seed=0)
+            before = _host_time()
             for turn in range(1, options.rounds + 1):
                 for name in sorted(sides, reverse=turn % 2 == 0):
                     rates[name].append(await _wave(sides[name], options, seed=turn))
+            after = _host_time()
             for turn in range(options.ttft_requests):
                 for name in sorted(sides, reverse=turn % 2 == 0):
                     first[name].append((await sides[name](_prompt(random.Random(10_000 + turn)), 2))[0])
     ratios = [http / embedded for http, embedded in zip(rates["http"], rates["embedded"], strict=True)]
+    logs = [math.log(ratio) for ratio in ratios]
     ttft = {name: 1000 * statistics.median(values) for name, values in first.items()}
     return {
         "model": options.model,
@@ -95,6 +101,8 @@ async def _measure(options: argparse.Namespace) -> dict[str, Any]:
         "concurrency": options.concurrency,
         "tokens_per_s": {name: statistics.median(values) for name, values in rates.items()},
         "ratio": statistics.median(ratios),
+        "error": statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else None,
+        "stolen": (after[0] - before[0]) / (after[1] - before[1]) if before and after else None,
         "ratios": ratios,
         "ttft_ms": ttft,
         "added_ttft_ms": ttft["http"] - ttft["embedded"],
@@ -112,6 +120,16 @@ async def _wave(ask: Ask, options: argparse.Namespace, seed: int) -> float:
     if set(written) != {options.max_tokens}:
         raise RuntimeError(f"answers of {set(written)} tokens where {options.max_tokens} were asked for")
     return sum(written) / took
+
+
+def _host_time() -> tuple[int, int] | None:
+    """Ticks that the host took from this machine so far, and all ticks; None where the system does not say."""
+    try:
+        line = Path("/proc/stat").read_text().partition("\n")[0]
+    except OSError:
+        return None
+    ticks = [int(field) for field in line.split()[1:9]]
+    return ticks[7], sum(ticks)
 
 
 def _prompt(source: random.Random) -> str:
