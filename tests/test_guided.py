@@ -136,7 +136,15 @@ async def test_a_killed_rank_is_a_pause(
         assert (stats.recoveries, stats.blocks_used) == (1, 0)
         for output, (_, _, one) in zip(outputs, requests(), strict=True):
             check(one.guided, output.text)
+        assert mask_memories() == shared, "the memory of the dead group's masks is still there"
     assert {masks.shared for masks in sent} == {shared}
+    assert mask_memories() == 0
+
+
+def mask_memories() -> int:
+    """Of how many groups this process has the masks mapped."""
+    gc.collect()
+    return Path("/proc/self/maps").read_text().count("memfd:treadle-masks")
 
 
 BAD = [
