@@ -24,6 +24,7 @@ from .link import Link
 from .openapi import openapi_document
 from .operations import OPERATIONS, Operation
 from .settings import GatewaySettings, check_settings
+from .streaming import DIRECT_SEND
 from .ui import PATHS as UI_PATHS
 from .ui import ui_routes
 from .viewers import Viewers
@@ -120,6 +121,7 @@ class _Counted:
                 self._counter.labels(self._label(scope), scope["method"], str(message["status"])).inc()
             await send(message)
 
+        scope[DIRECT_SEND] = send
         await self._app(scope, receive, count)
 
     def _label(self, scope: Scope) -> str:

@@ -102,8 +102,11 @@ class _Answer:
         last: dict[int, RequestOutput] = {}
         async for place, output in exchange.news():
             last[place] = output
-            told = [self._teller(place, part).piece(output, part) for part in output.outputs]
-            choices = [choice for choice in told if choice is not None]
+            choices: list[CompletionChoice] = []
+            for part in output.outputs:
+                choice = self._teller(place, part).piece(output, part)
+                if choice is not None:
+                    choices.append(choice)
             if choices:
                 yield event(self._object(choices))
         if self._body.stream_options is not None and self._body.stream_options.include_usage:

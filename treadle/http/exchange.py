@@ -98,11 +98,18 @@ class Exchange:
     async def news(self) -> AsyncIterator[News]:
         """All prompts as they come, until all have ended. Raises TreadleError, and ClientGone."""
         try:
-            async for prompt, output in _merged(self._streams):
-                if self.gone:
-                    break
-                self._meters[prompt].saw(output)
-                yield News(prompt, output)
+            if len(self._streams) == 1:  # nearly always: without the tasks that reading several needs
+                async for output in self._streams[0]:
+                    if self.gone:
+                        break
+                    self._meters[0].saw(output)
+                    yield News(0, output)
+            else:
+                async for prompt, output in _merged(self._streams):
+                    if self.gone:
+                        break
+                    self._meters[prompt].saw(output)
+                    yield News(prompt, output)
         except TreadleError as error:
             self._failed(error)
             raise
@@ -149,10 +156,6 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, RequestOutput]]:
-    if len(streams) == 1:
-        async for output in streams[0]:
-            yield 0, output
-        return
     waiting = {asyncio.ensure_future(_next(stream)): place for place, stream in enumerate(streams)}
     try:
         while waiting:

@@ -16,6 +16,9 @@ from .exchange import Exchange
 logger = logging.getLogger("treadle")
 encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
+DIRECT_SEND = "treadle.direct_send"
+"""In the scope: the server's own `send`. The layers around it look at the start of an answer only, and every event
+would go through each of them."""
 SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -58,11 +61,12 @@ class EventStream:
         return cls(await anext(blocks, b""), blocks, exchange, failure)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        direct: Send = scope.get(DIRECT_SEND, send)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-            await send(part(self._first))
-            await self._send_rest(send)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await direct(part(self._first))
+            await self._send_rest(direct)
+            await direct({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._exchange.close()
 
