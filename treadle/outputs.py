@@ -1,8 +1,11 @@
-"""What a reader of a stream gets. Names follow vLLM's `RequestOutput` and `CompletionOutput`."""
+"""What a reader of a stream gets: structs, which are made faster than classes are; one of each for every token. Names
+follow vLLM's `RequestOutput` and `CompletionOutput`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+import msgspec
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,8 +16,7 @@ class Logprob:
     rank: int
 
 
-@dataclass(slots=True)
-class CompletionOutput:
+class CompletionOutput(msgspec.Struct):
     """One continuation so far. The lists are the reader's to keep.
 
     `text` and `token_ids` are whole, `delta` and `delta_token_ids` new since the last read. finish_reason: None while
@@ -24,17 +26,16 @@ class CompletionOutput:
 
     index: int
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = []
     delta: str = ""
-    delta_token_ids: list[int] = field(default_factory=list)
+    delta_token_ids: list[int] = []
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
 
 
-@dataclass(slots=True)
-class RequestOutput:
+class RequestOutput(msgspec.Struct):
     """A request so far. cached_tokens: prompt tokens that the prefix cache served.
 
     prompt_logprobs: by prompt position, None for the first. arrival_time, first_token_time: seconds of the reader's

@@ -54,7 +54,8 @@ class Stream:
         self._cached = 0
         self._arrival = time.perf_counter()
         self._first: float | None = None
-        self._news = asyncio.Event()
+        self._news = False
+        self._readers: list[asyncio.Future[None]] = []
         self._error: TreadleError | None = None
         self._unread = False
         self._only_end = False
@@ -88,7 +89,7 @@ class Stream:
         if part.finished:
             self._ended = all(other.finished for other in self._parts)
         if self._ended or not self._only_end:
-            self._news.set()
+            self._tell()
 
     def refuse(self, refused: Refused) -> None:
         self.fail(from_wire(refused.code, refused.message, refused.retry_after))
@@ -98,7 +99,7 @@ class Stream:
         if not self._ended:
             self._error = error
             self._ended = True
-            self._news.set()
+            self._tell()
 
     def disown(self) -> None:
         """The request was never sent: dropping the stream must not abort another's."""
@@ -142,16 +143,19 @@ class Stream:
     async def __anext__(self) -> RequestOutput:
         if self._exhausted:
             raise StopAsyncIteration
-        try:
-            await self._news.wait()
-        except asyncio.CancelledError:
-            self.abort()
-            raise
+        if not self._news:
+            reader: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._readers.append(reader)
+            try:
+                await reader
+            except asyncio.CancelledError:
+                self.abort()
+                raise
         if self._error is not None and not self._unread:
             self._exhausted = True
             raise self._error
         if self._error is None:
-            self._news.clear()
+            self._news = False
             self._exhausted = self._ended
         return self._read()
 
@@ -172,7 +176,7 @@ class Stream:
             for part in self._parts:
                 if not part.finished:
                     part.finish_reason = "abort"
-            self._news.set()
+            self._tell()
             self._abort(Abort(self.wire_id))
 
     async def aclose(self) -> None:
@@ -189,6 +193,14 @@ class Stream:
     def __del__(self) -> None:
         if not self._ended:
             self._abort(Abort(self.wire_id))
+
+    def _tell(self) -> None:
+        """There are news. What an `asyncio.Event` does, without its calls: it is done for every token of everybody."""
+        self._news = True
+        for reader in self._readers:
+            if not reader.done():
+                reader.set_result(None)
+        self._readers.clear()
 
     def _read(self) -> RequestOutput:
         self._unread = False

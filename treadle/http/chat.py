@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from functools import partial
 
 import msgspec
@@ -26,8 +25,8 @@ from .chat_bodies import (
     ChunkChoice,
     ToolCall,
 )
-from .errors import bad_request
-from .exchange import Exchange
+from .errors import ApiError, bad_request
+from .exchange import News
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
 from .link import Served
@@ -62,7 +61,7 @@ async def _answer(
         answer = _Answer(body, plan, needs_tokenizer(served, "chat"), gateway.names(served)[0])
         start(exchange, served, [prompt], params, body)
         if body.stream:
-            return await EventStream.begin(answer.blocks(exchange), exchange, plain_failure)
+            return await EventStream.begin(exchange, answer)
         whole = answer.whole((await exchange.finals())[0])
     except BaseException:
         exchange.close()
@@ -93,6 +92,7 @@ class _Answer:
         self._id = new_id("chatcmpl")
         self._created = now()
         self._tellers: dict[int, _Teller] = {}
+        self._newest: RequestOutput | None = None
 
     def whole(self, output: RequestOutput) -> ChatCompletion:
         return ChatCompletion(
@@ -103,18 +103,21 @@ class _Answer:
             usage=usage_of([output]),
         )
 
-    async def blocks(self, exchange: Exchange) -> AsyncIterator[bytes]:
-        output = None
-        async for _, output in exchange.news():
-            chunks = [event(self._chunk([c])) for part in output.outputs for c in self._teller(part.index).pieces(part)]
-            if chunks:
-                yield b"".join(chunks)
+    def block(self, news: News) -> bytes:
+        self._newest = output = news.output
+        chunks = [event(self._chunk([c])) for part in output.outputs for c in self._teller(part.index).pieces(part)]
+        return b"".join(chunks)
+
+    def last(self) -> bytes:
         options = self._body.stream_options
-        if options is not None and options.include_usage and output is not None:
-            chunk = self._chunk([])
-            chunk.usage = usage_of([output])
-            yield event(chunk)
-        yield DONE
+        if options is None or not options.include_usage or self._newest is None:
+            return DONE
+        chunk = self._chunk([])
+        chunk.usage = usage_of([self._newest])
+        return event(chunk) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return plain_failure(error)
 
     def _teller(self, index: int) -> _Teller:
         if index not in self._tellers:

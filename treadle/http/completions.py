@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -13,8 +11,8 @@ from treadle.transport.messages import SamplingParams
 
 from .bodies import usage_of
 from .completion_bodies import Completion, CompletionChoice, CompletionRequest
-from .errors import bad_request
-from .exchange import Exchange
+from .errors import ApiError, bad_request
+from .exchange import News
 from .gateway import Gateway
 from .generation import encode, finish_of, needs_tokenizer, new_id, now, start
 from .link import Served
@@ -37,7 +35,7 @@ async def create_completion(gateway: Gateway, request: Request) -> Response | Ev
         answer = _Answer(body, params.n, served, gateway.names(served)[0])
         start(exchange, served, prompts, params, body)
         if body.stream:
-            return await EventStream.begin(answer.blocks(exchange), exchange, plain_failure)
+            return await EventStream.begin(exchange, answer)
         whole = answer.whole(await exchange.finals())
     except BaseException:
         exchange.close()
@@ -87,6 +85,7 @@ class _Answer:
         self._id = new_id("cmpl")
         self._created = now()
         self._tellers: dict[int, _Teller] = {}
+        self._newest: dict[int, RequestOutput] = {}
 
     def whole(self, outputs: list[RequestOutput]) -> Completion:
         if self._body.max_tokens == 0:
@@ -98,22 +97,25 @@ class _Answer:
         answer.usage = usage_of(outputs)
         return answer
 
-    async def blocks(self, exchange: Exchange) -> AsyncIterator[bytes]:
-        last: dict[int, RequestOutput] = {}
-        async for place, output in exchange.news():
-            last[place] = output
-            choices: list[CompletionChoice] = []
-            for part in output.outputs:
-                choice = self._teller(place, part).piece(output, part)
-                if choice is not None:
-                    choices.append(choice)
-            if choices:
-                yield event(self._object(choices))
-        if self._body.stream_options is not None and self._body.stream_options.include_usage:
-            answer = self._object([])
-            answer.usage = usage_of(list(last.values()))
-            yield event(answer)
-        yield DONE
+    def block(self, news: News) -> bytes:
+        place, output = news
+        self._newest[place] = output
+        choices: list[CompletionChoice] = []
+        for part in output.outputs:
+            choice = self._teller(place, part).piece(output, part)
+            if choice is not None:
+                choices.append(choice)
+        return event(self._object(choices)) if choices else b""
+
+    def last(self) -> bytes:
+        if self._body.stream_options is None or not self._body.stream_options.include_usage:
+            return DONE
+        answer = self._object([])
+        answer.usage = usage_of(list(self._newest.values()))
+        return event(answer) + DONE
+
+    def failure(self, error: ApiError) -> bytes:
+        return plain_failure(error)
 
     def _teller(self, place: int, part: CompletionOutput) -> _Teller:
         index = place * self._n + part.index

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from functools import partial
 
 from starlette.requests import Request
@@ -24,7 +23,7 @@ from .chat_bodies import (
     ToolCall,
 )
 from .errors import ApiError, bad_request
-from .exchange import Exchange
+from .exchange import News
 from .gateway import Gateway
 from .generation import finish_of, needs_tokenizer, new_id, now, start
 from .link import Served
@@ -86,7 +85,7 @@ async def _answer(
         answer = _Answer(body, plan, needs_tokenizer(served, "a response"), gateway.names(served)[0])
         start(exchange, served, [prompt], params, body)
         if body.stream:
-            return await EventStream.begin(answer.blocks(exchange), exchange, answer.failure)
+            return await EventStream.begin(exchange, answer)
         whole = answer.whole((await exchange.finals())[0])
     except BaseException:
         exchange.close()
@@ -179,20 +178,21 @@ class _Answer:
             tools=body.tools or [],
         )
         self._events = ResponseEvents(self._response)
+        self._begun = False
 
     def whole(self, output: RequestOutput) -> ResponseObject:
         part = output.outputs[0]
         self._tell(output, part.text, len(part.token_ids))
         return self._response
 
-    async def blocks(self, exchange: Exchange) -> AsyncIterator[bytes]:
-        head = self._events.begin()
-        async for _, output in exchange.news():
-            part = output.outputs[0]
-            block = head + self._tell(output, part.delta, len(part.delta_token_ids))
-            head = b""
-            if block:
-                yield block
+    def block(self, news: News) -> bytes:
+        head = b"" if self._begun else self._events.begin()
+        self._begun = True
+        part = news.output.outputs[0]
+        return head + self._tell(news.output, part.delta, len(part.delta_token_ids))
+
+    def last(self) -> bytes:
+        return b""  # the last news says that it is the last
 
     def failure(self, error: ApiError) -> bytes:
         self._response.status = "failed"

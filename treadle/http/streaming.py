@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
+from typing import Protocol
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -11,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 from treadle.errors import TreadleError
 
 from .errors import ApiError, ClientGone, from_treadle
-from .exchange import Exchange
+from .exchange import Exchange, News
 
 logger = logging.getLogger("treadle")
 encode = msgspec.json.Encoder().encode
@@ -34,37 +35,48 @@ def named_event(name: str, data: object) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), encode(data))
 
 
+class Answer(Protocol):
+    """What is said of an exchange. A block is one write, of one or more events; b"" says nothing."""
+
+    def block(self, news: News) -> bytes: ...
+
+    def last(self) -> bytes:
+        """After the last news."""
+        ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """Of an error that comes after the first block."""
+        ...
+
+
 class EventStream:
-    """An ASGI answer of status 200. Each item of `blocks` is one write, of one or more events.
+    """An ASGI answer of status 200.
 
     Made by `begin`, when the first block is there: what goes wrong before it has a status of its own.
-    failure: the events that tell the client of an error that comes after.
     """
 
-    def __init__(
-        self,
-        first: bytes,
-        blocks: AsyncIterator[bytes],
-        exchange: Exchange,
-        failure: Callable[[ApiError], bytes],
-    ) -> None:
+    def __init__(self, first: bytes, news: AsyncIterator[News], answer: Answer, exchange: Exchange) -> None:
         self._first = first
-        self._blocks = blocks
+        self._news = news
+        self._answer = answer
         self._exchange = exchange
-        self._failure = failure
 
     @classmethod
-    async def begin(
-        cls, blocks: AsyncIterator[bytes], exchange: Exchange, failure: Callable[[ApiError], bytes]
-    ) -> EventStream:
+    async def begin(cls, exchange: Exchange, answer: Answer) -> EventStream:
         """Waits for the first block. Raises what comes instead of it."""
-        return cls(await anext(blocks, b""), blocks, exchange, failure)
+        first, news = b"", exchange.news()
+        async for one in news:
+            first = answer.block(one)
+            if first:
+                break
+        return cls(first, news, answer, exchange)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         direct: Send = scope.get(DIRECT_SEND, send)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": SSE_HEADERS})
-            await direct(part(self._first))
+            if self._first:
+                await direct(part(self._first))
             await self._send_rest(direct)
             await direct({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
@@ -72,16 +84,20 @@ class EventStream:
 
     async def _send_rest(self, send: Send) -> None:
         try:
-            async for block in self._blocks:
-                await send(part(block))
+            tell = self._answer.block
+            async for news in self._news:
+                block = tell(news)
+                if block:
+                    await send(part(block))
+            await send(part(self._answer.last()))
         except ClientGone:
             pass
         except TreadleError as error:
-            await send(part(self._failure(from_treadle(error, self._exchange.guided))))
+            await send(part(self._answer.failure(from_treadle(error, self._exchange.guided))))
         except Exception as error:  # the client has its 200: all that is left is to say so in the stream
             logger.exception("a stream raised")
             failed = ApiError(500, f"internal error: {type(error).__name__}", type="server_error")
-            await send(part(self._failure(failed)))
+            await send(part(self._answer.failure(failed)))
 
 
 def plain_failure(error: ApiError) -> bytes:
