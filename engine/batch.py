@@ -21,6 +21,8 @@ class ForwardBatch:
     Where the rows live on the device, the tables do too, and block_tables is None: rows [R] int32 index table
     [max_rows, P] int32; query_starts_device [R + 1] int32 are the query_starts; max_query_len is the most tokens that
     any row has. context_lens_host: context_lens where the host knows them, for backends that plan there.
+
+    whole: in each layer all rows write before any row reads (`Work.whole`).
     """
 
     token_ids: Tensor
@@ -37,6 +39,7 @@ class ForwardBatch:
     query_starts_device: Tensor | None = None
     max_query_len: int = 1
     context_lens_host: list[int] | None = None
+    whole: bool = False
 
     @property
     def num_rows(self) -> int:

@@ -20,7 +20,7 @@ _TILE = 128
 def split_point(batch: ForwardBatch, least: int = LEAST_TOKENS) -> int | None:
     """The token at which the second half begins; None where the step stays whole."""
     tokens = batch.num_tokens
-    if tokens < least:
+    if batch.whole or tokens < least:
         return None
     at = -(-tokens // (2 * _TILE)) * _TILE if tokens >= 2 * _TILE else tokens // 2
     return at if batch.num_decode < at < tokens else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,8 @@ class Work:
 
     plan_order: index into the plan's rows of each entry. samples: whether the row samples in this step.
     starts: first position computed. counts: how many. grow_rows, grow_pages: where a block was appended in this step.
+    whole: a decode row begins here behind a cached prefix. A row of this step may be what writes that. In the plan it
+    stands before its finder; here, decode rows being first, behind it. So the step must not be cut.
     """
 
     rows: Int64
@@ -32,6 +34,7 @@ class Work:
     num_decode: int
     grow_rows: Int64
     grow_pages: Int64
+    whole: bool
 
 
 class RowMirror:
@@ -64,7 +67,8 @@ class RowMirror:
         grow_rows = unpack(plan.grow_rows).astype(np.int64)
         pages = self._grow(grow_rows, unpack(plan.grow_blocks))
         rows, counts = unpack(plan.rows).astype(np.int64), unpack(plan.counts).astype(np.int64)
-        return self._work(rows, counts, grow_rows, pages)
+        finders = [start.row for start in plan.start if start.computed]
+        return self._work(rows, counts, grow_rows, pages, finders)
 
     def commit(self, work: Work, sampled: Int64) -> None:
         """Advances over the work that was done; `sampled` are the new tokens in the work's order."""
@@ -124,7 +128,7 @@ class RowMirror:
             raise ProtocolError(f"a block outside 1..{self._num_blocks - 1} in {blocks.tolist()}")
         return blocks
 
-    def _work(self, rows: Int64, counts: Int64, grow_rows: Int64, grow_pages: Int64) -> Work:
+    def _work(self, rows: Int64, counts: Int64, grow_rows: Int64, grow_pages: Int64, finders: Sequence[int]) -> Work:
         starts = self.computed[rows]
         ends = starts + counts
         if (
@@ -144,6 +148,7 @@ class RowMirror:
             num_decode=int((counts == 1).sum()),
             grow_rows=grow_rows,
             grow_pages=grow_pages,
+            whole=bool(finders) and bool(np.isin(finders, rows[counts == 1]).any()),
         )
 
 

@@ -152,6 +152,7 @@ class Runner:
             block_tables=self._tensor(np.ascontiguousarray(mirror.table[work.rows, :pages])),
             num_decode=work.num_decode,
             sample_index=self._tensor(np.concatenate([last, *(offsets for _, _, offsets in scored)])),
+            whole=work.whole,
         )
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

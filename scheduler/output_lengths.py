@@ -40,11 +40,10 @@ class OutputLengths:
     def __init__(self, max_len: int) -> None:
         self._max_len = max_len
         self._class = _classes(np.arange(max_len + 1))
-        self._none = [0.0] * (int(self._class[-1]) + 1)
-        self._counts = [self._none.copy()]
-        self._weight = [1.0]
+        self._counts: Floats = np.zeros((_TENANTS, int(self._class[-1]) + 1))
+        self._weight: Floats = np.ones(_TENANTS)
         self._slots: OrderedDict[str, int] = OrderedDict()
-        self._counts[OVERALL][self._class.item(min(_FIRST_GUESS, max_len))] = 1.0
+        self._counts[OVERALL, self._class[min(_FIRST_GUESS, max_len)]] = 1.0
 
     def slot(self, tenant: str) -> int:
         return self._slots.get(tenant, OVERALL)
@@ -67,8 +66,8 @@ class OutputLengths:
         Estimation from Incomplete Observations, 1958).
         """
         kinds, at = np.unique(slots, return_inverse=True)
-        overall = self._ended(OVERALL)
-        ended = np.array([self._ended(kind) for kind in kinds.tolist()]) + (kinds != OVERALL)[:, None] * (
+        overall = self._counts[OVERALL] / self._weight[OVERALL]
+        ended = self._counts[kinds] / self._weight[kinds][:, None] + (kinds != OVERALL)[:, None] * (
             _PRIOR / overall.sum() * overall
         )
         running = np.zeros_like(ended)
@@ -79,27 +78,20 @@ class OutputLengths:
         reach = np.concatenate((np.ones((kinds.size, 1)), reach[:, :-1]), axis=1)
         return Outlook(kinds, reach, self._class, self._max_len)
 
-    def _ended(self, slot: int) -> Floats:
-        """How many ended in each class."""
-        return np.array(self._counts[slot]) / self._weight[slot]
-
     def _add(self, slot: int, place: int) -> None:
-        weight = self._weight[slot] / _KEPT
-        counts = self._counts[slot]
+        weight = self._weight.item(slot) / _KEPT
         if weight > _MOST_WEIGHT:
-            counts[:] = self._ended(slot).tolist()
+            self._counts[slot] /= self._weight[slot]
             weight = 1.0 / _KEPT
         self._weight[slot] = weight
-        counts[place] += weight
+        self._counts[slot, place] = self._counts.item(slot, place) + weight
 
     def _new_slot(self, tenant: str) -> int:
         if len(self._slots) < _TENANTS - 1:
-            slot = len(self._counts)
-            self._counts.append(self._none.copy())
-            self._weight.append(1.0)
+            slot = len(self._slots) + 1
         else:
             _, slot = self._slots.popitem(last=False)  # of the tenant that ended something longest ago
-            self._counts[slot], self._weight[slot] = self._none.copy(), 1.0
+        self._counts[slot], self._weight[slot] = 0.0, 1.0
         self._slots[tenant] = slot
         return slot
 

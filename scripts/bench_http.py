@@ -131,7 +131,7 @@ def _host_time() -> tuple[int, int] | None:
     except OSError:
         return None
     ticks = [int(field) for field in line.split()[1:9]]
-    return ticks[7], sum(ticks)
+    return (ticks[7], sum(ticks)) if len(ticks) == 8 and sum(ticks) else None
 
 
 def _prompt(source: random.Random) -> str:
@@ -180,6 +180,8 @@ class _Connection(asyncio.Protocol):
 
     async def ask(self, request: bytes) -> tuple[bytes, float]:
         """The answer, and when its first event came."""
+        if self._transport.is_closing():
+            raise RuntimeError("the server closed an idle connection")
         self._answer.clear()
         self._first = 0.0
         self._done = asyncio.get_running_loop().create_future()
@@ -191,7 +193,7 @@ class _Connection(asyncio.Protocol):
         answer += data
         if not self._first and b"data: " in answer:
             self._first = time.perf_counter()
-        if data.endswith(b"\r\n") and answer.endswith(b"\r\n0\r\n\r\n") and not self._done.done():
+        if answer.endswith(b"\r\n0\r\n\r\n") and not self._done.done():
             self._done.set_result((bytes(answer), self._first))
 
     def connection_lost(self, error: Exception | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from treadle.engine.batch import ForwardBatch
 from treadle.engine.comm import SingleComm
 from treadle.engine.comm_symm import SymmetricComm
 from treadle.engine.halves import split, split_point
+from treadle.engine.rows import RowMirror, Work
+from treadle.transport.codec import pack
+from treadle.transport.messages import RowStart, SamplingParams, StepPlan
 
 SIDE = 1 << 16
 
@@ -132,3 +136,23 @@ def _logits(checkpoint: Path, comm: SymmetricComm, split_from: int) -> torch.Ten
     rig = make_rig(checkpoint, comm, native=False, pack=False, split_from=split_from)
     with torch.inference_mode():
         return torch.cat([rig.step(list(rows)) for rows in STEPS])
+
+
+def test_who_finds_what_the_same_step_writes_is_not_cut_off_from_it() -> None:
+    """Two equal prompts in one step: of the second only the last token is left, so it stands before the first."""
+    mirror = RowMirror(4, 128, block_size=16, num_blocks=32)
+    tokens, blocks = pack([7] * 33), pack([1, 2, 3])
+    writer = RowStart(0, 33, 0, tokens, blocks, SamplingParams(), 0, b"")
+
+    def work(computed: int, count: int) -> Work:
+        mirror.forget()
+        finder = RowStart(1, 33, computed, tokens, pack([1, 2, 4]), SamplingParams(), 0, b"")
+        counts = pack([33, count])
+        return mirror.apply(StepPlan(0, b"", [writer, finder], b"", b"", pack([0, 1]), counts))
+
+    found = work(32, 1)
+    assert found.rows.tolist() == [1, 0] and found.num_decode == 1 and found.whole
+    assert not work(16, 17).whole, "a chunk stands behind its writer"
+    batch = batch_of(1, [1, 33], [32, 0], False)
+    assert split_point(batch, 16) is not None
+    assert split_point(replace(batch, whole=True), 16) is None

@@ -113,9 +113,15 @@ class StepProgram:
         self.model.logits_into(self.forward(batch), self.logits[:size])
 
     def mixed(
-        self, layout: Layout, query_starts: list[int], context_lens: list[int], num_decode: int, max_query_len: int
+        self,
+        layout: Layout,
+        query_starts: list[int],
+        context_lens: list[int],
+        num_decode: int,
+        max_query_len: int,
+        whole: bool = False,
     ) -> Tensor:
-        """The hidden states, at its sample_index, of the step that the packet describes."""
+        """The hidden states, at its sample_index, of the step that the packet describes. whole: see `ForwardBatch`."""
         rows = self.rows
         numbers, starts, lengths, starts_device, index = layout.device(self.staging.device)
         token_ids, positions, slots = rows.ops.expand(
@@ -136,6 +142,7 @@ class StepProgram:
             query_starts_device=starts_device,
             max_query_len=max_query_len,
             context_lens_host=context_lens,
+            whole=whole,
         )
         return self.forward(batch)
 

@@ -250,7 +250,8 @@ class CudaRunner:
         sample_index[:] = index
         self.program.staging.send(layout.end)
         contexts: list[int] = (work.starts + work.counts).tolist()
-        hidden = self.program.mixed(layout, [0, *ends.tolist()], contexts, work.num_decode, int(work.counts.max()))
+        longest = int(work.counts.max())
+        hidden = self.program.mixed(layout, [0, *ends.tolist()], contexts, work.num_decode, longest, work.whole)
         if wanted:
             self.program.model.logits_into(hidden[:wanted], self.program.logits[:wanted])
         return size, self._scorer.score(hidden[wanted:], scored)

@@ -122,7 +122,10 @@ class _Counted:
             await send(message)
 
         scope[DIRECT_SEND] = send
-        await self._app(scope, receive, count)
+        try:
+            await self._app(scope, receive, count)
+        finally:  # the server's object has the scope: both would live until the next collection of garbage
+            del scope[DIRECT_SEND]
 
     def _label(self, scope: Scope) -> str:
         route = scope.get("path", "")
