@@ -16,6 +16,16 @@ def constant(value: bool | float) -> npt.NDArray[Any]:
     return array
 
 
+def numbers_of(array: npt.NDArray[np.int64] | npt.NDArray[np.intp]) -> memoryview[int]:
+    """The same memory, in which one number is read and written in less than half of the time."""
+    return array.data
+
+
+def floats_of(array: npt.NDArray[np.float64]) -> memoryview[float]:
+    """As `numbers_of`."""
+    return array.data.cast("B").cast("d", array.shape)
+
+
 NO, YES = constant(False), constant(True)
 
 

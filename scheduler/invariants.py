@@ -119,7 +119,7 @@ def _check_row(config: CoreConfig, running: Running, sequence: Sequence) -> None
 
 def _check_in_flight(running: Running, waiting: Waiting, flights: Ordered[Flight]) -> None:
     """Tokens that rows and parked sequences wait for are those that plans in flight will bring."""
-    coming = Counter(a for flight in flights for a in flight.sampled()[1].tolist())
+    coming = Counter(a for flight in flights for a in flight.taken[flight.sampling_rows].tolist())
     rows = running.rows
     for sequence in running.sequences():
         expected = int(rows.frontier[sequence.row] - rows.known[sequence.row])

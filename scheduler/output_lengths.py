@@ -7,6 +7,8 @@ from collections import OrderedDict
 import numpy as np
 import numpy.typing as npt
 
+from treadle.kvcache.arrays import floats_of, numbers_of
+
 OVERALL = 0
 _TENANTS = 256
 _MEMORY = 256
@@ -42,6 +44,9 @@ class OutputLengths:
         self._class = _classes(np.arange(max_len + 1))
         self._counts: Floats = np.zeros((_TENANTS, int(self._class[-1]) + 1))
         self._weight: Floats = np.ones(_TENANTS)
+        self._class_of = numbers_of(self._class)
+        self._count_of = floats_of(self._counts)
+        self._weight_of = floats_of(self._weight)
         self._slots: OrderedDict[str, int] = OrderedDict()
         self._counts[OVERALL, self._class[min(_FIRST_GUESS, max_len)]] = 1.0
 
@@ -54,7 +59,7 @@ class OutputLengths:
         if slot is None:
             slot = self._new_slot(tenant)
         self._slots.move_to_end(tenant)
-        place = self._class.item(length)
+        place = self._class_of[length]
         self._add(OVERALL, place)
         self._add(slot, place)
 
@@ -79,12 +84,12 @@ class OutputLengths:
         return Outlook(kinds, reach, self._class, self._max_len)
 
     def _add(self, slot: int, place: int) -> None:
-        weight = self._weight.item(slot) / _KEPT
+        weight = self._weight_of[slot] / _KEPT
         if weight > _MOST_WEIGHT:
             self._counts[slot] /= self._weight[slot]
             weight = 1.0 / _KEPT
-        self._weight[slot] = weight
-        self._counts[slot, place] = self._counts.item(slot, place) + weight
+        self._weight_of[slot] = weight
+        self._count_of[slot, place] = self._count_of[slot, place] + weight
 
     def _new_slot(self, tenant: str) -> int:
         if len(self._slots) < _TENANTS - 1:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from treadle.kvcache import HostTier
 from treadle.kvcache.arrays import constant
@@ -38,10 +39,11 @@ _NO_NEEDS: Int64 = np.zeros(0, np.int64)
 
 
 class _Batch:
-    """A step while it is being put together."""
+    """A step while it is being put together. sampled: of each row that there is, tokens that the step samples."""
 
-    def __init__(self, budget: int, decode: Rows1D, context: int, host: HostTier) -> None:
+    def __init__(self, budget: int, decode: Rows1D, sampled: Int64, context: int, host: HostTier) -> None:
         self._host = host
+        self.sampled = sampled
         self.decode = decode
         self.decodes = decode.size
         self.at = span(decode) if self.decodes else decode
@@ -57,6 +59,7 @@ class _Batch:
     def add_chunk(self, row: int, count: int, end: int, samples: bool) -> None:
         if samples:
             self.samples.append(self.decodes + len(self.chunk_rows))
+            self.sampled[row] = 1
         self.chunk_rows.append(row)
         self.chunk_counts.append(count)
         self.left -= count
@@ -107,6 +110,7 @@ class Planner:
         self._pace = Pace(config.target_tpot, costs, config.block_size)
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
         self._numbers = pack(np.arange(config.max_num_seqs))
+        self._nobody = np.zeros(config.max_num_seqs, np.bool_)
         self.trials = Trials()
         self.preemptions = 0
         self.blocked: Sequence | None = None
@@ -133,11 +137,12 @@ class Planner:
         running.swapping.begin()
         arrays = running.rows
         needs = arrays.frontier - arrays.computed if arrays.count else _NO_NEEDS
-        decode, growing, context = self._decode(needs, now)
+        decoding, growing = self._decode(needs, now)
         blocks = running.grow(growing)
-        batch = _Batch(self._budget, decode, context, self._host)
-        if batch.decodes:
-            arrays.advance(batch.at)
+        decode = decoding.nonzero()[0]
+        sampled = decoding.astype(np.int64)
+        context = arrays.advance(sampled) if decode.size else 0
+        batch = _Batch(self._budget, decode, sampled, context, self._host)
         preempted = preemptions != self.preemptions
         if preempted:
             needs = arrays.frontier - arrays.computed
@@ -163,7 +168,8 @@ class Planner:
         )
         running.released.clear()
         at = rows if batch.chunk_rows else batch.at
-        flight = Flight(step, rows, arrays.admission[rows], batch.sampling(), batch.shape(), at)
+        taken = arrays.admission.copy()
+        flight = Flight(step, rows, at, taken, running.stops, batch.sampling(), sampled, batch.shape())
         return (self._with_copies(plan) if self._host.total else plan), flight
 
     def _with_copies(self, plan: StepPlan) -> StepPlan:
@@ -171,28 +177,23 @@ class Planner:
         out, back = self._host.take_copies()
         return msgspec.structs.replace(plan, copy_out=pack(out), copy_in=pack(back)) if out or back else plan
 
-    def _decode(self, needs: Int64, now: float) -> tuple[Rows1D, Rows1D, int]:
-        """Rows that compute one token and sample the next, those among them that need one more block for it, and the
-        K/V positions that they read. needs: of each row, tokens that it needs computed; empty when nothing runs.
+    def _decode(self, needs: Int64, now: float) -> tuple[npt.NDArray[np.bool_], Rows1D]:
+        """Of each row whether it computes one token and samples the next, and the rows that need one more block for
+        it. needs: of each row, tokens that it needs computed; empty when nothing runs.
 
         They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
         """
         if not needs.size:
-            return _NO_ROWS, _NO_ROWS, 0
+            return self._nobody, _NO_ROWS
         rows = self._running.rows
-        decode = ((needs == ONE) & (rows.frontier < rows.limit)).nonzero()[0]
-        if not decode.size:
-            return decode, decode, 0
-        at = span(decode)
-        computed = rows.computed[at]
-        context = int(np.add.reduce(computed)) + decode.size
-        growing = decode[computed == rows.nblocks[at] * self._size_array]
+        decoding = (needs == ONE) & (rows.frontier < rows.limit)
+        growing = (decoding & (rows.computed == rows.nblocks * self._size_array)).nonzero()[0]
         while growing.size > self._running.cache.pool.available:
             victim = self._victim(now)
-            context -= int(rows.computed[victim.row]) + 1 if (decode == victim.row).any() else 0
-            decode, growing = decode[decode != victim.row], growing[growing != victim.row]
+            decoding[victim.row] = False
+            growing = growing[growing != victim.row]
             self._preempt(victim)
-        return decode, growing, context
+        return decoding, growing
 
     def _victim(self, now: float) -> Sequence:
         """Whom the policy names; by default, and when it fails, the last in its order."""
@@ -224,7 +225,7 @@ class Planner:
         rows = self._running.rows
         in_order = np.lexsort((rows.order[prefills], rows.key[prefills]))
         for row in prefills[in_order].tolist():
-            room = self._room(batch, int(rows.computed[row]))
+            room = self._room(batch, rows.computed_of[row])
             if not room:
                 return
             self._advance(row, batch, room)
@@ -275,12 +276,12 @@ class Planner:
     def _advance(self, row: int, batch: _Batch, room: int) -> None:
         """Plans the row's next chunk; when that reaches the last known token, the row samples."""
         rows = self._running.rows
-        computed, frontier = rows.computed.item(row), rows.frontier.item(row)
+        computed, frontier = rows.computed_of[row], rows.frontier_of[row]
         count = min(frontier - computed, room, self._chunk)
         end = computed + count
-        rows.computed[row] = end
+        rows.computed_of[row] = end
         samples = end == frontier
         if samples:
-            rows.frontier[row] = frontier + 1
+            rows.frontier_of[row] = frontier + 1
         batch.add_chunk(row, count, end, samples)
         self._running.publish_prefill(row, samples)

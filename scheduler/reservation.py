@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from treadle.kvcache import BlockPool
+from treadle.kvcache.arrays import numbers_of
 from treadle.kvcache.invariant import require
 
 from .config import CoreConfig
@@ -50,6 +51,7 @@ class Reservation:
         self._most_sum = 0
         self._slot = np.zeros(config.max_num_seqs, np.intp)
         self._prompt = np.zeros(config.max_num_seqs, np.int64)
+        self._slot_of, self._prompt_of = numbers_of(self._slot), numbers_of(self._prompt)
         self._row_blocks = config.max_blocks_per_row
         self._horizons = np.array([1 << i for i in range(2, config.max_model_len.bit_length())] or [1], np.int64)
         self._load: _Load | None = None
@@ -66,8 +68,8 @@ class Reservation:
 
     def enter(self, row: int, request: Request) -> None:
         """The row begins to be used, by a sequence of this request."""
-        self._slot[row] = self.lengths.slot(request.tenant)
-        self._prompt[row] = request.prompt_len
+        self._slot_of[row] = self.lengths.slot(request.tenant)
+        self._prompt_of[row] = request.prompt_len
         most = -(-request.limit // self._block_size)
         self._most[row] = most
         self._most_sum += most
@@ -80,7 +82,7 @@ class Reservation:
     def check(self) -> None:
         """Raises CoreInvariantError unless what rows may come to, and what they hold, is counted right."""
         rows = self._rows
-        most = -(-rows.limit // self._block_size)
+        most = np.where(rows.admission, -(-rows.limit // self._block_size), 0)
         require((most == self._most).all() and int(most.sum()) == self._most_sum, "limits of rows are miscounted")
         require(int(rows.nblocks.sum()) == rows.entries, "entries of block tables are miscounted")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from treadle.errors import ProtocolError
-from treadle.kvcache.arrays import all_of
+from treadle.kvcache.arrays import all_of, any_of
 from treadle.transport.codec import Int32, pack, unpack
 from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 
@@ -19,8 +19,8 @@ from .waiting import Waiting
 Details = dict[Sequence, Output]
 
 
-Sampled = tuple[Rows1D, Int64, Int32]
-"""What a step has sampled, in the order of its result: rows, the admissions that they had, token ids."""
+Sampled = tuple[Rows1D, Int32]
+"""What a step has sampled, in the order of its result: rows, and token ids."""
 
 
 class Results:
@@ -38,32 +38,35 @@ class Results:
 
         Raises ProtocolError for a result that does not fit the plan.
         """
-        rows, admissions = flight.sampled()
+        rows = flight.sampling_rows
         tokens = unpack(result.tokens)
         if tokens.size != rows.size:
             raise ProtocolError(f"step {result.step}: {tokens.size} tokens for {rows.size} rows that sample")
         ids = tokens.view(np.uint32)
         if not ids.size or ids.item(ids.argmax()) < self._vocab_size:
-            return rows, admissions, tokens
+            return rows, tokens
         outside = (ids >= self._vocab_size).nonzero()[0]
         if not {fault.row for fault in result.faults}.issuperset(rows[outside].tolist()):
             raise ProtocolError(f"step {result.step}: sampled ids outside [0, {self._vocab_size})")
-        return rows, admissions, tokens
+        return rows, tokens
 
     def commit(self, flight: Flight, result: StepResult, sampled: Sampled, outputs: Outputs, now: float) -> None:
         """Everybody gets what `read` gave, but for those who have ended meanwhile. Adds to `outputs`."""
-        rows, admissions, tokens = sampled
+        rows, tokens = sampled
         for fault in result.faults:
             self._fail_row(flight, fault, outputs, now)
         details = self._details(flight, result.logprobs) if result.logprobs else {}
         at = flight.at if flight.sampling is None else rows
-        live = self._running.rows.admission[at] == admissions
-        if not all_of(live):
-            self._commit_parked(admissions[~live], tokens[~live], outputs, details, now)
-            at = rows = rows[live]
-            tokens = tokens[live]
+        if flight.stops != self._running.stops:
+            live = (self._running.rows.admission == flight.taken)[at]
+            if not all_of(live):
+                gone = rows[~live]
+                flight.sampled[gone] = 0
+                self._commit_parked(flight.taken[gone], tokens[~live], outputs, details, now)
+                at = rows = rows[live]
+                tokens = tokens[live]
         if rows.size:
-            self._commit(rows, at, tokens, outputs, details, now)
+            self._commit(rows, at, flight.sampled, tokens, outputs, details, now)
         outputs.others += details.values()
 
     def owners(self, flight: Flight) -> dict[int, Sequence]:
@@ -77,28 +80,46 @@ class Results:
         return owners
 
     def _commit(
-        self, rows: Rows1D, at: Rows1D | slice, tokens: Int32, outputs: Outputs, details: Details, now: float
+        self,
+        rows: Rows1D,
+        at: Rows1D | slice,
+        sampled: Int64,
+        tokens: Int32,
+        outputs: Outputs,
+        details: Details,
+        now: float,
     ) -> None:
         """The hot path: vectors for everybody, Python only for rows that end or carry details."""
         arrays = self._running.rows
-        length = arrays.commit(rows, at, tokens)
-        self._running.publish_decoded(rows, at, length)
+        arrays.commit(at, sampled, tokens)
+        self._running.publish_decoded(rows, at)
         self.generated += rows.size
         sequences: list[Sequence] = arrays.owner[at].tolist()
         packed = bytearray(tokens.tobytes())
-        stop_ids, ending = self._unfinished.stop_ids, length >= arrays.limit[at]
-        if stop_ids.counts:
-            ending |= stop_ids.mask.take(tokens)
-        special = range(rows.size) if details else ending.nonzero()[0].tolist()
+        special = range(rows.size) if details else self._ending(at, tokens)
         apart: list[Output] = []
         for i in reversed(special):
-            output = self._settle(sequences[i], tokens.item(i), length.item(i), details, now)
+            sequence = sequences[i]
+            output = self._settle(sequence, tokens.item(i), self._running.length(sequence), details, now)
             if output is not None:
                 apart.append(output)
                 del sequences[i]
                 del packed[4 * i : 4 * i + 4]
         outputs.others += reversed(apart)
         outputs.sequences, outputs.packed = sequences, bytes(packed)
+
+    def _ending(self, at: Rows1D | slice, tokens: Int32) -> list[int]:
+        """Which of the rows, whose tokens these are, may end by them."""
+        arrays, stop_ids = self._running.rows, self._unfinished.stop_ids
+        full = arrays.known >= arrays.limit
+        if stop_ids.counts:
+            ending = full[at] | stop_ids.mask.take(tokens)
+        elif any_of(full):
+            ending = full[at]
+        else:
+            return []
+        indices: list[int] = ending.nonzero()[0].tolist()
+        return indices
 
     def _commit_parked(self, admissions: Int64, tokens: Int32, outputs: Outputs, details: Details, now: float) -> None:
         """Tokens of rows that are no longer: those of preempted sequences count, the rest is discarded."""

@@ -20,7 +20,7 @@ from .ledger import Ledger
 from .policies.guard import Guard
 from .request import NO_ROW, Request, Sequence
 from .reservation import Reservation
-from .rows import NEVER, Int64, Rows, Rows1D
+from .rows import NEVER, Rows, Rows1D
 from .swapping import Swapping
 from .tenant_tally import TenantTally
 
@@ -29,8 +29,9 @@ class Running:
     """rows: the arrays. cache: the blocks. parked: preempted sequences by admission whose tokens are still in flight.
 
     released: rows given back since the last plan. ledger: who was served what. tally: the same, for people.
-    reservation: what is still to come. recomputed_tokens: K/V that had been there before a preemption or the engine's
-    death. swapping: what of it moves to host memory and back. host_tokens: of prompts, served from there.
+    stops: how many rows were given back. reservation: what is still to come. recomputed_tokens: K/V that had been there
+    before a preemption or the engine's death. swapping: what of it moves to host memory and back. host_tokens: of
+    prompts, served from there.
     """
 
     def __init__(self, config: CoreConfig, guard: Guard, costs: CostModel) -> None:
@@ -46,7 +47,7 @@ class Running:
         self.reservation = Reservation(config, self.rows, self.cache.pool)
         self.ledger = Ledger(self.rows, guard)
         self.tally = TenantTally(self.rows)
-        self._stops = 0
+        self.stops = 0
         self._held: tuple[int, int] | None = None
         self.parked: dict[int, Sequence] = {}
         self.released: list[int] = []
@@ -66,7 +67,7 @@ class Running:
         """
         pool, spare = self.cache.pool, self.reservation.spare
         available = pool.available
-        if (spare and available < sequence.wanted + spare) or self._held == (sequence.order, self._stops):
+        if (spare and available < sequence.wanted + spare) or self._held == (sequence.order, self.stops):
             return None
         known = sequence.known
         hit, parent = self._lookup(sequence)
@@ -81,7 +82,7 @@ class Running:
             pool.release(here)
             return None
         if not self.reservation.allows(sequence, known, wanted):
-            self._held = sequence.order, self._stops
+            self._held = sequence.order, self.stops
             pool.release(here)
             return None
         if away:
@@ -94,7 +95,7 @@ class Running:
     def stop(self, sequence: Sequence) -> None:
         """The sequence has ended: its row and its references on blocks are given back."""
         row, rows = sequence.row, self.rows
-        self._stops += 1
+        self.stops += 1
         self.ledger.leave(row)
         self.tally.leave(row)
         self.reservation.leave(row)
@@ -110,7 +111,7 @@ class Running:
         self.cache.catch_up(self.rows.chain[sequence.row])
         self.swapping.preempt(self.rows.blocks_of(sequence.row))
         self._remember(sequence)
-        sequence.in_flight = int(self.rows.frontier[sequence.row] - self.rows.known[sequence.row])
+        sequence.in_flight = self.rows.frontier_of[sequence.row] - self.rows.known_of[sequence.row]
         if sequence.in_flight:
             self.parked[sequence.admission] = sequence
         self.stop(sequence)
@@ -134,7 +135,7 @@ class Running:
 
     def length(self, sequence: Sequence) -> int:
         """Committed tokens, wherever it is."""
-        return sequence.known if sequence.row == NO_ROW else self.rows.known.item(sequence.row)
+        return sequence.known if sequence.row == NO_ROW else self.rows.known_of[sequence.row]
 
     # ── while it runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -174,26 +175,26 @@ class Running:
         if last:
             self._follow(row)
 
-    def publish_decoded(self, rows: Rows1D, at: Rows1D | slice, known: Int64) -> None:
+    def publish_decoded(self, rows: Rows1D, at: Rows1D | slice) -> None:
         """Publishes the blocks that committed tokens have filled, but for those that the cache asks for when it needs
         them (`PrefixCache.follow`): nearly all rows follow a run from their first such block on.
 
-        at: the rows, or their `span`. known: their committed tokens.
+        at: the rows, or their `span`.
         """
-        due = known >= self.rows.publish_at[at]
+        due = self.rows.known >= self.rows.publish_at
         if any_of(due):
-            for row in rows[due].tolist():
+            for row in rows[due[at]].tolist():
                 if self._publish_filled(row):  # else the K/V of its newest token is not planned yet
                     self._follow(row)
 
     def _publish_filled(self, row: int) -> bool:
         """Publishes what the row has filled and not published; whether there was a block."""
         rows, size = self.rows, self._block_size
-        begin, end = rows.publish_at.item(row) // size - 1, rows.filled(row) // size
+        begin, end = rows.publish_at_of[row] // size - 1, rows.filled(row) // size
         if end <= begin:
             return False
         self._publish(row, *rows.contents(row, begin, end))
-        rows.publish_at[row] = (end + 1) * size
+        rows.publish_at_of[row] = (end + 1) * size
         return True
 
     def _publish(self, row: int, tokens: bytes, blocks: Blocks) -> None:
@@ -206,7 +207,7 @@ class Running:
 
     def _follow(self, row: int) -> None:
         if self.cache.follow(self.rows.chain[row], row):
-            self.rows.publish_at[row] = NEVER
+            self.rows.publish_at_of[row] = NEVER
 
     def filled(self, writer: int, first: int) -> tuple[bytes, Blocks]:
         """For the cache: what a row that follows a run has filled."""
@@ -215,7 +216,7 @@ class Running:
     def dismissed(self, writer: int, place: Parent) -> None:
         """By the cache: the row does not follow a run any more."""
         self.rows.chain[writer] = place
-        self.rows.publish_at[writer] = (self.rows.filled(writer) // self._block_size + 1) * self._block_size
+        self.rows.publish_at_of[writer] = (self.rows.filled(writer) // self._block_size + 1) * self._block_size
 
     def withdraw(self, row: int) -> None:
         """The row's work has failed, so nobody else is to be served what it computed."""
@@ -257,7 +258,7 @@ class Running:
         if self._prefix_cache:
             rows.chain[row] = parent
             self.cache.join(parent)
-            rows.publish_at[row] = computed + self._block_size
+            rows.publish_at_of[row] = computed + self._block_size
         self.ledger.enter(row, sequence.lane)
         self.tally.enter(row, request.tenant, known)
         self.reservation.enter(row, request)

@@ -40,7 +40,7 @@ class TenantTally:
 
     def leave(self, row: int) -> None:
         """The row is about to be vacated."""
-        self._generated[self._slot[row]] += self._rows.known.item(row) - self._counted[row]
+        self._generated[self._slot[row]] += self._rows.known_of[row] - self._counted[row]
 
     def late_token(self, tenant: str) -> None:
         """A token that no row shows: of a sequence that was preempted while it was in flight."""

@@ -70,13 +70,13 @@ class PendingMasks:
     def enter(self, flight: Flight) -> bytes:
         """A step was planned; returns the rows that wait for masks, for the plan."""
         arrays = self._running.rows
-        sampled, admissions = flight.sampled()
+        sampled = flight.sampling_rows
         which = np.flatnonzero(arrays.guided[sampled])
         if not which.size:
             return b""
         rows = sampled[which]
         self._steps.append(
-            _Step(flight.step, rows, admissions[which], arrays.frontier[rows] - 1, arrays.owner[rows].tolist())
+            _Step(flight.step, rows, flight.taken[rows], arrays.frontier[rows] - 1, arrays.owner[rows].tolist())
         )
         return pack(rows)
 
