@@ -27,7 +27,7 @@ class BlockPool:
 
     - blank: in the first `_blanks` of `_blank`, content worthless;
     - cached: unreferenced but published, so somebody may want its content again; evicted least recently used first, and
-      only when no blank block is left;
+      only when blank ones do not suffice, then at least `ahead` at once: it takes as long as evicting one;
     - owned: `refs` says by how many block tables.
 
     `_queue[_head:_tail]` is the order of eviction. `_place` says of each cached block where in it it is named, and
@@ -45,8 +45,10 @@ class BlockPool:
         num_blocks: int,
         on_evict: Callable[[Blocks], object],
         on_withdraw: Callable[[Blocks], object] | None = None,
+        ahead: int = 0,
     ) -> None:
         self.total = num_blocks - 1
+        self._ahead = ahead
         self.evictions = 0
         self._on_evict = on_evict
         self._on_withdraw = on_withdraw or on_evict
@@ -76,20 +78,14 @@ class BlockPool:
 
     def allocate(self, count: int) -> Blocks | None:
         """`count` blocks, each with one reference that the caller now owns; None, and nothing taken, if too few."""
+        missing = count - self._blanks
+        if missing > 0:
+            if missing > self.cached:
+                return None
+            self._stock(max(missing, min(self._ahead, self.cached)))
         end = self._blanks
-        missing = count - end
-        if missing <= 0:
-            taken = self._blank[end - count : end][::-1].copy()
-            self._blanks = end - count
-        elif missing > self.cached:
-            return None
-        elif end:
-            taken = np.empty(count, np.int64)  # quicker than `np.concatenate`
-            taken[:missing] = self._evict(missing)[::-1]
-            taken[missing:] = self._blank[:end][::-1]
-            self._blanks = 0
-        else:
-            taken = self._evict(missing)[::-1].copy()
+        self._blanks = end - count
+        taken = self._blank[end - count : end][::-1].copy()
         self.refs[taken] = _ONE
         return taken
 
@@ -155,6 +151,14 @@ class BlockPool:
         require(cached.size == self.cached, "cached blocks are miscounted")
         require(not self.published[blank].any(), "a blank block is published")
         require(self.published[cached].all(), "a cached block is not published")
+
+    def _stock(self, count: int) -> None:
+        """Makes so many cached blocks blank, to be given after those that are blank already."""
+        blank, end = self._blank, self._blanks
+        if end:
+            blank[count : count + end] = blank[:end].copy()
+        blank[:count] = self._evict(count)
+        self._blanks = end + count
 
     def _evict(self, count: int) -> Blocks:
         """Gives up the content of so many cached blocks, which are the caller's then."""

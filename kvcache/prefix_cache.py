@@ -34,6 +34,8 @@ is closed there is nothing any more; what hangs there is not published.
 
 NO_BLOCKS: Blocks = np.zeros(0, np.int64)
 _INT64 = np.dtype(np.int64)
+_AHEAD = 256
+"""This part of the device's blocks is evicted at once. A prompt that comes back loses so much of the cache at most."""
 
 
 class Writers(Protocol):
@@ -51,8 +53,7 @@ class Writers(Protocol):
 class PrefixCache:
     """Finds and publishes blocks of a pool by content. It owns no block: references are taken and given in the pool.
 
-    Of a published block `_runs` says in which run it is, and `_depths` how many blocks are before it in its sequence.
-    Numbers of host blocks begin where those of the device end.
+    `_runs` says of a published block in which run it is. Numbers of host blocks begin where those of the device end.
 
     writers: who is asked for what sequences that follow runs have filled. host: the second tier, of `host_blocks`
     blocks. saving: whether blocks that are evicted now move there; those that `want` has named do in any case.
@@ -64,12 +65,11 @@ class PrefixCache:
         self._first: Home = {}
         self._runs: npt.NDArray[np.object_] = np.full(num_blocks + host_blocks, None, np.object_)
         self._one_run: npt.NDArray[np.object_] = np.empty((), np.object_)  # numpy need not find out what it is
-        self._depths = np.zeros(num_blocks + host_blocks, np.int64)
-        self._counted = np.arange(num_blocks + host_blocks, dtype=np.int64)
         self._wanted: set[int] = set()
         self.saving = False
         self.writers: Writers | None = None
-        self.pool = BlockPool(num_blocks, on_evict=self._give_up, on_withdraw=self._forget)
+        ahead = 0 if host_blocks else num_blocks // _AHEAD  # what moves to host memory is to move as late as it can
+        self.pool = BlockPool(num_blocks, on_evict=self._give_up, on_withdraw=self._forget, ahead=ahead)
         self.host = HostTier(num_blocks, host_blocks, on_evict=self._forget_host)
 
     def __len__(self) -> int:
@@ -200,13 +200,14 @@ class PrefixCache:
         run: Run | None = self._runs[block]
         if run is None or not (self.pool.published[block] if block < self._device else block in self.host.kept):
             return None
-        at = (self._depths.item(block) - run.start) * self._width
-        tokens = bytes(run.tokens[at : at + self._width])
-        return tokens if self._depths[block] or isinstance(run.key, bytes) else (run.key[0], tokens)
+        index = run.index(block)
+        tokens = bytes(run.tokens[index * self._width : (index + 1) * self._width])
+        return tokens if index or isinstance(run.key, bytes) else (run.key[0], tokens)
 
     def depth(self, block: int) -> int:
         """How many blocks are before a published one in the sequences that have it."""
-        return self._depths.item(block)
+        run = self._run_of(block)
+        return run.start + run.index(block)
 
     # ── the second tier ──
 
@@ -224,7 +225,8 @@ class PrefixCache:
         if not hit.size:
             return salt
         last = hit.item(-1)
-        return self._run_of(last), self._depths.item(last) + 1
+        run = self._run_of(last)
+        return run, run.start + run.index(last) + 1
 
     def want(self, blocks: Blocks) -> None:
         """Published blocks that are to move to host memory, and not to be lost, when they are evicted."""
@@ -268,9 +270,8 @@ class PrefixCache:
 
     def _replace(self, old: int, new: int) -> None:
         run = self._run_of(old)
-        depth = self._depths.item(old)
-        run.blocks[depth - run.start] = new
-        self._runs[new], self._depths[new] = run, depth
+        run.blocks[run.index(old)] = new
+        self._runs[new] = run
 
     def _give_up(self, blocks: Blocks) -> None:
         """The device needs the blocks for others: their content moves to host memory, or is forgotten."""
@@ -289,7 +290,7 @@ class PrefixCache:
         run = self._run_of(place)
         if run.writer != NOBODY:
             self._dismiss(run)
-        self._cut(run, self._depths.item(place))
+        self._cut(run, run.index(place))
 
     # ── runs ──
 
@@ -309,29 +310,26 @@ class PrefixCache:
 
     def _add(self, run: Run | None, key: Key, tokens: bytes, blocks: Blocks) -> Run:
         """New blocks behind the end of a run, or at the beginning of sequences."""
-        start = 0 if run is None else run.end
         if run is None:
-            run = Run(start, key, self._first, None, tokens, array("q", blocks.tobytes()))
+            run = Run(0, key, self._first, None, tokens, array("q", blocks.tobytes()))
         elif run.after is None:
             if run.writer != NOBODY:
                 self._dismiss(run)
             self._lengthen(run, tokens, blocks)
             return run
         else:
-            run = Run(start, key, run.after, run, tokens, array("q", blocks.tobytes()))
-        self._note(run, start, blocks)
+            run = Run(run.end, key, run.after, run, tokens, array("q", blocks.tobytes()))
+        self._note(run, blocks)
         return run
 
     def _lengthen(self, run: Run, tokens: bytes, blocks: Blocks) -> None:
-        start = run.end
         run.lengthen(tokens, blocks.tobytes())
-        self._note(run, start, blocks)
+        self._note(run, blocks)
 
-    def _note(self, run: Run, start: int, blocks: Blocks) -> None:
-        """These blocks are in the run now, the first of them behind `start` others."""
+    def _note(self, run: Run, blocks: Blocks) -> None:
+        """These blocks are in the run now."""
         self._one_run[()] = run
         self._runs[blocks] = self._one_run
-        self._depths[blocks] = self._counted[start : start + blocks.size]
         self.pool.published[blocks] = YES
 
     def _split(self, run: Run, index: int) -> Run:
@@ -355,14 +353,13 @@ class PrefixCache:
             if count:
                 run.shorten(count, width)
             else:
-                self._cut(run, self._depths.item(gone[at]))
+                self._cut(run, run.index(gone[at]))
             at += max(count, 1)
         if self._wanted:
             self._wanted.difference_update(gone)
 
-    def _cut(self, run: Run, depth: int) -> None:
+    def _cut(self, run: Run, index: int) -> None:
         """Takes a block out of a run. What is behind it stays published, but nothing leads there any more."""
-        index = depth - run.start
         behind = len(run.blocks) - index - 1
         if behind:
             rest = run.tail(index, self._width)
@@ -400,7 +397,7 @@ class PrefixCache:
         require(len(run.tokens) == width * len(run.blocks), "tokens and blocks of a run differ")
         require(run.key == key and run.home.get(run.key) is run, "a run is found by other tokens than its own")
         require(all(run is self._runs[block] for block in run.blocks), "a block is in two runs")
-        require(self._depths[run.blocks].tolist() == [*range(run.start, run.end)], "a block is at another depth")
+        require(run.end == run.start + len(run.blocks), "a run ends elsewhere than behind its blocks")
 
 
 def _in_no_run(block: int) -> CoreInvariantError:

@@ -51,11 +51,17 @@ class Run:
         self.tokens += tokens
         self.end = self.start + len(self.blocks)
 
+    def index(self, block: int) -> int:
+        """How many of its blocks are before this one, which is among them."""
+        return int((np.frombuffer(self.blocks, np.int64) == block).argmax())
+
     def equal(self, index: int, tokens: bytes, at: int, count: int, width: int) -> int:
         """How many of `count` blocks from `index` on have the same tokens as those from block `at` of `tokens` on."""
-        mine, others = self.tokens[index * width : (index + count) * width], tokens[at * width : (at + count) * width]
-        if mine == others:
+        whole = count == len(self.blocks)
+        mine = self.tokens if whole else self.tokens[index * width : (index + count) * width]
+        if tokens.startswith(mine, at * width):
             return count
+        others = tokens[at * width : (at + count) * width]
         differ = np.frombuffer(mine, np.int32) != np.frombuffer(others, np.int32)
         return int(differ.argmax()) * TOKEN_BYTES // width
 

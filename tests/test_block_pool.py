@@ -11,9 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from treadle.kvcache import BlockPool, Blocks, CoreInvariantError
 
 
-def make(num_blocks: int = 6) -> tuple[BlockPool, list[int]]:
+def make(num_blocks: int = 6, ahead: int = 0) -> tuple[BlockPool, list[int]]:
     evicted: list[int] = []
-    return BlockPool(num_blocks, lambda blocks: evicted.extend(blocks.tolist())), evicted
+    return BlockPool(num_blocks, lambda blocks: evicted.extend(blocks.tolist()), ahead=ahead), evicted
 
 
 def array(blocks: list[int]) -> Blocks:
@@ -89,6 +89,18 @@ def test_blank_before_cached_and_cached_least_recently_used_first() -> None:
     pool.check()
 
 
+def test_ahead_are_the_oldest_and_given_after_the_blank_ones() -> None:
+    pool, evicted = make(9, ahead=3)
+    blocks = taken(pool, 6)
+    publish(pool, *blocks)
+    pool.release(array(blocks))
+    assert taken(pool, 3) == [7, 8, blocks[3]]
+    assert evicted == [*reversed(blocks[3:])] and pool.evictions == 3
+    assert (pool.cached, pool.available) == (3, 5)
+    assert taken(pool, 5) == [*blocks[4:], *blocks[:3]] and len(evicted) == 6
+    pool.check()
+
+
 def test_tail_of_a_sequence_is_evicted_before_its_head() -> None:
     pool, evicted = make(4)
     blocks = taken(pool, 3)
@@ -136,9 +148,11 @@ def test_check_sees_a_double_release() -> None:
 class PoolMachine(RuleBasedStateMachine):
     """Tables of blocks come, are shared and go; counts must agree at any time."""
 
+    ahead = 0
+
     def __init__(self) -> None:
         super().__init__()
-        self.pool, self.evicted = make(9)
+        self.pool, self.evicted = make(9, self.ahead)
         self.tables: list[list[int]] = []
         self.published: set[int] = set()
         self.cached: list[int] = []  # least recently used first
@@ -152,7 +166,8 @@ class PoolMachine(RuleBasedStateMachine):
         if given is None:
             return
         blocks = given.tolist()
-        oldest = self.cached[: max(0, count - blank)]
+        missing = count - blank
+        oldest = self.cached[: max(missing, self.ahead)] if missing > 0 else []
         assert self.evicted == oldest
         del self.cached[: len(oldest)]
         self.published.difference_update(oldest)
@@ -202,5 +217,11 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.used == len({block for table in self.tables for block in table})
 
 
+class AheadMachine(PoolMachine):
+    ahead = 3
+
+
 PoolMachine.TestCase.settings = settings(max_examples=60, deadline=None, derandomize=True)
+AheadMachine.TestCase.settings = PoolMachine.TestCase.settings
 TestPoolMachine = PoolMachine.TestCase
+TestAheadMachine = AheadMachine.TestCase
