@@ -28,6 +28,7 @@ MODULES = (
     "scheduler/pace",
     "scheduler/planner",
     "scheduler/rates",
+    "scheduler/request",
     "scheduler/reservation",
     "scheduler/results",
     "scheduler/rows",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,8 @@ def floats_of(array: npt.NDArray[np.float64]) -> memoryview[float]:
     return array.data.cast("B").cast("d", array.shape)
 
 
-NO, YES = constant(False), constant(True)
+NO: Final = constant(False)
+YES: Final = constant(True)
 
 
 def all_of(flags: npt.NDArray[np.bool_]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import NewType
+from typing import Final, NewType
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +16,12 @@ BlockId = NewType("BlockId", int)
 Blocks = npt.NDArray[np.int64]
 """Numbers of blocks, in the order of a block table. As wide as an index, which is several times as fast as int32."""
 
-_SLACK = 64
-_LOOK = 64
-_NOWHERE = -1
-_NONE, _ONE, _OUT = constant(0), constant(1), constant(_NOWHERE)
+_SLACK: Final = 64
+_LOOK: Final = 64
+_NOWHERE: Final = -1
+_NONE: Final = constant(0)
+_ONE: Final = constant(1)
+_OUT: Final = constant(_NOWHERE)
 
 
 class BlockPool:

@@ -14,7 +14,7 @@ that is behind it is still found.
 from __future__ import annotations
 
 from array import array
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,9 +32,9 @@ It stays true when runs are split: what is before the start of a run is in those
 is closed there is nothing any more; what hangs there is not published.
 """
 
-NO_BLOCKS: Blocks = np.zeros(0, np.int64)
-_INT64 = np.dtype(np.int64)
-_AHEAD = 256
+NO_BLOCKS: Final[Blocks] = np.zeros(0, np.int64)
+_INT64: Final = np.dtype(np.int64)
+_AHEAD: Final = 256
 """This part of the device's blocks is evicted at once. A prompt that comes back loses so much of the cache at most."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Final
 
 import numpy as np
 
@@ -12,8 +13,8 @@ Key = bytes | tuple[str, bytes]
 Home = dict[Key, "Run"]
 """The runs that follow a run, or that begin sequences."""
 
-TOKEN_BYTES = 4
-NOBODY = -1
+TOKEN_BYTES: Final = 4
+NOBODY: Final = -1
 
 
 class Run:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Container
 from math import isfinite
+from typing import Final
 
 import numpy as np
 
 from treadle.errors import InvalidParameter, InvalidRequest, Overloaded, PromptTooLong
-from treadle.transport.codec import Int32, pack, unpack
+from treadle.transport.codec import UInt32, pack, unpack, unpack_unsigned
 from treadle.transport.messages import SamplingParams, Submit
 
 from .config import CoreConfig
@@ -18,8 +19,8 @@ from .rates import Rate
 from .request import Request, Sequence, derive_seed
 from .waiting import Load, Waiting
 
-MAX_PRIORITY = 1 << 20
-_MOST_TENANTS = 1024
+MAX_PRIORITY: Final = 1 << 20
+_MOST_TENANTS: Final = 1024
 
 
 class Admission:
@@ -61,8 +62,8 @@ class Admission:
                 self._rates.popitem(last=False)
 
     def _check(self, submit: Submit, in_use: Container[str]) -> int:
-        tokens, params, config = unpack(submit.tokens), submit.params, self._config
-        length = tokens.size
+        ids, params, config = unpack_unsigned(submit.tokens), submit.params, self._config
+        length = ids.size
         if submit.id in in_use:
             raise InvalidRequest(f"a request with the id {submit.id!r} is running; ids must be unique")
         if not length:
@@ -72,14 +73,12 @@ class Admission:
                 f"the prompt has {length} tokens; at most {self._capacity - 1} are allowed, "
                 f"so that one token of output fits into {self._capacity}"
             )
-        ids = tokens.view(np.uint32)  # a negative id is a very great unsigned one
         if ids.item(ids.argmax()) >= config.vocab_size:  # three times as fast as max()
             where = int(np.argmax(ids >= config.vocab_size))
-            raise InvalidRequest(
-                f"prompt token {int(tokens[where])} at position {where}: ids must be in [0, {config.vocab_size})"
-            )
+            token = unpack(submit.tokens)[where]
+            raise InvalidRequest(f"prompt token {token} at position {where}: ids must be in [0, {config.vocab_size})")
         for output in submit.outputs:
-            self._check_output(unpack(output), length, params)
+            self._check_output(unpack_unsigned(output), length, params)
         if params.n < 1:
             raise InvalidParameter(f"n={params.n}: it must be at least 1")
         if not abs(submit.priority) <= MAX_PRIORITY:
@@ -88,9 +87,9 @@ class Admission:
             raise InvalidParameter(f"timeout={submit.timeout}: it must be a number of seconds, 0 for none")
         return length
 
-    def _check_output(self, output: Int32, prompt_len: int, params: SamplingParams) -> None:
+    def _check_output(self, output: UInt32, prompt_len: int, params: SamplingParams) -> None:
         """What a client has already, from before a server was lost."""
-        if output.size and output.view(np.uint32).max() >= self._config.vocab_size:
+        if output.size and output.max() >= self._config.vocab_size:
             raise InvalidRequest(f"outputs: ids must be in [0, {self._config.vocab_size})")
         most = self._limit(prompt_len, params) - prompt_len
         if output.size > most:
@@ -163,13 +162,12 @@ class Admission:
             stop_ids,
             pack(sorted(stop_ids)) if params.min_tokens > 0 else b"",
             now + submit.timeout if submit.timeout and isfinite(submit.timeout) else None,
-            unfinished=count,
-            tenant=submit.tenant,
+            submit.tenant,
         )
         seed = self._draw_seed() if params.seed is None else params.seed
         for index in range(count):
             ticket = self._ticket(request, submit, index, now)
-            sequence = Sequence(request, index, derive_seed(seed, index), ticket.number, submit.tokens, ticket)
+            sequence = Sequence(request, index, derive_seed(seed, index), submit.tokens, ticket)
             request.sequences.append(sequence)
         if submit.outputs or submit.ended:
             self._resume(request, submit)

@@ -178,7 +178,7 @@ class Core:
         self._flights.popleft()
         self.costs.observe(flight.shape, seconds)
         self._masks.drop(flight.step)
-        outputs = Outputs(others=self.expire(now))
+        outputs = Outputs(self.expire(now))
         self._results.commit(flight, result, sampled, outputs, now)
         self._planner.trials.clear(outputs)
         return outputs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from typing import Final
 
 from .ordered_queue import OrderedQueue
 from .policies.guard import Guard
@@ -12,7 +13,7 @@ from .request import Sequence
 Place = tuple[float, int]
 Queue = OrderedQueue[Place, Sequence]
 
-_SLACK = 64
+_SLACK: Final = 64
 
 
 class Lanes:

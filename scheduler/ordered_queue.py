@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 Key = TypeVar("Key", int, tuple[float, int])
 Item = TypeVar("Item")
 
-_SLACK = 64
+_SLACK: Final = 64
 
 
 class OrderedQueue(Generic[Key, Item]):

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from treadle.kvcache.arrays import floats_of, numbers_of
 
-OVERALL = 0
-_TENANTS = 256
-_MEMORY = 256
+OVERALL: Final = 0
+_TENANTS: Final = 256
+_MEMORY: Final = 256
 """Ends after which one counts a third."""
-_KEPT = 1 - 1 / _MEMORY
-_MOST_WEIGHT = 1e100
-_PRIOR = 8.0
+_KEPT: Final = 1 - 1 / _MEMORY
+_MOST_WEIGHT: Final = 1e100
+_PRIOR: Final = 8.0
 """Ends of everybody that a tenant's own are mixed with."""
-_FIRST_GUESS = 128
-_STEPS = 8
+_FIRST_GUESS: Final = 128
+_STEPS: Final = 8
 """Classes per doubling of the length."""
-_DOUBT = 0.1
+_DOUBT: Final = 0.1
 """Weight, in ends, of "half of them end with each doubling", which is all there is beyond the longest ever seen."""
 
 Floats = npt.NDArray[np.float64]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from math import sqrt
+from typing import Final
 
 from .cost_model import CostModel, StepShape
 
-_PLENTY = 1 << 40
+_PLENTY: Final = 1 << 40
 
 
 class Pace:

@@ -14,6 +14,8 @@ Why nobody starves is the policy's promise: each says its bound.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +36,8 @@ from .running import Running
 from .trials import Trials
 from .waiting import Waiting
 
-_NO_ROWS: Rows1D = np.zeros(0, np.intp)
-_NO_NEEDS: Int64 = np.zeros(0, np.int64)
+_NO_ROWS: Final[Rows1D] = np.zeros(0, np.intp)
+_NO_NEEDS: Final[Int64] = np.zeros(0, np.int64)
 
 
 class _Batch:

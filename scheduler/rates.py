@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
-_RECENT = 64
+_RECENT: Final = 64
 _MIN_RETRY, _MAX_RETRY, _UNKNOWN_RETRY = 0.05, 60.0, 1.0
 
 

@@ -241,7 +241,7 @@ class OutputDigester:
         self._digest = zlib.crc32(_encode([]))
 
     def of_list(self, others: list[Output]) -> OutputDigest:
-        return self.of(Outputs(others=others))
+        return self.of(Outputs(others))
 
     def of(self, outputs: Outputs) -> OutputDigest:
         tokens, others = outputs.tokens, outputs.others

@@ -1,9 +1,10 @@
-"""Requests, their sequences, and what comes out of them: structs, which are made faster than classes are."""
+"""Requests, their sequences, and what comes out of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
+from typing import Final
 
 import msgspec
 
@@ -12,8 +13,8 @@ from treadle.transport.messages import Row, SamplingParams, TokenLogprobs
 
 from .policies.interface import Ticket
 
-NO_ROW = Row(-1)
-_MASK = (1 << 64) - 1
+NO_ROW: Final = Row(-1)
+_MASK: Final = (1 << 64) - 1
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -29,7 +30,7 @@ def derive_seed(seed: int, index: int) -> int:
     return value ^ (value >> 31)
 
 
-class Request(msgspec.Struct, eq=False):
+class Request:
     """One prompt and its `n` continuations.
 
     context: free for whoever owns the core, to route outputs without a look-up.
@@ -40,22 +41,54 @@ class Request(msgspec.Struct, eq=False):
     tenant: on whose account.
     """
 
-    id: str
-    params: SamplingParams
-    salt: str
-    prompt_len: int
-    limit: int
-    floor: int
-    stop_ids: frozenset[int]
-    ban: bytes
-    deadline: float | None
-    context: object = None
-    sequences: list[Sequence] = []
-    unfinished: int = 0
-    running: int = 0
-    failures: int = 0
-    accused: bool = False
-    tenant: str = ""
+    __slots__ = (
+        "accused",
+        "ban",
+        "context",
+        "deadline",
+        "failures",
+        "floor",
+        "id",
+        "limit",
+        "params",
+        "prompt_len",
+        "running",
+        "salt",
+        "sequences",
+        "stop_ids",
+        "tenant",
+        "unfinished",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        params: SamplingParams,
+        salt: str,
+        prompt_len: int,
+        limit: int,
+        floor: int,
+        stop_ids: frozenset[int],
+        ban: bytes,
+        deadline: float | None,
+        tenant: str,
+    ) -> None:
+        self.id = id
+        self.params = params
+        self.salt = salt
+        self.prompt_len = prompt_len
+        self.limit = limit
+        self.floor = floor
+        self.stop_ids = stop_ids
+        self.ban = ban
+        self.deadline = deadline
+        self.context: object = None
+        self.sequences: list[Sequence] = []
+        self.unfinished = params.n
+        self.running = 0
+        self.failures = 0
+        self.accused = False
+        self.tenant = tenant
 
     @property
     def guided(self) -> bool:
@@ -68,7 +101,7 @@ class Request(msgspec.Struct, eq=False):
         return msgspec.structs.replace(self.params, guided=None) if self.guided else self.params
 
 
-class Sequence(msgspec.Struct, eq=False):
+class Sequence:
     """One continuation. It waits, or runs (has a row), or has ended (`finish` says why).
 
     order: number of its arrival. ticket: what policies see of it. lane, key: its place in the policy's order, once
@@ -81,23 +114,44 @@ class Sequence(msgspec.Struct, eq=False):
     wanted: free blocks that it asked for when last tried in vain, so that it is not looked up again at every step.
     """
 
-    request: Request
-    index: int
-    seed: int
-    order: int
-    tokens: bytes
-    ticket: Ticket
-    lane: str = ""
-    key: float = 0.0
-    placed: bool = False
-    latest: float = inf
-    row: Row = NO_ROW
-    admission: int = 0
-    in_flight: int = 0
-    cached_tokens: int = -1
-    prompt_logprobs_to: int = 0
-    wanted: int = 0
-    finish: str = ""
+    __slots__ = (
+        "admission",
+        "cached_tokens",
+        "finish",
+        "in_flight",
+        "index",
+        "key",
+        "lane",
+        "latest",
+        "order",
+        "placed",
+        "prompt_logprobs_to",
+        "request",
+        "row",
+        "seed",
+        "ticket",
+        "tokens",
+        "wanted",
+    )
+
+    def __init__(self, request: Request, index: int, seed: int, tokens: bytes, ticket: Ticket) -> None:
+        self.request = request
+        self.index = index
+        self.seed = seed
+        self.order = ticket.number
+        self.tokens = tokens
+        self.ticket = ticket
+        self.lane = ""
+        self.key = 0.0
+        self.placed = False
+        self.latest = inf
+        self.row = NO_ROW
+        self.admission = 0
+        self.in_flight = 0
+        self.cached_tokens = -1
+        self.prompt_logprobs_to = 0
+        self.wanted = 0
+        self.finish = ""
 
     @property
     def known(self) -> int:
@@ -105,21 +159,34 @@ class Sequence(msgspec.Struct, eq=False):
         return len(self.tokens) // 4
 
 
-class Output(msgspec.Struct, eq=False):
+class Output:
     """What a step brought to one sequence beyond a plain token. The fields are those of the wire's `Delta`.
 
     known: how many tokens it came to, prompt included, when it ended; 0 before.
     """
 
-    sequence: Sequence
-    tokens: list[int] = []
-    finish: str = ""
-    stop_token: int = -1
-    error_code: str = ""
-    error: str = ""
-    logprobs: list[TokenLogprobs] = []
-    prompt_logprobs: list[TokenLogprobs] = []
-    known: int = 0
+    __slots__ = (
+        "error",
+        "error_code",
+        "finish",
+        "known",
+        "logprobs",
+        "prompt_logprobs",
+        "sequence",
+        "stop_token",
+        "tokens",
+    )
+
+    def __init__(self, sequence: Sequence, *tokens: int, error_code: str = "", error: str = "") -> None:
+        self.sequence = sequence
+        self.tokens = [*tokens]
+        self.finish = ""
+        self.stop_token = -1
+        self.error_code = error_code
+        self.error = error
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.known = 0
 
     @property
     def length(self) -> int:
@@ -131,7 +198,7 @@ class Output(msgspec.Struct, eq=False):
         return max(0, self.sequence.cached_tokens)
 
 
-class Outputs(msgspec.Struct, eq=False):
+class Outputs:
     """What a step brought to everybody: a sequence appears once, in one of the two forms.
 
     sequences, tokens: parallel; each got this one token and goes on. This is the bulk, so it has no objects. packed:
@@ -139,9 +206,12 @@ class Outputs(msgspec.Struct, eq=False):
     others: those that ended, or carry log-probabilities, or both.
     """
 
-    sequences: list[Sequence] = []
-    packed: bytes = b""
-    others: list[Output] = []
+    __slots__ = ("others", "packed", "sequences")
+
+    def __init__(self, others: list[Output]) -> None:
+        self.sequences: list[Sequence] = []
+        self.packed = b""
+        self.others = others
 
     @property
     def tokens(self) -> list[int]:
@@ -154,5 +224,5 @@ class Outputs(msgspec.Struct, eq=False):
 
     def each(self) -> Iterator[Output]:
         """Everything in the long form, for callers that do not mind an object per token."""
-        yield from (Output(sequence, [token]) for sequence, token in zip(self.sequences, self.tokens, strict=True))
+        yield from (Output(sequence, token) for sequence, token in zip(self.sequences, self.tokens, strict=True))
         yield from self.others

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from .output_lengths import Floats, Ints, Outlook, OutputLengths, Slots
 from .request import Request, Sequence
 from .rows import Rows
 
-_CAUTION = 1.0
+_CAUTION: Final = 1.0
 
 
 @dataclass(slots=True)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from treadle.errors import ProtocolError
 from treadle.kvcache.arrays import all_of, any_of
-from treadle.transport.codec import Int32, pack, unpack
+from treadle.transport.codec import Int32, pack, unpack, unpack_unsigned
 from treadle.transport.messages import RowFault, StepResult, TokenLogprobs
 
 from .flight import Flight
@@ -39,10 +37,9 @@ class Results:
         Raises ProtocolError for a result that does not fit the plan.
         """
         rows = flight.sampling_rows
-        tokens = unpack(result.tokens)
+        tokens, ids = unpack(result.tokens), unpack_unsigned(result.tokens)
         if tokens.size != rows.size:
             raise ProtocolError(f"step {result.step}: {tokens.size} tokens for {rows.size} rows that sample")
-        ids = tokens.view(np.uint32)
         if not ids.size or ids.item(ids.argmax()) < self._vocab_size:
             return rows, tokens
         outside = (ids >= self._vocab_size).nonzero()[0]
@@ -136,7 +133,7 @@ class Results:
             if not sequence.in_flight:
                 del self._running.parked[admission]
             output = self._settle(sequence, token, sequence.known, details, now)
-            outputs.others.append(output or Output(sequence, [token]))
+            outputs.others.append(output or Output(sequence, token))
 
     def _settle(self, sequence: Sequence, token: int, length: int, details: Details, now: float) -> Output | None:
         """Ends the sequence if this token does; None when there is nothing to say but the token."""

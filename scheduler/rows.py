@@ -14,6 +14,8 @@ Where nearly all rows take part, arithmetic with all of them is as quick as find
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,13 +28,13 @@ from .request import Sequence
 Rows1D = npt.NDArray[np.intp]
 Int64 = npt.NDArray[np.int64]
 
-ONE = constant(1)
+ONE: Final = constant(1)
 
-WIRE_INT = np.dtype("<i4")
-NOBODY = np.iinfo(np.int64).min
-NEVER = np.iinfo(np.int32).max
+WIRE_INT: Final = np.dtype("<i4")
+NOBODY: Final = np.iinfo(np.int64).min
+NEVER: Final = np.iinfo(np.int32).max
 
-_FREE: Int64 = np.array([0, 0, 0, NEVER, 0, 0, NEVER, NOBODY])
+_FREE: Final[Int64] = np.array([0, 0, 0, NEVER, 0, 0, NEVER, NOBODY])
 """Of a row that is free: known, frontier, computed, limit, nblocks, admission, publish_at, order."""
 
 

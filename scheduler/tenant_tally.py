@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
 import numpy as np
 
@@ -10,9 +11,9 @@ from treadle.transport.messages import TenantFigures
 
 from .rows import Rows
 
-MOST_NAMED = 64
-NOBODY = "default"
-OTHERS = "other"
+MOST_NAMED: Final = 64
+NOBODY: Final = "default"
+OTHERS: Final = "other"
 
 
 class TenantTally:

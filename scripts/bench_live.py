@@ -87,7 +87,8 @@ def measure(rows: int, blocks: int, times: int) -> dict[str, float]:
     clock = iter(range(10**9))
     look = microseconds(lambda: desk.look(lambda: sights, float(next(clock))), times)
     latencies, sequence = Latencies(), core.running.sequences()[0]
-    output, arrays = Output(sequence, finish="length", known=PROMPT + 100), core.running.rows
+    output, arrays = Output(sequence), core.running.rows
+    output.finish, output.known = "length", PROMPT + 100
 
     def start_and_end() -> None:
         latencies.started([sequence], 1.0)

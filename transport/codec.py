@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import msgspec
 import numpy as np
@@ -14,12 +14,14 @@ from treadle.errors import ProtocolError
 
 from .messages import ClientMessage, EngineMessage, PlanMessage, ServiceMessage
 
-MAX_CLIENT_FRAME = 16 << 20
-MAX_ENGINE_FRAME = 256 << 20
+MAX_CLIENT_FRAME: Final = 16 << 20
+MAX_ENGINE_FRAME: Final = 256 << 20
 
 T = TypeVar("T")
 Int32 = npt.NDArray[np.int32]
-_WIRE_INT = np.dtype("<i4")
+UInt32 = npt.NDArray[np.uint32]
+_WIRE_INT: Final = np.dtype("<i4")
+_UNSIGNED: Final = np.dtype("<u4")
 
 
 def pack(values: npt.ArrayLike) -> bytes:
@@ -33,9 +35,19 @@ def pack(values: npt.ArrayLike) -> bytes:
 
 def unpack(data: bytes) -> Int32:
     """Little-endian int32 bytes to a read-only view; raises ProtocolError when the length is not a multiple of 4."""
+    _check_width(data)
+    return np.frombuffer(data, _WIRE_INT)  # by its name, the type takes half as long again
+
+
+def unpack_unsigned(data: bytes) -> UInt32:
+    """As `unpack`, where a negative number is a very great one: so one comparison finds all ids out of range."""
+    _check_width(data)
+    return np.frombuffer(data, _UNSIGNED)
+
+
+def _check_width(data: bytes) -> None:
     if len(data) % 4:
         raise ProtocolError(f"an int32 field of {len(data)} bytes: the length must be a multiple of 4")
-    return np.frombuffer(data, dtype=_WIRE_INT)
 
 
 class Codec(Generic[T]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from treadle.scheduler.config import CoreConfig
 from treadle.transport.codec import pack
 from treadle.transport.messages import StepPlan
 
-_POOL = 1 << 16
+_POOL: Final = 1 << 16
 
 
 class Answers(Protocol):

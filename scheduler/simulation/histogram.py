@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import log
+from typing import Final
 
 import numpy as np
 
-_LEAST = 1e-6
-_WIDTH = log(1.02)
-_BUCKETS = int(log(1e10) / _WIDTH)
+_LEAST: Final = 1e-6
+_WIDTH: Final = log(1.02)
+_BUCKETS: Final = int(log(1e10) / _WIDTH)
 
 
 class Histogram:

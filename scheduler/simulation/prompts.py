@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 import numpy as np
 
@@ -13,11 +14,11 @@ from treadle.transport.codec import pack
 from .offer import Offer
 from .workload import Workload
 
-_POOL = 1 << 18
-_NAME = struct.Struct("<2i")
-_STRIDE = 7919
+_POOL: Final = 1 << 18
+_NAME: Final = struct.Struct("<2i")
+_STRIDE: Final = 7919
 """A prime, so that the slices of neighbours begin far from each other."""
-_AT_ONCE = 4096
+_AT_ONCE: Final = 4096
 """Rows of the columns that are Python objects at a time."""
 
 

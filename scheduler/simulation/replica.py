@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import msgspec
 
@@ -31,13 +32,13 @@ from .result import ReplicaResult
 from .timeline import Moment, Timeline
 from .workload import Workload
 
-NEVER = -1.0
-_NEVER_AGAIN = float("inf")
-FINISHED = ("stop", "length")
+NEVER: Final = -1.0
+_NEVER_AGAIN: Final = float("inf")
+FINISHED: Final = ("stop", "length")
 
 Progress = Callable[[float, int], None]
 """Simulated seconds, and requests that have come so far."""
-_PROGRESS_STEPS = 512
+_PROGRESS_STEPS: Final = 512
 
 
 class Replica:
