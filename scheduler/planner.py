@@ -36,6 +36,7 @@ from .running import Running
 from .trials import Trials
 from .waiting import Waiting
 
+_COUNT: Final = np.dtype(np.int64)
 _NO_ROWS: Final[Rows1D] = np.zeros(0, np.intp)
 _NO_NEEDS: Final[Int64] = np.zeros(0, np.int64)
 
@@ -142,7 +143,7 @@ class Planner:
         decoding, growing = self._decode(needs, now)
         blocks = running.grow(growing)
         decode = decoding.nonzero()[0]
-        sampled = decoding.astype(np.int64)
+        sampled = decoding.astype(_COUNT)
         context = arrays.advance(sampled) if decode.size else 0
         batch = _Batch(self._budget, decode, sampled, context, self._host)
         preempted = preemptions != self.preemptions

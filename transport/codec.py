@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import struct
 import zlib
+from array import array
 from typing import Final, Generic, TypeVar
 
 import msgspec
@@ -27,7 +27,7 @@ _UNSIGNED: Final = np.dtype("<u4")
 def pack(values: npt.ArrayLike) -> bytes:
     """Integers to little-endian int32 bytes. A list must be flat; it is twice as fast as through an array."""
     if isinstance(values, list):
-        return struct.pack(f"<{len(values)}i", *values)
+        return array("i", values).tobytes()
     if isinstance(values, np.ndarray):
         return values.astype(_WIRE_INT).tobytes()
     return np.asarray(values, dtype=_WIRE_INT).tobytes()
