@@ -34,8 +34,6 @@ is closed there is nothing any more; what hangs there is not published.
 
 NO_BLOCKS: Final[Blocks] = np.zeros(0, np.int64)
 _INT64: Final = np.dtype(np.int64)
-_AHEAD: Final = 256
-"""This part of the device's blocks is evicted at once. A prompt that comes back loses so much of the cache at most."""
 
 
 class Writers(Protocol):
@@ -56,10 +54,11 @@ class PrefixCache:
     `_runs` says of a published block in which run it is. Numbers of host blocks begin where those of the device end.
 
     writers: who is asked for what sequences that follow runs have filled. host: the second tier, of `host_blocks`
-    blocks. saving: whether blocks that are evicted now move there; those that `want` has named do in any case.
+    blocks. ahead: as of the pool. saving: whether blocks that are evicted now move there; those that `want` has named
+    do in any case.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
+    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0, ahead: int = 0) -> None:
         self._width = block_size * TOKEN_BYTES
         self._device = num_blocks
         self._first: Home = {}
@@ -68,7 +67,6 @@ class PrefixCache:
         self._wanted: set[int] = set()
         self.saving = False
         self.writers: Writers | None = None
-        ahead = 0 if host_blocks else num_blocks // _AHEAD  # what moves to host memory is to move as late as it can
         self.pool = BlockPool(num_blocks, on_evict=self._give_up, on_withdraw=self._forget, ahead=ahead)
         self.host = HostTier(num_blocks, host_blocks, on_evict=self._forget_host)
 

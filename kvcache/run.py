@@ -29,7 +29,7 @@ class Run:
     asked for what has come behind its end (`PrefixCache.follow`), or NOBODY; an open run only, that has no other user.
     """
 
-    __slots__ = ("after", "before", "blocks", "end", "home", "key", "start", "tokens", "users", "writer")
+    __slots__ = ("_found", "after", "before", "blocks", "end", "home", "key", "start", "tokens", "users", "writer")
 
     def __init__(
         self, start: int, key: Key, home: Home, before: Run | None, tokens: bytes | bytearray, blocks: array[int]
@@ -44,6 +44,7 @@ class Run:
         self.blocks = blocks
         self.users = 0
         self.writer = NOBODY
+        self._found = 0
         home[key] = self
 
     def lengthen(self, tokens: bytes, blocks: bytes) -> None:
@@ -53,8 +54,15 @@ class Run:
         self.end = self.start + len(self.blocks)
 
     def index(self, block: int) -> int:
-        """How many of its blocks are before this one, which is among them."""
-        return int((np.frombuffer(self.blocks, np.int64) == block).argmax())
+        """How many of its blocks are before this one. Whoever asks for many asks in their order, or backwards, and each
+        is found beside the one before it."""
+        blocks, last = self.blocks, self._found
+        for near in (last + 1, last - 1, last):
+            if 0 <= near < len(blocks) and blocks[near] == block:
+                self._found = near
+                return near
+        self._found = blocks.index(block)  # ValueError: it is not there
+        return self._found
 
     def equal(self, index: int, tokens: bytes, at: int, count: int, width: int) -> int:
         """How many of `count` blocks from `index` on have the same tokens as those from block `at` of `tokens` on."""

@@ -13,6 +13,7 @@ RESERVE_OUTPUT = ("estimate", "none", "full")
 PREEMPTION = ("auto", "recompute", "swap")
 MOST_WATERMARK = 0.5
 MOST_TARGET_SECONDS = 3600.0
+_EVICT_SHARE = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class CoreConfig:
     makes it a suspect, and after the second it is tried alone: 3 is the least at which only who ran alone fails.
     swap_blocks: of host memory that hold what the device has given up (`swapping.py`), 0 is none. preemption: "auto",
     "recompute" or "swap". swap_out_seconds, swap_in_seconds: per block, as the ranks have measured.
+    evict_ahead: when cached blocks have to go, at least so many go at once, which takes as long as one; None is a 256th
+    of all, or 0 where they move to host memory, which is to be as late as can be.
     """
 
     num_blocks: int
@@ -59,6 +62,7 @@ class CoreConfig:
     preemption: str = "auto"
     swap_out_seconds: float = 0.0
     swap_in_seconds: float = 0.0
+    evict_ahead: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -87,6 +91,8 @@ class CoreConfig:
         for name, seconds in (("swap_out_seconds", self.swap_out_seconds), ("swap_in_seconds", self.swap_in_seconds)):
             if not 0 <= seconds < inf:
                 raise ConfigError(f"{name}={seconds}: it must be a number of seconds from 0")
+        if self.evict_ahead is not None and self.evict_ahead < 0:
+            raise ConfigError(f"evict_ahead={self.evict_ahead}: it must be at least 0, or None")
         if self.max_prefill_chunk is not None and self.max_prefill_chunk < 1:
             raise ConfigError(f"max_prefill_chunk={self.max_prefill_chunk}: it must be at least 1, or None")
         if self.capacity < 2:
@@ -96,6 +102,13 @@ class CoreConfig:
     def capacity(self) -> int:
         """Longest sequence, prompt and output, that can ever run."""
         return min(self.max_model_len, (self.num_blocks - 1) * self.block_size)
+
+    @property
+    def evicted_at_once(self) -> int:
+        """Cached blocks that go at least, when some have to."""
+        if self.evict_ahead is not None:
+            return self.evict_ahead
+        return 0 if self.swap_blocks else self.num_blocks // _EVICT_SHARE
 
     @property
     def max_blocks_per_row(self) -> int:

@@ -27,7 +27,7 @@ from treadle.transport.codec import MAX_ENGINE_FRAME
 from treadle.transport.messages import StepResult, Submit
 
 MAGIC = b"treadle-events"
-VERSION = 2
+VERSION = 3
 _FILE_HEAD = struct.Struct("<14sH")
 _SUMMED = struct.Struct("<II")
 _FRAME_HEAD = struct.Struct("<III")

@@ -41,7 +41,7 @@ class Running:
         self._prefix_cache = config.prefix_cache
         self._admissions = 0
         self.rows = Rows(config.max_num_seqs, config.max_blocks_per_row, config.block_size)
-        self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks)
+        self.cache = PrefixCache(config.num_blocks, config.block_size, config.swap_blocks, config.evicted_at_once)
         self.cache.writers = self
         self.swapping = Swapping(config, costs, self.cache)
         self.reservation = Reservation(config, self.rows, self.cache.pool)

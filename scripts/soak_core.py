@@ -53,6 +53,7 @@ def draw_config(dice: random.Random) -> CoreConfig:
         target_tpot=dice.choice([None, 0.005, 0.02]),
         watermark=dice.choice([0.0, 0.01, 0.3]),
         reserve_output=dice.choice(RESERVE_OUTPUT),
+        evict_ahead=dice.choice([None, 0, 1, 3]),
     )
     if not config.prefix_cache or dice.random() < 0.3:
         return config

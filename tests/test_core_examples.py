@@ -187,10 +187,23 @@ def test_retry_after_follows_the_rate_of_ends() -> None:
     assert caught.value.retry_after == pytest.approx(0.45)
 
 
-@pytest.mark.parametrize("wrong", [{"num_blocks": 1}, {"vocab_size": 0}, {"max_prefill_chunk": 0}, {"block_size": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_blocks": 1}, {"vocab_size": 0}, {"max_prefill_chunk": 0}, {"block_size": 0}, {"evict_ahead": -1}]
+)
 def test_a_senseless_config_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         CoreConfig(**({"num_blocks": 10, "vocab_size": 10} | wrong))  # type: ignore[arg-type]
+
+
+def test_a_256th_is_evicted_at_once_and_as_little_as_can_be_where_it_moves_to_host_memory() -> None:
+    assert config(num_blocks=1025).evicted_at_once == 4
+    assert config(num_blocks=1025, swap_blocks=1).evicted_at_once == 0
+    assert config(num_blocks=1025, swap_blocks=1, evict_ahead=2).evicted_at_once == 2
+    rig = Rig(config(num_blocks=11, max_model_len=40, evict_ahead=5))
+    for i in range(4):  # each leaves three blocks that are cached and one that is blank
+        rig.add(str(i), text(12, i), max_tokens=2)
+        rig.drain()
+    assert rig.core.stats().evictions == 5  # where two would have done
 
 
 # ── what runs in a step ──────────────────────────────────────────────────────────────────────────────────────────────

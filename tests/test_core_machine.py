@@ -40,6 +40,7 @@ configs = st.builds(
     target_tpot=st.sampled_from([None, 0.01, 0.1]),
     watermark=st.sampled_from([0.0, 0.01, 0.4]),
     reserve_output=st.sampled_from(RESERVE_OUTPUT),
+    evict_ahead=st.sampled_from([None, 0, 1, 3]),
 )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from array import array as c_array
+
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from treadle.kvcache import Blocks, Parent, PrefixCache
+from treadle.kvcache.run import Run
 from treadle.transport.codec import pack
 
 SIZE = 4
@@ -197,6 +201,21 @@ def test_whatever_is_found_has_the_same_tokens(events: list[tuple[list[int], boo
             cache.pool.release(table[1:])
             cache.pool.release(table[:1])
         cache.check()
+
+
+@given(st.lists(st.integers(0, 9), max_size=30), st.integers(0, 10))
+def test_a_block_of_a_run_is_found_in_any_order_and_after_it_became_shorter(asked: list[int], left: int) -> None:
+    numbers = [7, 3, 9, 1, 8, 2, 6, 0, 5, 4]
+    run = Run(0, b"", {}, None, b"\0" * 40, c_array("q", numbers))
+    for block in asked:
+        assert run.index(block) == numbers.index(block)
+    run.shorten(10 - left, 4)
+    for block in asked:
+        if block in numbers[:left]:
+            assert run.index(block) == numbers.index(block)
+        else:
+            with pytest.raises(ValueError):
+                run.index(block)
 
 
 class RunMachine(RuleBasedStateMachine):

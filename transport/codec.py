@@ -25,7 +25,8 @@ _UNSIGNED: Final = np.dtype("<u4")
 
 
 def pack(values: npt.ArrayLike) -> bytes:
-    """Integers to little-endian int32 bytes. A list must be flat; it is twice as fast as through an array."""
+    """Integers to int32 bytes, little-endian as all machines are that this runs on. A list must be flat; it takes a
+    fraction of the time that it takes through numpy."""
     if isinstance(values, list):
         return array("i", values).tobytes()
     if isinstance(values, np.ndarray):
