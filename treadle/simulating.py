@@ -40,6 +40,13 @@ from treadle.scheduler.simulation.workload import Process, draw_workload, read_l
 from .flags import SERVICE_HELP, flag
 
 _PROGRESS_SECONDS = 2.0
+_HELP = {
+    "num_blocks": "of the KV cache, the null block included",
+    "swap_blocks": "of host memory, for what the device gives up",
+    "swap_out_seconds": "to move one block there",
+    "swap_in_seconds": "to move one block back",
+    "evict_ahead": "cached blocks that go at least when some have to; a 256th of all by default",
+}
 _DEFAULTS: dict[str, Any] = {"num_blocks": 26_000, "vocab_size": 32_768, "max_model_len": 8_192}
 """Of a core for Llama 3.1 8B in bfloat16 on 80 GB, where nothing else is said."""
 
@@ -204,7 +211,8 @@ def _add_core_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _shown(name: str, default: object) -> str:
-    return f"{SERVICE_HELP.get(name, '')} (default {default})".strip().replace("%", "%%")
+    about = _HELP.get(name) or SERVICE_HELP.get(name, "")
+    return f"{about} (default {default})".strip().replace("%", "%%")
 
 
 def _core_fields() -> list[tuple[dataclasses.Field[Any], type]]:
