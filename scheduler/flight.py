@@ -14,8 +14,8 @@ class Flight(msgspec.Struct, frozen=True, eq=False, gc=False):
     rows: of the step, in plan order. at: the same, as a slice where they have no gap (`span`). taken: the admissions of
     all rows that there are; one whose admission is another by then has ended or was preempted meanwhile. stops: how
     often that had happened to any (`Running.stops`). sampling: indices of those that sample, None for all. sampled: of
-    all rows that there are, tokens that are sampled; `Results.commit` sets those to 0 that come for nobody. shape: what it
-    costs by.
+    all rows that there are, tokens that are sampled; `Results.commit` sets those to 0 that come for nobody. shape: what
+    it costs by.
     """
 
     step: int
