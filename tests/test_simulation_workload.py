@@ -38,9 +38,10 @@ TRACE = """
 """
 
 
-def test_a_trace_is_read_and_sorted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["", "\ufeff"], ids=["plain", "marked as UTF-8"])
+def test_a_trace_is_read_and_sorted(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "trace.jsonl"
-    path.write_text(TRACE)
+    path.write_text(encoding + TRACE.lstrip())
     read = read_trace(path)
     assert read.arrival.tolist() == [1.0, 2.5, 2.5] and read.inputs.tolist() == [4, 8, 6]
     assert [read.tenants[i] for i in read.tenant] == ["a", "b", "b"]
@@ -56,6 +57,9 @@ def test_a_trace_is_read_and_sorted(tmp_path: Path) -> None:
         ('{"arrival": 0, "input": 1}', "line 3: .*output"),
         ('{"arrival": 0, "input": 1, "output": 1, "tennant": "x"}', "line 3: .*tennant"),
         ('{"arrival": -1, "input": 1, "output": 1}', "line 3: arrival"),
+        ('{"arrival": 1e300, "input": 1, "output": 1}', "line 3: arrival and timeout from 0 to 1,000,000,000 seconds"),
+        ('{"arrival": 0, "input": 1, "output": 1, "timeout": 1e300}', "line 3: arrival and timeout from 0 to 1,000"),
+        ('{"arrival": 0, "input": 3, "output": 1, "prefix_tokens": 2}', "line 3: prefix_tokens without a prefix"),
         ('{"arrival": 0, "input": 0, "output": 1}', "line 3: "),
         (
             '{"arrival": 0, "input": 3, "output": 1, "prefix": "x", "prefix_tokens": 4}',
@@ -125,6 +129,7 @@ def test_a_process_ends_at_its_time_and_is_the_same_for_the_same_seed() -> None:
         ({"rate": 1.0}, "no end"),
         ({"rate": 1.0, "cv": -1.0, "requests": 1}, "cv=-1"),
         ({"rate": 1.0, "requests": -1}, "numbers from 0"),
+        ({"rate": 1e-9, "seconds": 1e10}, r"seconds=10000000000\.0: a simulation may have at most 1000000000"),
     ],
 )
 def test_bad_processes_are_refused(values: dict[str, float], says: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from .parallel import run_parallel
 from .replica import Replica
 from .result import ReplicaResult
 from .routing import route
-from .sizes import MOST_REPLICAS, check_most, check_sizes
+from .sizes import MOST_REPLICAS, MOST_SECONDS, check_most, check_sizes
 from .workload import Workload
 
 FleetProgress = Callable[[int, float, int], None]
@@ -45,8 +44,8 @@ class Fleet:
         for name, value in (("replicas", self.replicas), ("jobs", self.jobs)):
             if value < 1:
                 raise ConfigError(f"{name}={value}: it must be at least 1")
-        if not 0 <= self.overhead < inf:  # also NaN, with which no time would ever be the next
-            raise ConfigError(f"overhead={self.overhead}: it must be a finite number of seconds, at least 0")
+        if not 0 <= self.overhead <= MOST_SECONDS:  # also NaN, with which no time would ever be the next
+            raise ConfigError(f"overhead={self.overhead}: it must be from 0 to {MOST_SECONDS:,} seconds")
         check_most("replicas", self.replicas, MOST_REPLICAS)
         check_sizes(self.config)
 

@@ -11,6 +11,8 @@ MOST_REQUESTS = 100_000_000
 MOST_TOKENS = 1 << 24
 """Of one input or output: as long as the longest context of a service."""
 MOST_PREFIXES = 1 << 30
+MOST_SECONDS = 10**9
+"""Of virtual time: thirty years, in which a float still tells microseconds apart."""
 _MOST_BLOCKS = 1 << 26
 """Some 60 bytes each."""
 TOO_LARGE = (MemoryError, OverflowError)

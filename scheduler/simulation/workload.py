@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from treadle.errors import ConfigError
 from treadle.scheduler.admission import MAX_PRIORITY
 
-from .sizes import MOST_PREFIXES, MOST_REQUESTS, MOST_TOKENS, check_most
+from .sizes import MOST_PREFIXES, MOST_REQUESTS, MOST_SECONDS, MOST_TOKENS, check_most
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -106,8 +107,8 @@ def make_workload(
     )
     if not at.size:
         raise ConfigError("the workload has no requests")
-    if not (np.isfinite(at).all() and at.min() >= 0):
-        raise ConfigError("arrivals must be seconds from 0")
+    if not (at.min() >= 0 and at.max() <= MOST_SECONDS):  # neither is so for NaN
+        raise ConfigError(f"arrivals must be seconds from 0 to {MOST_SECONDS:,}")
     if made.inputs.min() < 1 or made.outputs.min() < 1:
         raise ConfigError("input and output must have at least one token each")
     if (made.prefix_tokens > made.inputs).any() or made.prefix_tokens.min() < 0:
@@ -161,11 +162,13 @@ def read_trace(path: Path) -> Workload:
 
 
 def _check_line(line: TraceLine, where: str) -> None:
-    if not (line.arrival >= 0 and isfinite(line.arrival)) or line.timeout < 0:
-        raise ConfigError(f"{where}: arrival and timeout from 0 are allowed")
+    if not (0 <= line.arrival <= MOST_SECONDS and 0 <= line.timeout <= MOST_SECONDS):
+        raise ConfigError(f"{where}: arrival and timeout from 0 to {MOST_SECONDS:,} seconds are allowed")
     _check_lengths((line.input, line.output), where)
     if abs(line.priority) > MAX_PRIORITY:
         raise ConfigError(f"{where}: priority={line.priority}: it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
+    if line.prefix_tokens is not None and not line.prefix:
+        raise ConfigError(f"{where}: prefix_tokens without a prefix: name whom the tokens are shared with")
     if not 0 <= _shared(line) <= line.input:
         raise ConfigError(
             f"{where}: prefix_tokens={line.prefix_tokens}: it must be from 0 to the {line.input} tokens of the input"
@@ -215,6 +218,7 @@ class Process:
             raise ConfigError("give the number of requests, the seconds, or both: without them there is no end")
         if self.cv > _MOST_CV:
             raise ConfigError(f"cv={self.cv!r}: at most {_MOST_CV} is allowed")
+        check_most("seconds", self.seconds, MOST_SECONDS)
         check_most("prefixes", self.prefixes, MOST_PREFIXES)
         check_most("prefix_tokens", self.prefix_tokens, MOST_TOKENS)
         check_most("requests", self.requests, MOST_REQUESTS)
@@ -260,9 +264,9 @@ def _arrivals(random: np.random.Generator, process: Process) -> Floats:
 
 
 def _lines(path: Path) -> Iterable[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1."""
+    """Lines that are not blank, with their numbers from 1. Some editors mark a file as UTF-8 by its first bytes."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
-    return ((number, line) for number, line in enumerate(data.splitlines(), 1) if line.strip())
+    return ((number, line) for number, line in enumerate(data.removeprefix(BOM_UTF8).splitlines(), 1) if line.strip())
