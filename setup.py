@@ -1,14 +1,19 @@
-"""Everything about the package is in pyproject.toml. This adds the compiled form, for who asks for it:
+"""Everything about the package is in pyproject.toml. This adds the compiled form: the modules below are compiled with
+mypyc into the wheel (docs/decisions/015-compiled-scheduler.md). Their sources lie beside them there, for tracebacks.
 
-    TREADLE_COMPILE=1 pip install .
-
-compiles the modules below with mypyc into the wheel (docs/decisions/015-compiled-scheduler.md). Their sources lie
-beside them there, for tracebacks. Without the variable nothing is compiled, and only setuptools is needed.
+`TREADLE_COMPILE` says whether: by default where there is a C compiler, and what cannot be compiled is installed as
+Python; `1` makes a failure of it an error; `0` leaves it out, and only setuptools is needed to build. Where sources
+are edited, in an editable installation, nothing is compiled.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -55,6 +60,13 @@ NEEDS = ("mypy>=2.4,<2.5", "numpy>=2.3", "msgspec>=0.19")
 OPTIONS = ("--ignore-missing-imports", "--follow-imports=silent")
 """Only these modules are to be right, whatever is not installed where the wheel is built."""
 
+LEVEL = "1"
+"""Of the C compiler's optimisation. Higher ones take twice as long, and what they make is not faster: what counts is
+how much code there is to fetch."""
+
+ASKED = os.environ.get("TREADLE_COMPILE", "")
+INSISTED = ASKED == "1"
+
 
 class Compiled(build_ext):
     """Takes mypyc's own extensions, which compile Python to C, when it comes to building and not before."""
@@ -62,16 +74,40 @@ class Compiled(build_ext):
     def finalize_options(self) -> None:
         super().finalize_options()
         if self.inplace or self.editable_mode:
-            raise SystemExit("TREADLE_COMPILE=1 makes wheels: beside sources that are edited it would be stale")
+            if INSISTED:
+                raise SystemExit("TREADLE_COMPILE=1 makes wheels: beside sources that are edited it would be stale")
+            self._leave_out()
 
     def run(self) -> None:
+        self._remove()
+        try:
+            self._compile()
+        except (Exception, SystemExit) as error:  # whatever it is that a compiler does not get on with
+            if INSISTED:
+                raise
+            say(f"it could not be compiled ({error})")
+            self._remove()
+            self._leave_out()
+
+    def _compile(self) -> None:
+        if not self.distribution.ext_modules:
+            return
         from mypyc.build import mypycify
 
-        paths = (f"treadle/{module}.py" for module in MODULES)
-        self.distribution.ext_modules = mypycify([*OPTIONS, *paths], debug_level="0", group_name="treadle")
+        sources = [*OPTIONS, *(f"treadle/{module}.py" for module in MODULES)]
+        options = {"opt_level": LEVEL, "debug_level": "0", "group_name": "treadle", "target_dir": self.build_temp}
+        self.distribution.ext_modules = mypycify(sources, **options)
         self.reinitialize_command(self)
         self.ensure_finalized()
         super().run()
+
+    def _leave_out(self) -> None:
+        self.distribution.ext_modules = self.extensions = []
+
+    def _remove(self) -> None:
+        """What another build has made, or this one in part."""
+        for made in Path(self.build_lib).rglob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            made.unlink()
 
 
 def extension(module: str) -> Extension:
@@ -79,7 +115,28 @@ def extension(module: str) -> Extension:
     return Extension(path.replace("/", "."), [f"{path}.py"])
 
 
-if os.environ.get("TREADLE_COMPILE") == "1":
+def say(why: str) -> None:
+    """pip shows it with `-v`; afterwards `treadle --version` says which form is installed."""
+    print(f"treadle: the scheduler is installed as Python, for {why}", file=sys.stderr)
+
+
+def can_compile() -> bool:
+    """Whether the machine has what turns C into a module of this Python."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if shutil.which(compiler) is None:
+        say(f"there is no C compiler ({compiler})")
+    elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        say("the headers of this Python are not installed")
+    else:
+        return True
+    return False
+
+
+if ASKED not in ("", "0", "1"):
+    raise SystemExit(
+        f"TREADLE_COMPILE is {ASKED!r}; it may be 1 (compile, or fail), 0 (do not), or empty (where it can be)"
+    )
+if INSISTED or (ASKED != "0" and can_compile()):
     setup(
         ext_modules=[extension(module) for module in MODULES],
         cmdclass={"build_ext": Compiled},

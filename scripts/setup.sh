@@ -67,7 +67,8 @@ setup() {
     "$python" -m venv .venv || fail "$python -m venv failed and said why above (on Debian it needs: apt install python3-venv)"
     log=.venv/setup.log
     printf 'treadle: installing into .venv (a few minutes the first time; log in %s)\n' "$log" >&2
-    .venv/bin/python -m pip install --disable-pip-version-check -e ".${extra:+[$extra]}" >"$log" 2>&1 || code=$?
+    # Beside sources that are edited nothing is compiled, so pip need not fetch what that takes.
+    TREADLE_COMPILE=0 .venv/bin/python -m pip install --disable-pip-version-check -e ".${extra:+[$extra]}" >"$log" 2>&1 || code=$?
     if [ "$code" -ne 0 ]; then
         [ "$code" -ne 130 ] || exit 130
         printf 'pip said:\n' >&2

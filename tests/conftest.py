@@ -32,6 +32,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 LONG_FILES = (
     "test_exactness.py",
     "test_real_model.py",
+    "test_compiled_form.py",
     "test_chaos.py",
     "test_triton_sampling.py",
     "test_recovery.py",

@@ -1,0 +1,161 @@
+"""The compiled form, built as an installation builds it, is held to the same tests and to the same results.
+
+docs/decisions/015-compiled-scheduler.md. What it must not contain is in `test_compiled.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SUFFIX = str(sysconfig.get_config_var("EXT_SUFFIX"))
+SUITE = (
+    "test_admission.py",
+    "test_block_pool.py",
+    "test_codec.py",
+    "test_core_examples.py",
+    "test_core_machine.py",
+    "test_following.py",
+    "test_host_tier.py",
+    "test_policies.py",
+    "test_prefix_cache.py",
+    "test_replay.py",
+    "test_service_level.py",
+    "test_simulation.py",
+    "test_swapping.py",
+)
+"""What runs through the compiled modules, and nearly nothing else."""
+
+
+def build(into: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py` in this checkout, as pip calls it in the end."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TREADLE_COMPILE", "CC")}
+    made = [sys.executable, "setup.py", "build", "--build-base", str(into), *command]
+    return subprocess.run(made, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+
+
+def extensions(under: Path) -> list[Path]:
+    return list(under.rglob(f"*{SUFFIX}"))
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory in which it is installed, by default: nobody has asked for it."""
+    base = tmp_path_factory.mktemp("compiled")
+    done = build(base)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    (lib,) = base.glob("lib*")
+    return lib
+
+
+def in_form(compiled: Path | None, *command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """A Python that finds this form of the package."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment = inherited | {"PYTHONPATH": str(compiled or ROOT)}
+    return subprocess.run([sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_installation_is_compiled_by_default(compiled: Path, tmp_path: Path) -> None:
+    assert in_form(compiled, "-m", "treadle", "--version", cwd=tmp_path).stdout.endswith("scheduler compiled\n")
+    assert (compiled / "treadle" / "scheduler" / "core.py").is_file(), "tracebacks show the sources"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_same_events_and_the_same_simulation_in_both_forms(compiled: Path, tmp_path: Path) -> None:
+    soak = (str(ROOT / "scripts" / "soak_core.py"), "--events", "15000", "--seed", "7", "--json")
+    trace = tmp_path / "lengths.jsonl"
+    trace.write_text("[300, 40]\n[20, 90]\n[1500, 8]\n")
+    simulate = (
+        "-m",
+        "treadle",
+        "simulate",
+        "--lengths",
+        str(trace),
+        "--rate",
+        "60",
+        "--seconds",
+        "5",
+        "--policy",
+        "fair",
+    )
+    said = []
+    for form in (compiled, None):
+        events = in_form(form, *soak, cwd=tmp_path)
+        report = tmp_path / "report.json"
+        simulated = in_form(form, *simulate, "--json", str(report), cwd=tmp_path)
+        assert events.returncode == simulated.returncode == 0, events.stderr + simulated.stderr
+        said.append((json.loads(events.stdout), json.loads(report.read_text())))
+    assert said[0] == said[1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_suite_of_the_core_holds_for_it(compiled: Path, tmp_path: Path) -> None:
+    """From a copy that has no package of its own, which would be found first."""
+    for name in ("tests", "scripts", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    files = [f"tests/{name}" for name in SUITE]
+    done = in_form(compiled, "-m", "pytest", "-q", *files, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4_000:]
+    which = in_form(compiled, "-c", "import treadle.scheduler.core as core; print(core.__file__)", cwd=tmp_path)
+    assert which.stdout.strip().endswith(SUFFIX)
+
+
+def test_without_a_compiler_it_is_installed_as_python(tmp_path: Path) -> None:
+    done = build(tmp_path, CC="no-such-compiler")
+    assert done.returncode == 0 and "as Python, for there is no C compiler (no-such-compiler)" in done.stderr
+    assert list(tmp_path.rglob("core.py")) and not extensions(tmp_path)
+
+
+def test_what_does_not_compile_is_installed_as_python_and_leaves_nothing(tmp_path: Path) -> None:
+    """Nothing that another build has made there either."""
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "mypyc.py").write_text("raise RuntimeError('of another world')\n")
+    lib = tmp_path / "made" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}" / "treadle" / "scheduler"
+    lib.mkdir(parents=True)
+    (lib / f"core{SUFFIX}").touch()
+    done = build(tmp_path / "made", PYTHONPATH=str(tmp_path / "broken"))
+    assert done.returncode == 0 and "as Python, for it could not be compiled (of another world)" in done.stderr
+    assert (lib / "core.py").is_file() and not extensions(tmp_path)
+
+
+def test_who_insists_is_told_of_a_failure(tmp_path: Path) -> None:
+    (tmp_path / "mypyc.py").write_text("raise RuntimeError('of another world')\n")
+    done = build(tmp_path / "made", PYTHONPATH=str(tmp_path), TREADLE_COMPILE="1")
+    assert done.returncode != 0 and "of another world" in done.stderr
+
+
+def test_it_can_be_left_out(tmp_path: Path) -> None:
+    done = build(tmp_path, TREADLE_COMPILE="0")
+    assert done.returncode == 0 and list(tmp_path.rglob("core.py")) and not extensions(tmp_path)
+
+
+def test_any_other_wish_is_refused(tmp_path: Path) -> None:
+    done = build(tmp_path, TREADLE_COMPILE="yes")
+    assert done.returncode == 1 and "TREADLE_COMPILE is 'yes'; it may be 1 (compile, or fail), 0" in done.stderr
+
+
+def test_beside_sources_nothing_is_made(tmp_path: Path) -> None:
+    """By default; who asks for it there is told why not (`test_compiled.py`)."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp", str(tmp_path)],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TREADLE_COMPILE"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not extensions(tmp_path) and not list(ROOT.glob("*/*.so"))
