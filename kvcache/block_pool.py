@@ -32,9 +32,9 @@ class BlockPool:
       only when blank ones do not suffice, then at least `ahead` at once: it takes as long as evicting one;
     - owned: `refs` says by how many block tables.
 
-    `_queue[_head:_tail]` is the order of eviction. `_place` says of each cached block where in it it is named, and
-    nowhere of one that was shared since: where the queue still names that, it is stepped over. So sharing a prefix is a
-    few vector operations, and nothing is ever taken out of the middle.
+    `_queue[_head:_tail]` is the order of eviction. `_place` says of each block where in it it was named last. A name
+    that stands elsewhere, or whose block has been shared since, is stepped over. So sharing a prefix is a few vector
+    operations, and nothing is ever taken out of the middle.
 
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
     `num_blocks - 1`. `published`: whether a block's content can be found; its owner is who sets it. `on_evict` is told
@@ -98,7 +98,6 @@ class BlockPool:
         counts = self.refs[blocks]
         self.cached -= counts.size - int(np.count_nonzero(counts))
         self.refs[blocks] = counts + _ONE
-        self._place[blocks] = _OUT
 
     def release(self, blocks: Blocks) -> None:
         """Gives back one reference on each block of one block table, in the order of the table.
@@ -165,7 +164,7 @@ class BlockPool:
     def _evict(self, count: int) -> Blocks:
         """Gives up the content of so many cached blocks, which are the caller's then."""
         start, end = self._head, self._head + count
-        if self._tail - start == self.cached or (end <= self._tail and all_of(self._named_last(start, end))):
+        if self._tail - start == self.cached or (end <= self._tail and all_of(self._evictable(start, end))):
             blocks = self._queue[start:end]  # nearly always: nobody has come back for any of them
             self._head = end
         else:
@@ -188,14 +187,15 @@ class BlockPool:
             missing -= idle.size
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _named_last(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+    def _evictable(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Which names in this part of the queue are of blocks that may be evicted."""
-        named: npt.NDArray[np.bool_] = self._place[self._queue[start:stop]] == self._positions[start:stop]
-        return named
+        blocks = self._queue[start:stop]
+        idle: npt.NDArray[np.bool_] = (self._place[blocks] == self._positions[start:stop]) & (self.refs[blocks] == 0)
+        return idle
 
     def _idle(self, start: int, stop: int) -> npt.NDArray[np.intp]:
         """Where they are, counted from `start`."""
-        return self._named_last(start, stop).nonzero()[0]
+        return self._evictable(start, stop).nonzero()[0]
 
     def _waiting(self, start: int, stop: int) -> Blocks:
         """The blocks that may be evicted, of this part of the queue."""

@@ -34,6 +34,7 @@ is closed there is nothing any more; what hangs there is not published.
 
 NO_BLOCKS: Final[Blocks] = np.zeros(0, np.int64)
 _INT64: Final = np.dtype(np.int64)
+_NO_NUMBERS: Final = array("q")
 
 
 class Writers(Protocol):
@@ -91,14 +92,15 @@ class PrefixCache:
         width = self._width
         run = self._first.get((salt, tokens[:width])) if max_blocks else None
         parent: Parent = salt
-        blocks, depth = array("q"), 0
+        blocks, depth = _NO_NUMBERS, 0
         while run is not None:
             if run.writer != NOBODY:
                 self._catch_up(run)
             size = len(run.blocks)
             most = min(size, max_blocks - depth)
             equal = run.equal(0, tokens, depth, most, width)
-            blocks += run.blocks[:equal]
+            found = run.blocks[:equal]
+            blocks = blocks + found if depth else found
             depth += equal
             if equal:
                 parent = run, depth

@@ -86,6 +86,8 @@ class _Batch:
 
     def packed_rows(self, numbers: bytes) -> bytes:
         """`rows()` for the wire. numbers: those of all rows that there are, packed: slicing takes no time."""
+        if not self.decodes:
+            return pack(self.chunk_rows)
         at = self.at
         decode = numbers[4 * at.start : 4 * at.stop] if isinstance(at, slice) else pack(at)
         return decode + pack(self.chunk_rows) if self.chunk_rows else decode
@@ -113,7 +115,6 @@ class Planner:
         self._pace = Pace(config.target_tpot, costs, config.block_size)
         self._ones = pack(np.ones(config.max_num_seqs, np.int32))
         self._numbers = pack(np.arange(config.max_num_seqs))
-        self._nobody = np.zeros(config.max_num_seqs, np.bool_)
         self.trials = Trials()
         self.preemptions = 0
         self.blocked: Sequence | None = None
@@ -140,10 +141,12 @@ class Planner:
         running.swapping.begin()
         arrays = running.rows
         needs = arrays.frontier - arrays.computed if arrays.count else _NO_NEEDS
-        decoding, growing = self._decode(needs, now)
+        if needs.size:
+            decoding, growing = self._decode(needs, now)
+            decode, sampled = decoding.nonzero()[0], decoding.astype(_COUNT)
+        else:
+            decode, sampled, growing = _NO_ROWS, np.zeros(arrays.known.size, _COUNT), _NO_ROWS
         blocks = running.grow(growing)
-        decode = decoding.nonzero()[0]
-        sampled = decoding.astype(_COUNT)
         context = arrays.advance(sampled) if decode.size else 0
         batch = _Batch(self._budget, decode, sampled, context, self._host)
         preempted = preemptions != self.preemptions
@@ -182,12 +185,10 @@ class Planner:
 
     def _decode(self, needs: Int64, now: float) -> tuple[npt.NDArray[np.bool_], Rows1D]:
         """Of each row whether it computes one token and samples the next, and the rows that need one more block for
-        it. needs: of each row, tokens that it needs computed; empty when nothing runs.
+        it. needs: of each row, tokens that it needs computed.
 
         They always fit the budget: `_admit` adds a row only in a step that has a token for every row and one more.
         """
-        if not needs.size:
-            return self._nobody, _NO_ROWS
         rows = self._running.rows
         decoding = (needs == ONE) & (rows.frontier < rows.limit)
         growing = (decoding & (rows.computed == rows.nblocks * self._size_array)).nonzero()[0]

@@ -98,14 +98,17 @@ class Rows:
         self.free = list(range(max_rows - 1, -1, -1))
         self.count = 0
 
-    def occupy(self, sequence: Sequence, admission: int, blocks: Blocks, computed: int) -> int:
-        """Gives the sequence a free row that holds its tokens and block table; returns the row."""
+    def occupy(self, sequence: Sequence, admission: int, hit: Blocks, fresh: Blocks, computed: int) -> int:
+        """Gives the sequence a free row that holds its tokens and its block table, a hit and what is fresh behind it;
+        returns the row."""
         row = self.free.pop()
         self.count += 1
         request, tokens = sequence.request, sequence.tokens
-        begin, known, held = row * self._row_bytes, sequence.known, blocks.size
+        begin, known, found, held = row * self._row_bytes, sequence.known, hit.size, hit.size + fresh.size
         self._token_bytes[begin : begin + len(tokens)] = tokens
-        self.table[row, :held] = blocks
+        if found:
+            self.table[row, :found] = hit
+        self.table[row, found:held] = fresh
         self.known_of[row] = known
         self.frontier_of[row] = known
         self.computed_of[row] = computed

@@ -74,10 +74,11 @@ class Waiting:
 
     def enter(self, sequence: Sequence, now: float) -> None:
         """Begins to wait for the first time."""
-        place = self._guard.place(sequence.ticket, now)
-        sequence.placed = place is not None
-        if place is not None:
-            sequence.lane, sequence.key = place
+        if self._guard.has_place:
+            place = self._guard.place(sequence.ticket, now)
+            sequence.placed = place is not None
+            if place is not None:
+                sequence.lane, sequence.key = place
         self.push(sequence)
         if self._guard.has_latest_start and sequence.request.deadline is not None:
             self._set_latest(sequence, self.latest_start(sequence, now))

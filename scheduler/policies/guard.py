@@ -44,9 +44,7 @@ class Guard:
         self.error: PolicyFailed | None = None
 
     def place(self, ticket: Ticket, now: float) -> tuple[str, float] | None:
-        """Lane and key; None for one that the policy could not place."""
-        if not self.has_place:
-            return "", 0.0
+        """Lane and key; None for one that the policy could not place. Only where it `has_place`."""
         lane = self._ask("lane", lambda: self._policy.lane(ticket), _is_text, "text") if self.has_lanes else ""
         key = self._ask("key", lambda: self._policy.key(ticket, now), _is_number, "a number, and not NaN")
         return None if lane is None or key is None else (lane, float(key))
