@@ -2,14 +2,13 @@
 mypyc into the wheel (docs/decisions/015-compiled-scheduler.md). Their sources lie beside them there, for tracebacks.
 
 `TREADLE_COMPILE` says whether: by default where there is a C compiler, and what cannot be compiled is installed as
-Python; `1` makes a failure of it an error; `0` leaves it out, and only setuptools is needed to build. Where sources
-are edited, in an editable installation, nothing is compiled.
+Python; `1` makes a failure of it an error; `0` leaves it out, and only setuptools is needed to build: that is for where
+pip cannot fetch mypy, too. Where sources are edited, in an editable installation, nothing is compiled.
 """
 
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 import sysconfig
@@ -66,6 +65,7 @@ how much code there is to fetch."""
 
 ASKED = os.environ.get("TREADLE_COMPILE", "")
 INSISTED = ASKED == "1"
+MOST_SAID = 200
 
 
 class Compiled(build_ext):
@@ -85,16 +85,18 @@ class Compiled(build_ext):
         except (Exception, SystemExit) as error:  # whatever it is that a compiler does not get on with
             if INSISTED:
                 raise
-            say(f"it could not be compiled ({error})")
+            say(f"it could not be compiled ({type(error).__name__}: {str(error)[:MOST_SAID]})")
             self._remove()
             self._leave_out()
+            if wheel := self.distribution.get_command_obj("bdist_wheel", create=False):
+                wheel.root_is_pure = True  # it took it for one of this machine, before anything was compiled
 
     def _compile(self) -> None:
         if not self.distribution.ext_modules:
             return
         from mypyc.build import mypycify
 
-        sources = [*OPTIONS, *(f"treadle/{module}.py" for module in MODULES)]
+        sources = [*OPTIONS, f"--cache-dir={self.build_temp}/mypy", *(f"treadle/{module}.py" for module in MODULES)]
         options = {"opt_level": LEVEL, "debug_level": "0", "group_name": "treadle", "target_dir": self.build_temp}
         self.distribution.ext_modules = mypycify(sources, **options)
         self.reinitialize_command(self)
@@ -122,7 +124,7 @@ def say(why: str) -> None:
 
 def can_compile() -> bool:
     """Whether the machine has what turns C into a module of this Python."""
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    compiler = [*(os.environ.get("CC") or sysconfig.get_config_var("CC") or "").split(), "cc"][0]
     if shutil.which(compiler) is None:
         say(f"there is no C compiler ({compiler})")
     elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():

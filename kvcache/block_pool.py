@@ -33,7 +33,7 @@ class BlockPool:
     - owned: `refs` says by how many block tables.
 
     `_queue[_head:_tail]` is the order of eviction. `_place` says of each block where in it it was named last. A name
-    that stands elsewhere, or whose block has been shared since, is stepped over. So sharing a prefix is a few vector
+    that stands elsewhere, or whose block is owned again, is stepped over. So sharing a prefix is a few vector
     operations, and nothing is ever taken out of the middle.
 
     Block 0 is the null block: a padding row of an engine writes there. It is never handed out, so `total` is
@@ -204,8 +204,8 @@ class BlockPool:
     def _enqueue(self, cached: Blocks) -> None:
         size = cached.size
         self.cached += size
-        if self._tail + size > self._queue.size:  # half of it is to be stepped over: O(1) for each that ever came in
-            idle = self._waiting(self._head, self._tail)
+        if self._tail + size > self._queue.size:  # much of it is to be stepped over: O(1) for each that ever came in
+            idle = self._waiting(self._head, self._tail)  # perhaps with old names of these; there is room for both
             self._queue[: idle.size] = idle
             self._place[idle] = self._positions[: idle.size]
             self._head, self._tail = 0, idle.size

@@ -124,6 +124,21 @@ def test_a_cached_block_that_is_owned_again_is_passed_over() -> None:
     pool.check()
 
 
+def test_who_waits_keeps_its_turn_when_the_queue_is_written_anew() -> None:
+    """After so many uses of another block: the queue holds two names for each block, and some more."""
+    pool, evicted = make(9)
+    old, hot, young = taken(pool, 3), taken(pool, 1), taken(pool, 4)
+    publish(pool, *old, *hot, *young)
+    for table in (hot, old, young):
+        pool.release(array(table))
+    for _ in range(300):
+        pool.share(array(hot))
+        pool.release(array(hot))
+        pool.check()
+    taken(pool, 8)
+    assert evicted == [*reversed(old), *reversed(young), *hot]
+
+
 def test_withdrawn_content_is_gone_at_once_and_owners_keep_the_block() -> None:
     pool, evicted = make()
     blocks = taken(pool, 2)

@@ -34,7 +34,7 @@ TRACE = """
 {"arrival": 2.5, "input": 8, "output": 3, "tenant": "b", "prefix": "doc", "prefix_tokens": 5, "timeout": 9}
 
 {"arrival": 1, "input": 4, "output": 1, "tenant": "a", "prefix": "doc", "priority": -2}
-{"arrival": 2.5, "input": 6, "output": 2, "tenant": "b"}
+{"arrival": 2.5, "input": 6, "output": 2, "tenant": "b", "prefix": "", "prefix_tokens": 0}
 """
 
 
@@ -81,6 +81,12 @@ def test_bad_traces_are_refused(tmp_path: Path, line: str, says: str) -> None:
     path.write_text('{"arrival": 0, "input": 1, "output": 1}\n\n' + line)
     with pytest.raises(ConfigError, match=says):
         read_trace(path)
+
+
+@pytest.mark.parametrize("arrival", [-1.0, float("nan"), float("inf"), 1e10])
+def test_arrivals_that_no_trace_may_have_are_refused_in_a_program_too(arrival: float) -> None:
+    with pytest.raises(ConfigError, match="arrivals must be seconds from 0 to 1,000,000,000"):
+        make_workload([0.0, arrival], 1, 1)
 
 
 def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def _check_line(line: TraceLine, where: str) -> None:
     _check_lengths((line.input, line.output), where)
     if abs(line.priority) > MAX_PRIORITY:
         raise ConfigError(f"{where}: priority={line.priority}: it must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]")
-    if line.prefix_tokens is not None and not line.prefix:
+    if line.prefix_tokens and not line.prefix:
         raise ConfigError(f"{where}: prefix_tokens without a prefix: name whom the tokens are shared with")
     if not 0 <= _shared(line) <= line.input:
         raise ConfigError(
