@@ -122,23 +122,25 @@ def say(why: str) -> None:
     print(f"treadle: the scheduler is installed as Python, for {why}", file=sys.stderr)
 
 
-def can_compile() -> bool:
-    """Whether the machine has what turns C into a module of this Python."""
+def missing() -> str:
+    """What the machine lacks to turn C into a module of this Python; empty: nothing."""
     compiler = [*(os.environ.get("CC") or sysconfig.get_config_var("CC") or "").split(), "cc"][0]
     if shutil.which(compiler) is None:
-        say(f"there is no C compiler ({compiler})")
-    elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        say("the headers of this Python are not installed")
-    else:
-        return True
-    return False
+        return f"there is no C compiler ({compiler})"
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").is_file()
+    return "" if headers else "this Python has no headers installed"
 
 
 if ASKED not in ("", "0", "1"):
     raise SystemExit(
         f"TREADLE_COMPILE is {ASKED!r}; it may be 1 (compile, or fail), 0 (do not), or empty (where it can be)"
     )
-if INSISTED or (ASKED != "0" and can_compile()):
+if ASKED != "0" and (lacks := missing()):
+    if INSISTED:
+        raise SystemExit(f"TREADLE_COMPILE=1, and {lacks}")
+    say(lacks)
+    setup()
+elif ASKED != "0":
     setup(
         ext_modules=[extension(module) for module in MODULES],
         cmdclass={"build_ext": Compiled},

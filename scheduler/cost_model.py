@@ -12,8 +12,6 @@ The model has no clock. Whoever measures steps calls `observe`; the same observa
 
 from __future__ import annotations
 
-from math import isfinite
-
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +30,8 @@ _COPIES = slice(5, 7)
 _TRUST = 16.0
 """Steps with copies that a coefficient of copies as it was given weighs as much as."""
 _SIZE = 7
+MOST_COST = 1_000_000
+"""Seconds: what costs more is a slip of the hand, and no time of day could be reckoned with it."""
 
 
 class StepShape(msgspec.Struct, frozen=True, gc=False):
@@ -86,10 +86,10 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 def check_costs(costs: StepCosts) -> StepCosts:
-    """The same costs. Raises ConfigError when one is not a number of seconds from 0."""
+    """The same costs. Raises ConfigError when one is not a number of seconds from 0 to `MOST_COST`."""
     for name, value in msgspec.structs.asdict(costs).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (isfinite(value) and value >= 0):
-            raise ConfigError(f"step costs: {name}={value!r}: a finite number of seconds from 0 is allowed")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_COST:  # nor NaN
+            raise ConfigError(f"step costs: {name}={value!r}: a number of seconds from 0 to {MOST_COST:,} is allowed")
     return costs
 
 

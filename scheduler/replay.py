@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from treadle.errors import EventLogError
+from treadle.errors import ConfigError, EventLogError
 from treadle.transport.codec import unpack
 from treadle.transport.messages import StepPlan
 
@@ -84,8 +84,11 @@ def replay(
     """Replays the file up to its end or the first difference. check: verify the core's invariants after each event.
 
     own_policy: makes the policy of cores that were given an object, which is not in the log. Raises EventLogError for a
-    file that is not a log of this version, OSError for one that cannot be read, CoreInvariantError with `check`.
+    file that is not a log of this version, OSError for one that cannot be read, CoreInvariantError with `check`,
+    ConfigError for an `own_policy` that makes none.
     """
+    if own_policy is not None and not callable(own_policy):
+        raise ConfigError(f"own_policy={own_policy!r}: what makes a policy is allowed, such as its class")
     report = ReplayReport()
     reader = EventReader(path)
     again = _Again(check, own_policy)
@@ -124,10 +127,12 @@ class _Again:
         if event.own_policy:
             if self._own_policy is None:
                 raise EventLogError(
-                    f"recorded with a policy object, {event.own_policy!r}, which is not in the log: replay it from a "
-                    "program, with replay(path, own_policy=…)"
+                    f"recorded with a policy object, {event.own_policy!r}, which is not in the log: what it decided is "
+                    "known to a program only, which gives own_policy=… to replay, read_event_log or costs_from_log"
                 )
             policy = self._own_policy()
+            if not isinstance(policy, Policy):
+                raise ConfigError(f"own_policy made {policy!r}, which is no policy")
         self._core = RecordedCore(config_from_log(event.config), self._draw, self, policy)
 
     def write(self, event: Event) -> None:

@@ -54,7 +54,7 @@ def build(into: Path, *command: str, **environment: str) -> subprocess.Completed
     inherited = {name: value for name, value in os.environ.items() if name not in ("TREADLE_COMPILE", "CC")}
     made = [sys.executable, "setup.py", "build", "--build-base", str(into), *command]
     done = subprocess.run(made, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
-    if environment.get("CC") is None and ("no C compiler" in done.stderr or "headers of this Python" in done.stderr):
+    if environment.get("CC") is None and ("no C compiler" in done.stderr or "no headers installed" in done.stderr):
         pytest.skip("no C compiler here, or nothing for it to compile with")
     return done
 
@@ -178,6 +178,11 @@ def test_who_insists_is_told_of_a_failure(tmp_path: Path) -> None:
     stand_in(tmp_path, "raise RuntimeError('of another world')")
     done = build(tmp_path / "made", PYTHONPATH=str(tmp_path), TREADLE_COMPILE="1")
     assert done.returncode != 0 and "of another world" in done.stderr
+
+
+def test_who_insists_is_told_at_once_that_there_is_no_compiler(tmp_path: Path) -> None:
+    done = build(tmp_path, CC="no-such-compiler", TREADLE_COMPILE="1")
+    assert done.returncode == 1 and "TREADLE_COMPILE=1, and there is no C compiler (no-such-compiler)" in done.stderr
 
 
 def test_it_can_be_left_out(tmp_path: Path) -> None:

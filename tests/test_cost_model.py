@@ -95,7 +95,16 @@ def test_nothing_is_known_at_first() -> None:
 
 def test_costs_travel_as_json() -> None:
     assert StepCosts.from_json(GPU.to_json()) == GPU
-    for bad in (b'{"step": -1}', b'{"stepp": 1}', b'{"step": "1"}', b"[]", b"\xff", b'{"step": 1e999}', b""):
+    for bad in (
+        b'{"step": -1}',
+        b'{"stepp": 1}',
+        b'{"step": "1"}',
+        b"[]",
+        b"\xff",
+        b'{"step": 1e999}',
+        b'{"step": 1e7}',
+        b"",
+    ):
         with pytest.raises(ConfigError, match="step"):
             StepCosts.from_json(bad)
     with pytest.raises(ConfigError, match="decode_row"):

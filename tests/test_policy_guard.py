@@ -216,7 +216,7 @@ def test_nothing_gets_by_with_a_budget_of_nothing() -> None:
     rig = Rig(TIGHT, Miser())
     fill(rig)
     rig.drain()
-    assert "budget gave 0; allowed is 1 to 12" in str(rig.core.policy_error)
+    assert "budget gave 0; allowed is an int from 1 to 12" in str(rig.core.policy_error)
 
 
 def test_a_ticket_cannot_be_changed() -> None:
@@ -255,7 +255,7 @@ class Wide(Policy):
         (FcfsPolicy, "is not a policy"),
         (7, "policy: 7 is not a policy"),
         (Unnamed(), "1 to 64 characters"),
-        (Wide(), "window=1000: allowed is 1 to 256"),
+        (Wide(), "window=1000: allowed is an int from 1 to 256"),
     ],
 )
 def test_what_is_no_policy_is_refused_at_once(policy: object, says: str) -> None:

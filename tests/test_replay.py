@@ -29,6 +29,8 @@ from treadle.scheduler.policies import Policy, Ticket
 from treadle.scheduler.recording import RecordedCore, config_to_log, plan_digest
 from treadle.scheduler.replay import replay
 from treadle.scheduler.request import Outputs
+from treadle.scheduler.simulation import costs_from_log
+from treadle.scheduler.simulation.recorded import read_event_log
 from treadle.transport.codec import pack
 from treadle.transport.messages import RowStart, StepPlan, StepResult, Submit
 
@@ -236,8 +238,10 @@ def test_a_policy_object_is_replayed_with_the_same_object_and_not_without(tmp_pa
     core = RecordedCore(replace(CONFIG, max_num_seqs=1), lambda: 1, writer, Backwards())
     for name in "abc":
         core.add(Submit(id=name, tokens=pack([1, 2]), params=SamplingParams(max_tokens=1, seed=1)), 0.0)
-    while (plan := core.plan(0.0)) is not None:
-        core.apply(StepResult(plan.step, 0, 0, pack([5]), 0), 0.0, 0.25)
+    now = 0.0
+    while (plan := core.plan(now)) is not None:
+        now += 0.25
+        core.apply(StepResult(plan.step, 0, 0, pack([5]), 0), now, 0.25)
     writer.close()
     with pytest.raises(EventLogError, match="policy object, 'backwards'"):
         replay(tmp_path / "log")
@@ -250,6 +254,14 @@ def test_a_policy_object_is_replayed_with_the_same_object_and_not_without(tmp_pa
     assert replay(tmp_path / "log", own_policy=Backwards, observer=note).good and ends == ["c", "b", "a"]
     difference = replay(tmp_path / "log", own_policy=Policy).difference
     assert difference is not None and str(difference).endswith("now it decides: a/0 [5] length")
+    with pytest.raises(ConfigError, match="what makes a policy is allowed"):
+        replay(tmp_path / "log", own_policy=Backwards())  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="own_policy made None, which is no policy"):
+        replay(tmp_path / "log", own_policy=lambda: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(EventLogError, match="known to a program only"):
+        read_event_log(tmp_path / "log")
+    assert read_event_log(tmp_path / "log", own_policy=Backwards).outputs.tolist() == [1, 1, 1]
+    assert costs_from_log(tmp_path / "log", own_policy=Backwards).step > 0
 
 
 def command(path: Path, *flags: str) -> subprocess.CompletedProcess[str]:

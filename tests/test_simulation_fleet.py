@@ -134,6 +134,8 @@ def test_bad_fleets_are_refused(wrong: dict[str, float]) -> None:
         Fleet(config=CONFIG, costs=SECOND, **wrong)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="goal for ttft"):
         Goals(ttft=-1)
+    with pytest.raises(ConfigError, match="policy='fair': what makes a policy is allowed"):
+        Fleet(config=CONFIG, costs=SECOND, policy="fair")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

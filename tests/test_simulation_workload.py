@@ -92,7 +92,7 @@ def test_arrivals_that_no_trace_may_have_are_refused_in_a_program_too(arrival: f
 def test_empty_and_missing_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
-    with pytest.raises(ConfigError, match="no requests"):
+    with pytest.raises(ConfigError, match="empty has no requests"):
         read_trace(path)
     with pytest.raises(ConfigError, match="is empty"):
         read_lengths(path)
@@ -130,11 +130,14 @@ def test_a_process_ends_at_its_time_and_is_the_same_for_the_same_seed() -> None:
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"rate": 0.0, "requests": 1}, "rate=0"),
+        ({"rate": 0.0, "requests": 1}, r"rate=0\.0: requests per second, more than 0"),
+        ({"rate": -1.0, "requests": 1}, r"rate=-1\.0: requests per second, more than 0"),
+        ({"rate": 1.0, "requests": 1, "prefixes": 3}, "prefixes and prefix_tokens: give both"),
+        ({"rate": 1.0, "requests": 1, "prefix_tokens": 3}, "prefixes and prefix_tokens: give both"),
         ({"rate": float("nan"), "requests": 1}, "rate=nan"),
         ({"rate": 1.0}, "no end"),
         ({"rate": 1.0, "cv": -1.0, "requests": 1}, "cv=-1"),
-        ({"rate": 1.0, "requests": -1}, "numbers from 0"),
+        ({"rate": 1.0, "requests": -1}, "requests=-1: a whole number from 0"),
         ({"rate": 1e-9, "seconds": 1e10}, r"seconds=10000000000\.0: a simulation may have at most 1000000000"),
     ],
 )

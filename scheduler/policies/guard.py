@@ -18,6 +18,7 @@ from .interface import Policy, Ticket, View
 Answer = TypeVar("Answer")
 MOST_WINDOW = 256
 _MOST_NAME = 64
+_NUMBER = "a float or an int, and not NaN"
 _OUR_FRAMES = 2
 """Between a call of a policy and where it was asked."""
 
@@ -46,11 +47,11 @@ class Guard:
     def place(self, ticket: Ticket, now: float) -> tuple[str, float] | None:
         """Lane and key; None for one that the policy could not place. Only where it `has_place`."""
         lane = self._ask("lane", lambda: self._policy.lane(ticket), _is_text, "text") if self.has_lanes else ""
-        key = self._ask("key", lambda: self._policy.key(ticket, now), _is_number, "a number, and not NaN")
+        key = self._ask("key", lambda: self._policy.key(ticket, now), _is_number, _NUMBER)
         return None if lane is None or key is None else (lane, float(key))
 
     def lane_key(self, lane: str) -> float | None:
-        key = self._ask("lane_key", lambda: self._policy.lane_key(lane), _is_number, "a number, and not NaN")
+        key = self._ask("lane_key", lambda: self._policy.lane_key(lane), _is_number, _NUMBER)
         return None if key is None else float(key)
 
     def pick(self, window: tuple[Ticket, ...], view: View) -> Ticket | None:
@@ -73,12 +74,12 @@ class Guard:
         def in_range(answer: object) -> bool:
             return type(answer) is int and least <= answer <= most
 
-        return self._ask("budget", lambda: self._policy.budget(step, most, view), in_range, f"{least} to {most}")
+        return self._ask(
+            "budget", lambda: self._policy.budget(step, most, view), in_range, f"an int from {least} to {most}"
+        )
 
     def latest_start(self, ticket: Ticket, view: View) -> float:
-        latest = self._ask(
-            "latest_start", lambda: self._policy.latest_start(ticket, view), _is_number, "a number, and not NaN"
-        )
+        latest = self._ask("latest_start", lambda: self._policy.latest_start(ticket, view), _is_number, _NUMBER)
         return inf if latest is None else float(latest)
 
     def opens(self, lane: str, least: float | None) -> None:
@@ -131,7 +132,7 @@ def _check(policy: object) -> tuple[str, int]:
             if method in vars(Policy) and inspect.iscoroutinefunction(value):
                 raise ConfigError(f"policy {name!r}: {method} is async; allowed is a plain method, for no step waits")
     if type(window) is not int or not 1 <= window <= MOST_WINDOW:
-        raise ConfigError(f"policy {name!r}: window={_show(window)}: allowed is 1 to {MOST_WINDOW}")
+        raise ConfigError(f"policy {name!r}: window={_show(window)}: allowed is an int from 1 to {MOST_WINDOW}")
     return name, window
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from treadle.scheduler.replay import Decision
 from treadle.transport.messages import StepPlan
 
 from .engine import SimulatedEngine
-from .whole_log import CutOff, replay_whole
+from .whole_log import CutOff, OwnPolicy, replay_whole
 
 PRESETS: Mapping[str, StepCosts] = MappingProxyType(
     {
@@ -40,19 +41,22 @@ def step_costs(name: str) -> StepCosts:
     if preset is not None:
         return preset
     try:
-        return StepCosts.from_json(Path(name).read_bytes())
+        return StepCosts.from_json(Path(name).read_bytes().removeprefix(BOM_UTF8))
     except OSError as error:
         raise ConfigError(f"costs={name!r}: {', '.join(PRESETS)}, or a JSON file; {error.strerror}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
 
 
-def costs_from_log(path: Path, cut_off: CutOff | None = None) -> StepCosts:
+def costs_from_log(path: Path, cut_off: CutOff | None = None, own_policy: OwnPolicy | None = None) -> StepCosts:
     """Learns from the steps in an event log. Raises ConfigError when it has none, and whatever `replay_whole` raises.
 
     A step counts from when it was planned or the one before it came back, whichever is later, to when it came back
-    itself: engine, transport and scheduler together. cut_off: is told where the last event is not whole.
+    itself: engine, transport and scheduler together. cut_off: is told where the last event is not whole. own_policy: as
+    of `replay`, for a log that was recorded with a policy object.
     """
     learner = _Learner()
-    replay_whole(path, learner.see, cut_off)
+    replay_whole(path, learner.see, cut_off, own_policy)
     if not learner.model.observations:
         raise ConfigError(f"{path}: no steps to learn from")
     return learner.model.coefficients

@@ -46,6 +46,8 @@ class Fleet:
                 raise ConfigError(f"{name}={value}: it must be at least 1")
         if not 0 <= self.overhead <= MOST_SECONDS:  # also NaN, with which no time would ever be the next
             raise ConfigError(f"overhead={self.overhead}: it must be from 0 to {MOST_SECONDS:,} seconds")
+        if self.policy is not None and not callable(self.policy):
+            raise ConfigError(f"policy={self.policy!r}: what makes a policy is allowed, such as its class")
         check_most("replicas", self.replicas, MOST_REPLICAS)
         check_sizes(self.config)
 

@@ -11,19 +11,19 @@ from treadle.scheduler.replay import Decision
 from treadle.scheduler.request import Output, Outputs, Request, Sequence
 from treadle.transport.messages import Submit
 
-from .whole_log import CutOff, replay_whole
+from .whole_log import CutOff, OwnPolicy, replay_whole
 from .workload import Workload, make_workload
 
 
-def read_event_log(path: Path, cut_off: CutOff | None = None) -> Workload:
+def read_event_log(path: Path, cut_off: CutOff | None = None, own_policy: OwnPolicy | None = None) -> Workload:
     """Every accepted request of the last run in the log, each continuation as one of its own.
 
     A request is as long as what it had brought when it ended, or when the log did, and at least one token. Raises
     ConfigError for a log without requests or that does not replay, EventLogError for one that is damaged. cut_off: is
-    told where the last event is not whole.
+    told where the last event is not whole. own_policy: as of `replay`, for a log recorded with a policy object.
     """
     collector = _Collector()
-    report = replay_whole(path, collector.see, cut_off)
+    report = replay_whole(path, collector.see, cut_off, own_policy)
     if report.difference is not None:
         raise ConfigError(f"{path} does not replay, so its requests cannot be known: {report.difference}")
     return collector.workload(path)

@@ -146,6 +146,8 @@ def read_trace(path: Path) -> Workload:
             raise ConfigError(f"{path}, line {number}: {error}") from error
         _check_line(line, f"{path}, line {number}")
         lines.append(line)
+    if not lines:
+        raise ConfigError(f"{path} has no requests")
     tenants = {name: i for i, name in enumerate(dict.fromkeys(line.tenant for line in lines))}
     prefixes = {name: i for i, name in enumerate(dict.fromkeys(line.prefix for line in lines if line.prefix))}
     return make_workload(
@@ -207,13 +209,15 @@ class Process:
     prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("rate", self.rate), ("cv", self.cv), ("seconds", self.seconds)):
+        if not (isfinite(self.rate) and self.rate > 0):
+            raise ConfigError(f"rate={self.rate!r}: requests per second, more than 0")
+        for name, value in (("cv", self.cv), ("seconds", self.seconds)):
             if not (isfinite(value) and value >= 0):
                 raise ConfigError(f"{name}={value!r}: a number from 0 is allowed")
-        if not self.rate:
-            raise ConfigError("rate=0: requests per second, more than 0")
-        if min(self.requests, self.seed, self.prefixes, self.prefix_tokens) < 0:
-            raise ConfigError("requests, seed, prefixes and prefix_tokens are numbers from 0")
+        whole = {"requests": self.requests, "seed": self.seed, "prefixes": self.prefixes}
+        for name, value in (whole | {"prefix_tokens": self.prefix_tokens}).items():
+            if value < 0:
+                raise ConfigError(f"{name}={value}: a whole number from 0 is allowed")
         if not (self.seconds or self.requests):
             raise ConfigError("give the number of requests, the seconds, or both: without them there is no end")
         if self.cv > _MOST_CV:
@@ -221,6 +225,8 @@ class Process:
         check_most("seconds", self.seconds, MOST_SECONDS)
         check_most("prefixes", self.prefixes, MOST_PREFIXES)
         check_most("prefix_tokens", self.prefix_tokens, MOST_TOKENS)
+        if bool(self.prefixes) != bool(self.prefix_tokens):
+            raise ConfigError("prefixes and prefix_tokens: give both, how many there are and how long each is")
         check_most("requests", self.requests, MOST_REQUESTS)
         if not self.requests:
             check_most("rate times seconds", self.rate * self.seconds, MOST_REQUESTS)
