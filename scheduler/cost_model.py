@@ -72,6 +72,18 @@ class StepCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     block_out: float = 0.0
     block_in: float = 0.0
 
+    def predict(self, shape: StepShape) -> float:
+        """Seconds that such a step takes. An empty shape costs what a step costs at least."""
+        return (
+            self.step
+            + self.prefill_token * shape.prefill_tokens
+            + self.decode_row * shape.decode_rows
+            + self.context_token * shape.context_tokens
+            + self.chunk_pair * shape.chunk_pairs
+            + self.block_out * shape.blocks_out
+            + self.block_in * shape.blocks_in
+        )
+
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)
 
@@ -127,17 +139,8 @@ class CostModel:
         return bool(self._values[: _COPIES.start].any())
 
     def predict(self, shape: StepShape) -> float:
-        """Seconds that such a step takes. An empty shape costs what a step costs at least."""
-        costs = self._costs
-        return (
-            costs.step
-            + costs.prefill_token * shape.prefill_tokens
-            + costs.decode_row * shape.decode_rows
-            + costs.context_token * shape.context_tokens
-            + costs.chunk_pair * shape.chunk_pairs
-            + costs.block_out * shape.blocks_out
-            + costs.block_in * shape.blocks_in
-        )
+        """As of the coefficients."""
+        return self._costs.predict(shape)
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """A step of this shape took so long. What is not a positive, finite time is ignored."""

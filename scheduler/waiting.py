@@ -189,7 +189,7 @@ class Waiting:
             self._running.rows.count,
             self._running.cache.pool.available,
             self._config.max_num_batched_tokens,
-            self._costs,
+            self._costs.coefficients,
             partial(_cached_tokens, self._running, shown or {}),
         )
 

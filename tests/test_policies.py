@@ -324,7 +324,7 @@ def test_least_seconds_counts_what_is_cached() -> None:
     view = rig.core._waiting.view(0.0)
     ticket = rig.add("a", list(range(20)), max_tokens=1).sequences[0].ticket
     whole = least_seconds(ticket, view)
-    half = least_seconds(ticket, View(0.0, 0, 0, 64, 64, CostModel(COSTS), lambda _: 16))
+    half = least_seconds(ticket, View(0.0, 0, 0, 64, 64, COSTS, lambda _: 16))
     assert whole == pytest.approx(0.01 + 20 * 0.002 + 210e-6) and half == pytest.approx(0.01 + 4 * 0.002 + 74e-6)
 
 

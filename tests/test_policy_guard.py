@@ -228,6 +228,18 @@ def test_a_ticket_cannot_be_changed() -> None:
         rig.core._waiting.view(0.0).now = 1.0  # type: ignore[misc]
 
 
+def test_the_costs_that_a_policy_sees_cannot_be_changed_and_are_those_of_now() -> None:
+    rig = Rig()
+    before = rig.core._waiting.view(0.0).costs
+    with pytest.raises(AttributeError):
+        before.step = 7.0  # type: ignore[misc]
+    rig.core.costs.observe(StepShape(0, 0, 0), 0.25)
+    after = rig.core._waiting.view(0.0).costs
+    now = rig.core.costs.predict(StepShape(0, 0, 0))
+    assert before.predict(StepShape(0, 0, 0)) == 0.0
+    assert after.predict(StepShape(0, 0, 0)) == now == pytest.approx(0.25, rel=0.01)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_chaos_changes_nobodys_answer(seed: int) -> None:
     """The fake engine checks every context, the rig every token and, after each event, every invariant."""

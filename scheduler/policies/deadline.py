@@ -42,7 +42,7 @@ class DeadlinePolicy(Policy):
 
 def least_seconds(ticket: Ticket, view: View) -> float:
     """What it takes alone on the machine: its prompt in full steps, then its least output one by one."""
-    costs, prompt = view.costs.coefficients, ticket.prompt_tokens
+    costs, prompt = view.costs, ticket.prompt_tokens
     fresh = prompt - view.cached_tokens(ticket)
     prefill_steps = -(-fresh // view.step_tokens)
     prefill = prefill_steps * costs.step + fresh * costs.prefill_token + chunk_pairs(fresh, prompt) * costs.chunk_pair

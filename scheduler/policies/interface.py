@@ -16,7 +16,7 @@ from math import inf
 
 import msgspec
 
-from treadle.scheduler.cost_model import CostModel, StepShape
+from treadle.scheduler.cost_model import StepCosts, StepShape
 
 LEAST_OUTPUT = 1
 
@@ -44,7 +44,8 @@ class Ticket(msgspec.Struct, frozen=True, eq=False, gc=False, kw_only=True):
 class View:
     """The present, for a policy's eyes. now: seconds. waiting, running: continuations. free_blocks: of the KV cache.
 
-    step_tokens: the budget of a step. costs: what has been learned of the price of a step.
+    step_tokens: the budget of a step. costs: what has been learned of the price of a step, as it is now; a policy gets
+    the numbers and not the model that learns them, so nothing that it does to them changes what the core reckons with.
     """
 
     now: float
@@ -52,7 +53,7 @@ class View:
     running: int
     free_blocks: int
     step_tokens: int
-    costs: CostModel
+    costs: StepCosts
     _cached: Callable[[Ticket], int]
 
     def cached_tokens(self, ticket: Ticket) -> int:
