@@ -10,18 +10,20 @@ import pty
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import pytest
 
+from treadle.asking import show
 from treadle.commands import _parser
-from treadle.errors import InvalidRequest
+from treadle.errors import InvalidRequest, ServerLost
 from treadle.exit_codes import HEALTH, exit_codes
 from treadle.flags import SERVICE_HELP
 from treadle.lines import Lines
+from treadle.outputs import CompletionOutput, RequestOutput
 from treadle.scheduler.options import ServiceOptions
 
 from .clikit import ended
@@ -189,6 +191,22 @@ async def test_waiting_for_a_line_can_be_cancelled() -> None:
         await task
     os.close(read)
     os.close(write)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("texts", "shown"), [(("Once", " upon"), "Once upon\n"), ((), "")])
+async def test_what_is_said_of_a_stream_that_fails_begins_a_line(
+    texts: tuple[str, ...], shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def stream() -> AsyncIterator[RequestOutput]:
+        for end, delta in enumerate(texts, 1):
+            completion = CompletionOutput(0, text="".join(texts[:end]), delta=delta)
+            yield RequestOutput("a", None, [], [completion], finished=False)
+        raise ServerLost("it has ended")
+
+    with pytest.raises(ServerLost):
+        await show(stream())
+    assert capsys.readouterr().out == shown
 
 
 def test_keys_are_made_once(tmp_path: Path) -> None:

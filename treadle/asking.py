@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import AsyncIterable
 
 from treadle.errors import InvalidRequest, Overloaded, RequestFailed
 from treadle.transport.messages import SamplingParams
@@ -13,6 +14,7 @@ from treadle.transport.params import check_params
 from .flags import add_sampling_options, add_service_options, sampling_params
 from .frontend import Frontend
 from .lines import Lines
+from .outputs import RequestOutput
 from .reaching import Commands, add_command, add_source, open_frontend
 
 _EMBEDDED = "of the engines that run for this command, without --endpoint"
@@ -46,9 +48,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 async def _stream(frontend: Frontend, prompt: str, params: SamplingParams, tenant: str) -> int:
     async with frontend as llm:
-        async for output in llm.generate(prompt, params, tenant=tenant):
-            print(output.delta, end="", flush=True)
-    print()
+        await show(llm.generate(prompt, params, tenant=tenant))
     return 0
 
 
@@ -69,18 +69,23 @@ async def _converse(frontend: Frontend, system: str | None, params: SamplingPara
                 continue
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": await _answer(llm, messages, params, tenant)})
+                messages.append({"role": "assistant", "content": await show(llm.chat(messages, params, tenant=tenant))})
             except (InvalidRequest, RequestFailed, Overloaded) as error:
                 messages.pop()  # as if it had not been said: the conversation goes on
                 print(f"treadle: {type(error).__name__}: {error}", file=sys.stderr)
     return 0
 
 
-async def _answer(llm: Frontend, messages: list[dict[str, object]], params: SamplingParams, tenant: str) -> str:
+async def show(outputs: AsyncIterable[RequestOutput]) -> str:
+    """Prints a stream as it comes, and returns its text. What is said of its failure begins a line of its own."""
     text = ""
-    async for output in llm.chat(messages, params, tenant=tenant):
-        print(output.delta, end="", flush=True)
-        text = output.text
+    try:
+        async for output in outputs:
+            print(output.delta, end="", flush=True)
+            text = output.text
+    except BaseException:
+        print(end="\n" if text else "", flush=True)
+        raise
     print()
     return text
 

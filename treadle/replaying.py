@@ -28,5 +28,5 @@ def run_replay(options: argparse.Namespace) -> int:
     )
     for problem in (report.difference, report.tail):
         if problem is not None:
-            print(f"treadle: {problem}", file=sys.stderr)
+            print(f"treadle: {options.file}: {problem}", file=sys.stderr)
     return 0 if report.good else 1
