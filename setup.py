@@ -135,12 +135,12 @@ if ASKED not in ("", "0", "1"):
     raise SystemExit(
         f"TREADLE_COMPILE is {ASKED!r}; it may be 1 (compile, or fail), 0 (do not), or empty (where it can be)"
     )
-if ASKED != "0" and (lacks := missing()):
-    if INSISTED:
-        raise SystemExit(f"TREADLE_COMPILE=1, and {lacks}")
+lacks = missing() if ASKED != "0" else ""
+if lacks and INSISTED:
+    raise SystemExit(f"TREADLE_COMPILE=1, and {lacks}")
+if lacks:
     say(lacks)
-    setup()
-elif ASKED != "0":
+if ASKED != "0" and not lacks:
     setup(
         ext_modules=[extension(module) for module in MODULES],
         cmdclass={"build_ext": Compiled},

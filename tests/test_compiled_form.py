@@ -93,19 +93,8 @@ def test_the_same_events_and_the_same_simulation_in_both_forms(compiled: Path, t
     soak = (str(ROOT / "scripts" / "soak_core.py"), "--events", "15000", "--seed", "7", "--json")
     trace = tmp_path / "lengths.jsonl"
     trace.write_text("[300, 40]\n[20, 90]\n[1500, 8]\n")
-    simulate = (
-        "-m",
-        "treadle",
-        "simulate",
-        "--lengths",
-        str(trace),
-        "--rate",
-        "60",
-        "--seconds",
-        "5",
-        "--policy",
-        "fair",
-    )
+    process = ("--rate", "60", "--seconds", "5", "--policy", "fair")
+    simulate = ("-m", "treadle", "simulate", "--lengths", str(trace), *process)
     said = []
     for form in (compiled, None):
         events = in_form(form, *soak, cwd=tmp_path)
